@@ -1,0 +1,1 @@
+"""pcq: pretrained networks made tiny without breaking them."""

@@ -1,0 +1,1 @@
+"""The demo: small pretrained networks that come with the installation."""

@@ -1,0 +1,59 @@
+"""What a user's mistake becomes. Our own mistakes are asserts and tracebacks, never these.
+
+Every message says where, what was found, what is allowed and what to do, as far as each is known.
+"""
+
+from collections.abc import Iterable
+
+
+class PcqError(Exception):
+    """The input is wrong (exit code 2). ``str(error)`` is the whole message for the user.
+
+    Args:
+        what: what was found, as one sentence without a final full stop.
+        where: file, line, tensor or rule it was found in.
+        allowed: what would have been accepted.
+        todo: what to do about it, as an imperative sentence.
+    """
+
+    exit_code = 2
+
+    def __init__(self, what: str, *, where: str = "", allowed: str = "", todo: str = "") -> None:
+        self.what, self.where, self.allowed, self.todo = what, where, allowed, todo
+        text = f"{where}: {what}" if where else what
+        for part in (f"Allowed: {allowed}" if allowed else "", todo):
+            if part:
+                text = f"{text.rstrip('.')}. {part}"
+        super().__init__(text if text.endswith((".", "?", "!", "`")) else text + ".")
+
+
+class CheckFailed(PcqError):
+    """The work was done but failed a check: parity, size, an unreadable result (exit code 3)."""
+
+    exit_code = 3
+
+
+class Problems(PcqError):
+    """Several mistakes found in one reading, reported together, one a line."""
+
+    def __init__(self, problems: Iterable[PcqError]) -> None:
+        self.problems = tuple(problems)
+        assert self.problems
+        Exception.__init__(self, "\n".join(str(problem) for problem in self.problems))
+        self.exit_code = max(problem.exit_code for problem in self.problems)
+
+
+def raise_all(problems: list[PcqError]) -> None:
+    """Raise what was collected: nothing, the one, or all together."""
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise Problems(problems)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``" Did you mean 'x'?"`` for the closest known word, or an empty string."""
+    import difflib
+
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"Did you mean '{close[0]}'?" if close else ""
