@@ -1,0 +1,304 @@
+"""Proximal quantizers: monotone maps that pull weights towards the levels, from the identity to the nearest level.
+
+A map R -> R is the proximal map of some function iff it is monotone, compact-valued and has a closed graph
+(arXiv 2503.15748, section 2.2). All maps here are members of the two-parameter family L of arXiv 2110.13220, eq. (13).
+On a gap between neighbouring levels with middle p and half width h, let ``y = (w - p) / h`` in [-1, 1], and let
+``r = min(1, rho / h)`` and ``v = min(1, varrho / h)`` be the horizontal and the vertical shift in half gaps. Then::
+
+    L(w) = p + h * clamp(slope * y + v * sign(y), -1, 1),    slope = (1 - v) / (1 - r)
+
+``r = v = 0`` is the identity, ``r = 1`` or ``v = 1`` the nearest level, and outside of the levels L is constant.
+A prox is a frozen dataclass that turns a strength in [0, 1] into :class:`Shifts`; :func:`proximal` is the one map.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pcq.errors import PcqError
+from pcq.grids import Affine, Grid
+
+CHUNK = 1 << 19
+"""Weights worked on at a time on a CPU, so that the temporaries stay in its cache."""
+
+FEW = 8
+"""Codebooks of up to this many levels are mapped as a sum of clamped ramps, larger ones by searching the gap."""
+
+
+@dataclass(frozen=True)
+class Shifts:
+    """One member of the family L.
+
+    Attributes:
+        rho: horizontal shift, >= 0: how far from a level weights snap onto it.
+        varrho: vertical shift, >= 0: how far values keep from the middle of a gap, half of the jump there.
+        unit: what the shifts are measured in: each gap's own half width (all gaps harden together), the row's widest
+            half gap (a shift common to the row: narrow gaps harden first), or weight units.
+        outside: slope of the map outside of the levels; 0 clips.
+    """
+
+    rho: float
+    varrho: float
+    unit: Literal["gap", "row", "weight"] = "gap"
+    outside: float = 0.0
+
+    def __post_init__(self) -> None:
+        assert min(self.rho, self.varrho, self.outside) >= 0, self
+
+    @property
+    def identity(self) -> bool:
+        """Whether it moves no weight within the levels."""
+        return self.rho == self.varrho == 0
+
+    @property
+    def hard(self) -> bool:
+        """Whether it is known, without looking at any level, to take those within to the nearest level."""
+        return self.unit != "weight" and max(self.rho, self.varrho) >= 1
+
+
+def _unit(relative: bool) -> Literal["gap", "row"]:
+    return "gap" if relative else "row"
+
+
+@dataclass(frozen=True)
+class Hard:
+    """The nearest level at every strength: BinaryConnect's projector."""
+
+    def shifts(self, strength: float) -> Shifts:
+        return Shifts(1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class ProxQuant:
+    """Soft threshold towards the levels (rho = varrho), the prox of the L1 distance to them (arXiv 1810.00861)."""
+
+    relative: bool = True
+
+    def shifts(self, strength: float) -> Shifts:
+        return Shifts(strength, strength, _unit(self.relative))
+
+
+@dataclass(frozen=True)
+class BinaryRelax:
+    """``(e * nearest(w) + w) / (1 + e)`` with ``strength = e / (1 + e)`` (arXiv 1801.06313): rho = 0.
+
+    As published it does not clip weights outside of the levels; ``clip`` does.
+    """
+
+    clip: bool = False
+    relative: bool = True
+
+    def shifts(self, strength: float) -> Shifts:
+        return Shifts(0.0, strength, _unit(self.relative), 0.0 if self.clip else 1.0 - strength)
+
+
+@dataclass(frozen=True)
+class Parq:
+    """Ramps of inverse slope ``1 - strength`` between flat levels, without a jump (arXiv 2503.15748): varrho = 0."""
+
+    relative: bool = True
+
+    def shifts(self, strength: float) -> Shifts:
+        return Shifts(strength, 0.0, _unit(self.relative))
+
+
+@dataclass(frozen=True)
+class L:
+    """The family itself: both shifts grow with the strength, in the proportion ``rho : varrho``, the larger being 1."""
+
+    rho: float = 1.0
+    varrho: float = 1.0
+    relative: bool = True
+
+    def __post_init__(self) -> None:
+        if not (min(self.rho, self.varrho) >= 0 and max(self.rho, self.varrho) == 1):
+            raise PcqError(
+                f"the shifts of L are rho={self.rho}, varrho={self.varrho}",
+                allowed="two numbers from 0 to 1, the larger of them 1",
+                todo="Divide both by the larger one: the strength does the rest.",
+            )
+
+    def shifts(self, strength: float) -> Shifts:
+        return Shifts(strength * self.rho, strength * self.varrho, _unit(self.relative))
+
+
+Prox = Hard | ProxQuant | BinaryRelax | Parq | L
+
+
+@torch.no_grad()
+def proximal(rows: Tensor, levels: Tensor | Grid, shifts: Shifts, *, out: Tensor | None = None) -> Tensor:
+    """Map every weight: ``rows [g, n]`` -> ``[g, n]``, written to ``out`` where given (it may be ``rows``).
+
+    ``levels`` is a grid of g rows or an ascending tensor ``[g, k]`` or ``[1, k]``; repeated levels and rows of equal
+    levels are fine. In the exact middle of a gap the value is one of the two ends of the jump there. At strength 1
+    the result is ``grid.decode(grid.encode(rows))``, ties aside; at strength 0 it is the clipped input.
+    On a CPU evenly spaced levels cost three to four copies of ``rows``, a few listed levels one to two a gap.
+    """
+    table = levels if isinstance(levels, Tensor) else levels.levels()
+    assert rows.ndim == 2, rows.shape
+    assert table.shape[0] in (1, rows.shape[0]), (rows.shape, table.shape)
+    out = torch.empty_like(rows) if out is None else out
+    if shifts.identity and shifts.outside == 1:
+        return out.copy_(rows)
+    clip = _clip(table[:, :1], table[:, -1:])
+    overhang = shifts.outside > 0
+    if shifts.identity:
+        kernel = clip
+    elif isinstance(levels, Affine) and shifts.unit != "weight":
+        # Without clipping, the map of the outermost half gap goes on by itself, if each row has a gap.
+        goes_on = shifts.rho == 0 and shifts.outside == 1 - shifts.varrho and bool((levels.scale > 0).all())
+        kernel = _even(levels, shifts, clipped=not goes_on)
+        overhang = overhang and not goes_on
+    elif shifts.hard:
+        kernel = _nearest(table)
+    elif table.shape[1] <= FEW:
+        kernel = _ramps(table, shifts)
+    else:
+        kernel = _search(table, shifts)
+    aliased = out.data_ptr() == rows.data_ptr()
+    size = min(CHUNK, rows.numel()) if rows.device.type == "cpu" else rows.numel()
+    scratch = rows.new_empty(3, size)
+    for block in _blocks(rows, size):
+        weights = rows[block]
+        one, two, three = (buffer[: weights.numel()].view_as(weights) for buffer in scratch)
+        mapped = kernel(weights, block[0], one if aliased else out[block], two)
+        if overhang:
+            rest = torch.sub(weights, clip(weights, block[0], three, two), out=three)
+            mapped.add_(rest, alpha=shifts.outside)
+        if aliased:
+            weights.copy_(mapped)
+    return out
+
+
+Kernel = Callable[[Tensor, slice, Tensor, Tensor], Tensor]
+"""A block of weights, the rows it is from, two buffers of its shape -> the first buffer, holding the mapped values."""
+
+
+def _blocks(rows: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
+    """Row and column slices of at most ``size`` weights."""
+    g, n = rows.shape
+    height, width = max(1, size // max(1, n)), max(1, min(n, size))
+    for top in range(0, g, height):
+        for left in range(0, n, width):
+            yield slice(top, top + height), slice(left, left + width)
+
+
+def _of(table: Tensor, which: slice) -> Tensor:
+    """The rows ``which`` of a table that may be shared by all rows."""
+    return table if table.shape[0] == 1 else table[which]
+
+
+def _clip(low: Tensor, high: Tensor) -> Kernel:
+    def kernel(weights: Tensor, which: slice, result: Tensor, scratch: Tensor) -> Tensor:
+        torch.maximum(weights, _of(low, which), out=result)
+        return torch.minimum(result, _of(high, which), out=result)
+
+    return kernel
+
+
+def _even(grid: Affine, shifts: Shifts, clipped: bool) -> Kernel:
+    """In units of the step, L is the nearest code plus the shrunk rest: one scalar function for all rows and gaps.
+
+    Monotone to the last bit: every operation is, and the shrunk rest never passes 1/2.
+    """
+    r, v = min(1.0, shifts.rho), min(1.0, shifts.varrho)
+    hard = max(r, v) == 1
+    slope = 0.0 if hard else (1 - v) / (1 - r)
+    step = torch.where(grid.scale > 0, grid.scale, 1.0)[:, None]
+    scale = grid.scale[:, None]
+    zero = grid.zero_point.float()[:, None] if isinstance(grid.zero_point, Tensor) else None
+
+    def shift(x: Tensor, which: slice, sign: int) -> Tensor:
+        return x.add_(_of(zero, which) if zero is not None else grid.zero_point, alpha=sign)
+
+    def kernel(weights: Tensor, which: slice, result: Tensor, scratch: Tensor) -> Tensor:
+        rest = shift(torch.div(weights, _of(step, which), out=scratch), which, 1)
+        if clipped:
+            rest.clamp_(0, grid.count - 1)
+        code = torch.round(rest, out=result)
+        if not clipped:
+            code.clamp_(0, grid.count - 1)
+        if not hard:
+            rest.sub_(code)
+            if r > 0:
+                torch.ops.aten.softshrink.out(rest, r / 2, out=rest)
+            if slope > 1:
+                code.add_(rest.mul_(slope).clamp_(-(1 - v) / 2, (1 - v) / 2))
+            else:
+                code.add_(rest, alpha=slope)
+        return shift(code, which, -1).mul_(_of(scale, which))
+
+    return kernel
+
+
+def _gaps(table: Tensor, shifts: Shifts) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Each gap's middle, half width, steepness (slope / half width) and relative jump v, all ``[g, k - 1]``."""
+    middle, half = (table[:, 1:] + table[:, :-1]) / 2, (table[:, 1:] - table[:, :-1]) / 2
+    unit = half if shifts.unit == "gap" else half.amax(1, keepdim=True) if shifts.unit == "row" else half.new_ones(1, 1)
+    wide = half > torch.finfo(half.dtype).tiny
+    safe = torch.where(wide, half, 1.0)
+    r = torch.where(wide, shifts.rho * unit / safe, 1.0).clamp(max=1)
+    v = torch.where(wide, shifts.varrho * unit / safe, 1.0).clamp(max=1)
+    hard = (r >= 1) | (v >= 1)
+    slope = torch.where(hard, 0.0, (1 - v) / torch.where(hard, 1.0, 1 - r))
+    return middle, half, slope / safe, torch.where(hard, 1.0, v)
+
+
+def _ramps(table: Tensor, shifts: Shifts) -> Kernel:
+    """The sum over the gaps of L's rise in each, starting from the middle of all levels."""
+    middle, half, steep, jump = _gaps(table, shifts)
+    centre = (table[:, :1] + table[:, -1:]) / 2
+    jumps = shifts.varrho > 0 or shifts.unit != "gap"
+
+    def kernel(weights: Tensor, which: slice, result: Tensor, scratch: Tensor) -> Tensor:
+        result.copy_(_of(centre, which).expand_as(result))
+        above = torch.empty_like(scratch) if jumps else scratch
+        for gap in range(half.shape[1]):
+            p, h, s, v = (_of(column[:, gap : gap + 1], which) for column in (middle, half, steep, jump))
+            y = torch.sub(weights, p, out=scratch).mul_(s)
+            if jumps:
+                y.sub_(v).addcmul_(torch.gt(weights, p, out=above), 2 * v)
+            result.addcmul_(y.clamp_(-1, 1), h)
+        return result
+
+    return kernel
+
+
+def _search(table: Tensor, shifts: Shifts) -> Kernel:
+    """As :func:`_ramps`, with the gap of each weight looked up."""
+    gaps = _gaps(table, shifts)
+
+    def kernel(weights: Tensor, which: slice, result: Tensor, scratch: Tensor) -> Tensor:
+        inner = _of(table, which)[:, 1:-1].expand(weights.shape[0], -1).contiguous()
+        gap = torch.searchsorted(inner, weights.contiguous())
+        p, h, s, v = (_of(column, which).expand(weights.shape[0], -1).gather(1, gap) for column in gaps)
+        y = torch.sub(weights, p, out=scratch).mul_(s).add_(torch.where(weights > p, v, -v))
+        return torch.add(p, y.clamp_(-1, 1).mul_(h), out=result)
+
+    return kernel
+
+
+def _nearest(table: Tensor) -> Kernel:
+    """The nearest level, the lower one of two; bit for bit a level, and the one :meth:`Codebook.encode` takes."""
+    lower, upper = table[:, :-1], table[:, 1:]
+    middle = ((lower.double() + upper.double()) / 2).to(table.dtype)
+    middle = torch.where(middle < upper, middle, lower)
+    far = torch.finfo(table.dtype).max / 2
+
+    def few(weights: Tensor, which: slice, result: Tensor, scratch: Tensor) -> Tensor:
+        levels, middles = _of(table, which), _of(middle, which)
+        result.copy_(levels[:, :1].expand_as(result))
+        for gap in range(middle.shape[1]):
+            candidate = torch.le(weights, middles[:, gap : gap + 1], out=scratch).mul_(-far)
+            torch.maximum(result, candidate.add_(levels[:, gap + 1 : gap + 2]), out=result)
+        return result
+
+    def many(weights: Tensor, which: slice, result: Tensor, scratch: Tensor) -> Tensor:
+        middles = _of(middle, which).expand(weights.shape[0], -1).contiguous()
+        index = torch.searchsorted(middles, weights.contiguous())
+        return torch.gather(_of(table, which).expand(weights.shape[0], -1), 1, index, out=result)
+
+    return few if table.shape[1] <= FEW else many
