@@ -134,7 +134,7 @@ def proximal(rows: Tensor, levels: Tensor | Grid, shifts: Shifts, *, out: Tensor
 
     ``levels`` is a grid of g rows or an ascending tensor ``[g, k]`` or ``[1, k]``; repeated levels and rows of equal
     levels are fine. In the exact middle of a gap the value is one of the two ends of the jump there. At strength 1
-    the result is ``grid.decode(grid.encode(rows))``, ties aside; at strength 0 it is the clipped input.
+    the result is ``grid.decode(grid.encode(rows))``; at strength 0 it is the clipped input.
     On a CPU evenly spaced levels cost three to four copies of ``rows``, a few listed levels one to two a gap.
     """
     table = levels if isinstance(levels, Tensor) else levels.levels()

@@ -232,6 +232,19 @@ def test_levels_are_fixed_points(case: tuple[Tensor, Grid], kind: Prox, strength
         assert ((fixed - levels).abs() <= rounding(grid, shifts, levels)).all()
 
 
+@pytest.mark.parametrize("distance", [1e-2, 1e-4, 1e-6, 1e-7, 1e-12])
+def test_ramps_so_steep_that_rounding_shows_still_rise_from_level_to_level(distance: float) -> None:
+    for scale, zero in ((0.3, 1.0), (7e-5, 0.5), (123.0, 7.0)):
+        grid = Affine(torch.tensor([scale]), zero, 16)
+        levels = grid.levels()
+        middles = (levels[:, 1:] + levels[:, :-1]) / 2
+        rows = (middles[0, :, None] * (1 + torch.linspace(-1e-5, 1e-5, 401))).reshape(1, -1).sort(1).values
+        mapped = proximal(rows, grid, Parq().shifts(1 - distance))
+        assert (mapped[:, 1:] >= mapped[:, :-1]).all()
+        nearest = grid.encode(rows).float()
+        assert ((mapped - (nearest - zero) * scale).abs() <= scale * 0.500001).all()
+
+
 @laws
 @given(grids(), kinds)
 def test_strength_0_is_the_identity_within_the_levels(case: tuple[Tensor, Grid], kind: Prox) -> None:
@@ -250,6 +263,8 @@ def test_strength_0_is_the_identity_within_the_levels(case: tuple[Tensor, Grid],
 @given(grids(), kinds)
 def test_strength_1_is_the_nearest_level_as_the_grid_encodes_it(case: tuple[Tensor, Grid], kind: Prox) -> None:
     rows, grid = case
+    levels = grid.levels()
+    rows = torch.cat([rows, ((levels[:, 1:] + levels[:, :-1]) / 2).expand(rows.shape[0], -1)], 1)
     mapped = proximal(rows, grid, kind.shifts(1.0))
     assert torch.equal(mapped, grid.decode(grid.encode(rows)))
 

@@ -1,0 +1,66 @@
+"""Pictures, as PNG bytes; the only room that imports matplotlib (``pip install "pcq[plots]"``)."""
+
+import io
+from collections.abc import Sequence
+
+import torch
+
+from pcq.errors import PcqError
+from pcq.prox import Prox, proximal
+
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def prox_figure(prox: Prox, levels: Sequence[float], strengths: Sequence[float] = STRENGTHS, title: str = "") -> bytes:
+    """Draw a proximal map as Figure 1 of arXiv 2110.13220 does: one curve for each strength, the identity dashed.
+
+    Args:
+        prox: whose map.
+        levels: two or more finite numbers, in any order; they are the grid lines of both axes.
+        strengths: numbers in [0, 1].
+        title: a line above; the prox itself where empty.
+
+    Returns:
+        A PNG.
+
+    Raises:
+        PcqError: matplotlib is not installed, or the levels or strengths are not as above.
+    """
+    ascending = sorted({float(level) for level in levels})
+    if len(ascending) < 2 or not all(map(_finite, ascending)):
+        raise PcqError(f"the levels to draw are {list(levels)}", allowed="two or more different finite numbers")
+    if not strengths or not all(0 <= strength <= 1 for strength in strengths):
+        raise PcqError(f"the strengths to draw are {list(strengths)}", allowed="one or more numbers from 0 to 1")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise PcqError("drawing needs matplotlib", todo='Install it: `pip install "pcq[plots]"`') from error
+
+    table = torch.tensor([ascending], dtype=torch.float64)
+    margin = 0.25 * (ascending[-1] - ascending[0])
+    ends = ascending[0] - margin, ascending[-1] + margin
+    middles = (table[:, 1:] + table[:, :-1]) / 2
+    beside = 1e-9 * (ends[1] - ends[0])
+    weights = torch.cat([torch.linspace(*ends, 801, dtype=torch.float64)[None], middles - beside, middles + beside], 1)
+    weights = weights.sort(1).values
+
+    figure = Figure(figsize=(5.2, 5.0), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(ends, ends, linestyle="--", color="0.55", linewidth=1, label="identity")
+    for strength in strengths:
+        mapped = proximal(weights, table, prox.shifts(strength))
+        shade = 0.15 + 0.75 * strength
+        axes.plot(weights[0], mapped[0], color=(0.85 * shade, 0.25, 1 - shade), label=f"strength {strength:g}")
+    ticks = [f"{level:.3g}" for level in ascending] if len(ascending) <= 17 else [""] * len(ascending)
+    axes.set_xticks(ascending, ticks, rotation=90 if len(ascending) > 6 else 0)
+    axes.set_yticks(ascending, ticks)
+    axes.grid(linewidth=0.5, color="0.85")
+    axes.set(xlim=ends, ylim=ends, aspect="equal", xlabel="latent weight", ylabel="weight", title=title or str(prox))
+    axes.legend(loc="upper left", fontsize="small", framealpha=0.9)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", metadata={"Software": None})
+    return png.getvalue()
+
+
+def _finite(number: float) -> bool:
+    return abs(number) < float("inf")

@@ -1,0 +1,105 @@
+"""The proximal map on 11 M weights against a memory copy of the same bytes.
+
+    OMP_NUM_THREADS=1 python tests/benchmarks/bench_prox.py [--weights N] [--rounds N] [--out FILE.json]
+
+Each round times the copy and then every map once, so that a busy machine slows all of them alike; what is reported is
+the median over the rounds of (map / copy of the same round). The goal is at most 4 copies.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pcq.grids import Affine, Codebook, Grid
+from pcq.prox import BinaryRelax, Hard, L, Parq, Prox, ProxQuant, proximal
+
+PROXES: list[Prox] = [Hard(), ProxQuant(), BinaryRelax(), BinaryRelax(clip=True), Parq(), L(1.0, 0.5)]
+STRENGTH = 0.5
+
+
+def grids(g: int) -> dict[str, Grid]:
+    """The level sets that are measured, for ``g`` rows of standard normal weights."""
+    scale = torch.linspace(0.7, 1.3, g)
+    uneven = torch.tensor([-1.5, -0.45, 0.45, 1.5])
+    return {
+        "binary": Affine(1.6 * scale, 0.5, 2),
+        "ternary": Affine(1.2 * scale, 1.0, 3),
+        "uniform 2-bit": Affine(1.0 * scale, 1.5, 4),
+        "uniform 4-bit": Affine(0.3 * scale, 7.5, 16),
+        "listed 3": Codebook(scale[:, None] * torch.tensor([-1.2, 0.0, 1.2])),
+        "listed 4": Codebook(scale[:, None] * uneven),
+        "listed 16": Codebook(scale[:, None] * torch.linspace(-2.5, 2.5, 16)),
+    }
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def commit() -> str:
+    described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return described.stdout.strip()
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=int, default=11_000_000)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+
+    weights = torch.randn(args.weights, generator=torch.Generator().manual_seed(0))
+    target = torch.empty_like(weights)
+    maps: dict[str, Callable[[], Tensor]] = {}
+    for layout, width in (("per tensor", args.weights), ("per channel of 2000", 2000)):
+        g = args.weights // width
+        rows, out = weights[: g * width].view(g, width), target[: g * width].view(g, width)
+        for name, grid in grids(g).items():
+            for prox in PROXES:
+                if name == "listed 16" and not isinstance(prox, Hard | Parq):
+                    continue
+                shifts = prox.shifts(STRENGTH)
+                maps[f"{layout}, {name}, {prox}"] = lambda r=rows, g=grid, s=shifts, o=out: proximal(r, g, s, out=o)  # type: ignore[misc]
+    ratios: dict[str, list[float]] = {name: [] for name in maps}
+    copies = []
+    for _ in range(args.rounds):
+        for name, work in maps.items():
+            copy = min(seconds(lambda: target.copy_(weights)) for _ in range(3))
+            copies.append(copy)
+            ratios[name].append(seconds(work) / copy)
+    result = {
+        "what": "time of the proximal map / time of a copy of the same float32 weights, median of the rounds",
+        "weights": args.weights,
+        "rounds": args.rounds,
+        "copy_ms": round(statistics.median(copies) * 1e3, 3),
+        "copies": {name: round(statistics.median(values), 2) for name, values in ratios.items()},
+        "hardware": processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+    text = json.dumps(result, indent=1)
+    print(text)
+    if args.out:
+        args.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
