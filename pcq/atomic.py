@@ -1,0 +1,76 @@
+"""Files appear whole or not at all: write beside the name, flush to disk, rename."""
+
+import contextlib
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from pcq.errors import PcqError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Yield an empty temporary file's path beside ``path``; when the block ends well it becomes ``path``.
+
+    The temporary name keeps the suffix, because some writers choose their format by it. Whatever ends the block early
+    (an exception, Ctrl-C) removes the temporary file and leaves an older ``path`` as it was. A symbolic link is
+    written through.
+
+    Raises:
+        PcqError: ``path`` cannot be written, or the disk is full.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.stem[:100]}.{secrets.token_hex(4)}.partial{target.suffix}")
+    if target.exists() and not target.is_file():
+        what = "a folder" if target.is_dir() else "not a regular file"
+        raise PcqError(f"cannot be written: it is {what}", where=str(path), todo="Name a file")
+    try:
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666))
+        try:
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno in FULL or error.filename in (str(temporary), str(target)):
+            raise unwritable(error, path) from error
+        raise
+    with contextlib.suppress(OSError):  # a folder cannot be flushed everywhere, and the file itself is safe already
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def reserve(file: BinaryIO, size: int) -> None:
+    """Make the file ``size`` bytes long and, where the system can, take the room on the disk now.
+
+    Raises:
+        OSError: there is no room.
+    """
+    if hasattr(os, "posix_fallocate") and size:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+    file.truncate(size)
+
+
+def unwritable(error: OSError, path: str | Path) -> PcqError:
+    """The sentence for an output that the system refuses."""
+    if error.errno in FULL:
+        return PcqError("no room left to write it", where=str(path), todo="Free some space, or choose another disk")
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        what = f"cannot be written: there is no folder {Path(path).parent}"
+        return PcqError(what, where=str(path), todo="Make the folder, or choose another")
+    reason = error.strerror or type(error).__name__
+    return PcqError(f"cannot be written: {reason.lower()}", where=str(path), todo="Choose another place")

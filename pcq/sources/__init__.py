@@ -1,0 +1,11 @@
+"""What a user hands in -> tensors, one at a time, and the architecture if the file itself tells it.
+
+Checkpoints of ``torch.save`` (zip and legacy), safetensors, both of them sharded, ``.pt2``, TorchScript, ``.npz``, and
+folders that hold one of them. Opening executes nothing that is in a file.
+"""
+
+from pcq.sources.opening import ARTIFACT_KEY, open_source
+from pcq.sources.pt2 import revive
+from pcq.sources.source import Source
+
+__all__ = ["ARTIFACT_KEY", "Source", "open_source", "revive"]

@@ -1,0 +1,149 @@
+"""An opened checkpoint: names, shapes and dtypes at once, values one tensor at a time."""
+
+import hashlib
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pcq.errors import PcqError, did_you_mean
+
+PREFIXES = ("module.", "_orig_mod.", "model.")
+"""What DistributedDataParallel, torch.compile and Lightning put before every name."""
+
+
+HASHED = 1 << 30
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor that can be read.
+
+    Attributes:
+        shape: its shape.
+        dtype: its dtype without ``torch.``, such as ``float32``.
+        read: reads it: contiguous, on the CPU.
+        identity: entries of equal identity are one tensor under several names; None: this one shares nothing.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], Tensor]
+    identity: Hashable = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a user handed in, opened; the values stay on disk until :meth:`tensor` asks for one.
+
+    Attributes:
+        path: the file or folder.
+        entries: every tensor under its name in the state dict, in order.
+        notes: what was found and done on the way (wrapper opened, prefix stripped), one sentence each.
+        arch: the architecture spec, where the checkpoint itself says so.
+        program: the exported program without its weights (see ``pcq.sources.pt2``), for ``.pt2``.
+        make_module: loads the network with its weights, where the file holds one.
+    """
+
+    path: Path
+    entries: Mapping[str, Entry]
+    notes: tuple[str, ...] = ()
+    arch: str | None = None
+    program: bytes | None = field(default=None, repr=False)
+    make_module: Callable[[], nn.Module] | None = field(default=None, repr=False)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.entries)
+
+    def _entry(self, name: str) -> Entry:
+        if name not in self.entries:
+            raise PcqError(f"there is no tensor '{name}'", where=str(self.path), todo=did_you_mean(name, self.entries))
+        return self.entries[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entry(name).shape
+
+    def dtype(self, name: str) -> str:
+        """Without ``torch.``, such as ``float32``."""
+        return self._entry(name).dtype
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor: contiguous, on the CPU, in its own dtype. Not kept: drop it, and its memory is free.
+
+        Raises:
+            CheckFailed: the file is damaged where the tensor lies.
+            PcqError: the file is gone.
+        """
+        entry = self._entry(name)
+        try:
+            tensor = entry.read()
+        except OSError as error:
+            raise unreadable(self.path, error) from error
+        assert (tuple(tensor.shape), str(tensor.dtype)) == (entry.shape, f"torch.{entry.dtype}"), (name, entry)
+        return tensor
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every tensor, read now; tied names hold one tensor."""
+        found = {name: self.tensor(name) for name in self.entries if name not in self.tied}
+        return {name: found[self.tied.get(name, name)] for name in self.entries}
+
+    @cached_property
+    def tied(self) -> dict[str, str]:
+        """Name -> the first name of the same tensor, for all but the first."""
+        first: dict[Hashable, str] = {}
+        return {
+            name: first[entry.identity]
+            for name, entry in self.entries.items()
+            if entry.identity is not None and first.setdefault(entry.identity, name) != name
+        }
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, tied ones counted once."""
+        return sum(
+            math.prod(entry.shape) * getattr(torch, entry.dtype).itemsize
+            for name, entry in self.entries.items()
+            if name not in self.tied
+        )
+
+    def origin(self) -> dict[str, str]:
+        """``file``: the name; ``sha256``: of the content, where it is one file of at most a gigabyte."""
+        found = {"file": self.path.name or self.path.resolve().name}
+        if self.path.is_file() and self.path.suffix != ".json" and self.path.stat().st_size <= HASHED:
+            with open(self.path, "rb") as file:
+                found["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        return found
+
+    def module(self) -> nn.Module | None:
+        """The network with its weights, in eval mode, where the file holds one (``.pt2``, a pickled module)."""
+        return None if self.make_module is None else self.make_module()
+
+
+def strip_prefixes(entries: Mapping[str, Entry]) -> tuple[dict[str, Entry], list[str]]:
+    """Take off every prefix that all names have; ``-> entries, notes``. ``AveragedModel``'s counter is left out."""
+    found = dict(entries)
+    notes = []
+    while prefix := next((p for p in PREFIXES if found and all(name.startswith(p) for name in _counted(found))), None):
+        if len(_counted(found)) < len(found):
+            notes.append("Left out the averaging counter 'n_averaged'.")
+        found = {name.removeprefix(prefix): found[name] for name in _counted(found)}
+        notes.append(f"Took the prefix '{prefix}' off all {len(found)} names.")
+    return found, notes
+
+
+def _counted(entries: Mapping[str, Entry]) -> Sequence[str]:
+    return [name for name in entries if name != "n_averaged"]
+
+
+def unreadable(path: Path, error: OSError) -> PcqError:
+    """The sentence for a path that is not there or may not be read."""
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        todo = did_you_mean(path.name, near) if path.parent.is_dir() else f"There is no folder {path.parent} either"
+        return PcqError("there is no such file", where=str(path), todo=todo)
+    return PcqError(f"cannot be read: {(error.strerror or 'unknown reason').lower()}", where=str(path))

@@ -1,0 +1,82 @@
+"""Where in a checkpoint the weights are."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from pcq.errors import PcqError, did_you_mean
+
+WRAPPER = re.compile(
+    r"state_dict|model(_state_dict|_state)?|ema(_model|_state_dict)?|model_ema|state_dict_ema"
+    r"|net|network|module|weights|params(_ema)?"
+)
+"""Names under which training scripts keep the weights."""
+NOT_WEIGHTS = re.compile(r"optim|sched|scaler|rng|callbacks|loops|hparams|hyper_parameters|criterion|queue", re.I)
+"""Names under which they keep other things that can hold tensors."""
+
+
+def find_state(loaded: Any, path: Path, key: str | None = None) -> tuple[str, Any, list[str]]:
+    """Find the state dict (or module) in what was loaded: ``-> dotted key, it, names of what is beside it``.
+
+    Tensors at the top are the state dict, unless a known wrapper name holds one; then the wrapper is opened.
+
+    Raises:
+        PcqError: nothing looks like one, or several do.
+    """
+    if isinstance(loaded, nn.Module):
+        return "", loaded, []
+    if not isinstance(loaded, Mapping):
+        found = "a single tensor without a name" if isinstance(loaded, Tensor) else f"a {type(loaded).__name__}"
+        todo = "Save model.state_dict() instead"
+        raise PcqError(f"it holds {found}, not a state dict", where=str(path), todo=todo)
+    inner = dict(candidates(loaded))
+    known = {key: value for key, value in inner.items() if any(map(WRAPPER.fullmatch, key.split(".")))}
+    chosen = known or ({} if has_tensors(loaded) else inner)
+    if key is not None:
+        if key not in inner:
+            what = f"there is no state dict '{key}' in it"
+            raise PcqError(what, where=str(path), allowed=listed(list(inner)), todo=did_you_mean(key, inner))
+        chosen = {key: inner[key]}
+    if len(chosen) > 1:
+        choices = ", ".join(f"'{key}' ({_count(value)} tensors)" for key, value in chosen.items())
+        todo = f"Choose one, such as --key {next(iter(chosen))}"
+        raise PcqError(f"several state dicts, and pcq does not guess: {choices}", where=str(path), todo=todo)
+    if chosen:
+        where, value = next(iter(chosen.items()))
+        top = where.partition(".")[0]
+        return where, value, [str(name) for name in loaded if name != top]
+    if has_tensors(loaded):
+        return "", loaded, []
+    held = f"no tensors, only {listed([str(key) for key in loaded])}" if loaded else "nothing"
+    raise PcqError(f"it holds {held}", where=str(path), todo="Give a checkpoint with the network's weights")
+
+
+def candidates(loaded: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Every mapping of tensors, and every module, inside ``loaded``, under its dotted key."""
+    found: list[tuple[str, Any]] = []
+    for key, value in loaded.items():
+        name = f"{prefix}{key}"
+        if not isinstance(key, str) or NOT_WEIGHTS.search(key):
+            continue
+        if isinstance(value, nn.Module) or (isinstance(value, Mapping) and has_tensors(value)):
+            found.append((name, value))
+        elif isinstance(value, Mapping):
+            found += candidates(value, f"{name}.")
+    return found
+
+
+def has_tensors(mapping: Mapping[Any, Any]) -> bool:
+    return any(isinstance(key, str) and isinstance(value, Tensor) for key, value in mapping.items())
+
+
+def _count(value: Any) -> int:
+    values = (value.state_dict() if isinstance(value, nn.Module) else value).values()
+    return sum(isinstance(item, Tensor) for item in values)
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """Names in a sentence."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
