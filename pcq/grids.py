@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from pcq.threads import each
+
 
 @dataclass(frozen=True)
 class Affine:
@@ -28,32 +30,45 @@ class Affine:
     count: int
 
     def __post_init__(self) -> None:
-        assert 2 <= self.count <= 256 and self.scale.ndim == 1 and self.scale.dtype == torch.float32, self
+        assert 2 <= self.count <= 256, self.count
+        assert self.scale.ndim == 1, self.scale.shape
+        assert self.scale.dtype == torch.float32, self.scale.dtype
         if isinstance(self.zero_point, Tensor):
-            assert self.zero_point.dtype == torch.uint8 and self.zero_point.shape == self.scale.shape, self
+            assert self.zero_point.dtype == torch.uint8, self.zero_point.dtype
+            assert self.zero_point.shape == self.scale.shape, (self.zero_point.shape, self.scale.shape)
 
     @property
     def g(self) -> int:
         return self.scale.numel()
 
-    def _zero(self) -> float | Tensor:
-        return self.zero_point.float()[:, None] if isinstance(self.zero_point, Tensor) else self.zero_point
+    def _zero(self) -> Tensor:
+        if isinstance(self.zero_point, Tensor):
+            return self.zero_point.float()[:, None]
+        return self.scale.new_full((1, 1), self.zero_point).expand(self.g, 1)
 
     def levels(self) -> Tensor:
         """float32 ``[g, count]``, ascending."""
-        return self.decode(torch.arange(self.count, device=self.scale.device).expand(self.g, -1))
+        codes = torch.arange(self.count, dtype=torch.uint8, device=self.scale.device)
+        return self.decode(codes.expand(self.g, -1))
 
     def encode(self, rows: Tensor) -> Tensor:
         """Nearest level of each weight: ``[g, n] -> uint8 [g, n]``. Ties go to the even code."""
-        step = torch.where(self.scale > 0, self.scale, 1.0)[:, None]
-        return (rows / step).add_(self._zero()).round_().clamp_(0, self.count - 1).to(torch.uint8)
+        step, zero = torch.where(self.scale > 0, self.scale, 1.0)[:, None], self._zero()
+        codes = torch.empty(rows.shape, dtype=torch.uint8, device=rows.device)
+
+        def work(tile: tuple[slice, slice]) -> None:
+            some, _ = tile
+            codes[tile] = (rows[tile] / step[some]).add_(zero[some]).round_().clamp_(0, self.count - 1)
+
+        each(work, _tiles(rows.shape), rows.device)
+        return codes
 
     def decode(self, codes: Tensor) -> Tensor:
         """uint8 ``[g, n] -> float32 [g, n]``."""
         return codes.to(torch.float32).sub_(self._zero()).mul_(self.scale[:, None])
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Affine":
-        """The grid with ``change`` applied to every per-row tensor (select, reorder or move rows)."""
+        """The grid with ``change`` applied to every per-row tensor (select, reorder or repeat rows)."""
         zero = change(self.zero_point) if isinstance(self.zero_point, Tensor) else self.zero_point
         return replace(self, scale=change(self.scale), zero_point=zero)
 
@@ -71,9 +86,12 @@ class Codebook:
     scale: Tensor | None = None
 
     def __post_init__(self) -> None:
-        assert self.table.ndim == 2 and self.table.dtype == torch.float32 and 2 <= self.count <= 256, self
+        assert self.table.ndim == 2, self.table.shape
+        assert self.table.dtype == torch.float32, self.table.dtype
+        assert 2 <= self.count <= 256, self.count
         if self.scale is not None:
-            assert self.scale.dtype == torch.float32 and self.scale.ndim == 1, self
+            assert self.scale.ndim == 1, self.scale.shape
+            assert self.scale.dtype == torch.float32, self.scale.dtype
             assert self.table.shape[0] in (1, self.scale.numel()), self
 
     @property
@@ -92,31 +110,64 @@ class Codebook:
     def encode(self, rows: Tensor) -> Tensor:
         """Nearest level of each weight: ``[g, n] -> uint8 [g, n]``. Ties go to the lower level."""
         levels = self.levels()
-        middles = ((levels[:, 1:] + levels[:, :-1]) / 2).contiguous()
-        if middles.shape[0] == 1:
-            return torch.bucketize(rows.contiguous(), middles[0], out_int32=True).to(torch.uint8)
-        return torch.searchsorted(middles, rows.contiguous(), out_int32=True).to(torch.uint8)
+        lower, upper = levels[:, :-1], levels[:, 1:]
+        middles = ((lower.double() + upper.double()) / 2).float()
+        middles = torch.where(middles < upper, middles, lower).contiguous()  # neighbouring floats have no middle
+        codes = torch.empty(rows.shape, dtype=torch.uint8, device=rows.device)
+
+        def work(tile: tuple[slice, slice]) -> None:
+            some, _ = tile
+            if middles.shape[0] == 1:
+                codes[tile] = torch.bucketize(rows[tile].contiguous(), middles[0], out_int32=True)
+            else:
+                codes[tile] = torch.searchsorted(middles[some], rows[tile].contiguous(), out_int32=True)
+
+        each(work, _tiles(rows.shape), rows.device)
+        return codes
 
     def decode(self, codes: Tensor) -> Tensor:
         """uint8 ``[g, n] -> float32 [g, n]``."""
         levels = self.levels()
-        if levels.shape[0] == 1:
-            return levels[0][codes.long()]
-        return torch.gather(levels, 1, codes.long())
+        rows = levels.new_empty(codes.shape)
+
+        def work(tile: tuple[slice, slice]) -> None:
+            some, _ = tile
+            at = codes[tile].long()
+            rows[tile] = levels[0][at] if levels.shape[0] == 1 else levels[some].gather(1, at)
+
+        each(work, _tiles(codes.shape), codes.device)
+        return rows
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Codebook":
-        """The grid with ``change`` applied to every per-row tensor (select, reorder or move rows)."""
-        table = self.table if self.table.shape[0] == 1 and self.g != 1 else change(self.table)
+        """The grid with ``change`` applied to every per-row tensor (select, reorder or repeat rows).
+
+        A table of one row serves any number of rows and stays as it is.
+        """
+        table = self.table if self.table.shape[0] == 1 else change(self.table)
         return Codebook(table, None if self.scale is None else change(self.scale))
 
 
 Grid = Affine | Codebook
 
 
+def _tiles(shape: tuple[int, ...]) -> list[tuple[slice, slice]]:
+    """Cut ``[g, n]`` into pieces whose temporaries stay small."""
+    some, part = max(1, _TILE // max(1, shape[1])), min(_TILE, max(1, shape[1]))
+    return [
+        (slice(row, row + some), slice(column, column + part))
+        for row in range(0, shape[0], some)
+        for column in range(0, shape[1], part)
+    ]
+
+
+_TILE = 2**18
+
+
 def interleave(main: Grid, tail: Grid, channels: int) -> Grid:
     """Join the grids of each channel's full groups (``main``, channel by channel) and of its shorter last group.
 
-    ``main`` has ``channels * m`` rows, ``tail`` has ``channels``; the result has ``channels * (m + 1)``.
+    ``main`` has ``channels * m`` rows, ``tail`` has ``channels``; the result has ``channels * (m + 1)``. Both come from
+    one quantizer, and not from one whose grid is a single unscaled table for all rows.
     """
 
     def join(a: Tensor, b: Tensor) -> Tensor:
@@ -129,9 +180,11 @@ def interleave(main: Grid, tail: Grid, channels: int) -> Grid:
             return Affine(join(main.scale, tail.scale), join(main.zero_point, tail.zero_point), main.count)
         assert main.zero_point == tail.zero_point, (main, tail)
         return Affine(join(main.scale, tail.scale), main.zero_point, main.count)
-    assert isinstance(main, Codebook) and isinstance(tail, Codebook), (main, tail)
-    shared = main.table.shape[0] == tail.table.shape[0] == 1 and torch.equal(main.table, tail.table)
-    table = main.table if shared and (main.scale is not None or main.g == 1) else join(main.table, tail.table)
+    assert isinstance(main, Codebook), main
+    assert isinstance(tail, Codebook), tail
+    assert (main.scale is None) == (tail.scale is None), (main, tail)
     if main.scale is None or tail.scale is None:
-        return Codebook(table)
-    return Codebook(table, join(main.scale, tail.scale))
+        return Codebook(join(main.table, tail.table))
+    shared = main.table.shape[0] == tail.table.shape[0] == 1
+    assert not shared or torch.equal(main.table, tail.table), (main, tail)
+    return Codebook(main.table if shared else join(main.table, tail.table), join(main.scale, tail.scale))

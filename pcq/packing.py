@@ -20,7 +20,7 @@ DIGITS = {2: 8, 3: 5, 4: 4, 16: 2, 256: 1}
 def planes(count: int) -> tuple[int, ...]:
     """The radices that store ``count`` levels in the fewest bits per code; of equals, the fewest planes.
 
-    ``planes(2) = (2,)``, ``planes(3) = (3,)``, ``planes(8) = (4, 2)``, ``planes(16) = (16,)``, ``planes(64) = (16, 4)``.
+    ``planes(2) = (2,)``, ``planes(3) = (3,)``, ``planes(8) = (4, 2)``, ``planes(64) = (16, 4)``.
     """
     assert 2 <= count <= 256, count
 
@@ -41,17 +41,16 @@ def pack(codes: Tensor, count: int) -> Tensor:
     """``codes`` (uint8, any shape, each < count) ``-> uint8 [packed_size]``, in row-major order."""
     assert codes.dtype == torch.uint8, codes.dtype
     assert not codes.numel() or int(codes.max()) < count, (int(codes.max()), count)
-    flat = codes.reshape(-1)
-    packed = []
-    for radix in planes(count):
-        digits, flat = (flat, flat) if radix == 256 else (flat % radix, flat // radix)
-        per_byte = DIGITS[radix]
-        digits = torch.nn.functional.pad(digits, (0, -digits.numel() % per_byte)).reshape(-1, per_byte)
-        value = torch.zeros(digits.shape[0], dtype=torch.uint8, device=codes.device)
-        for i in range(per_byte):
-            value += digits[:, i] * radix**i
-        packed.append(value)
-    return torch.cat(packed)
+    flat, radices = codes.reshape(-1), planes(count)
+    packed = torch.empty(packed_size(count, flat.numel()), dtype=torch.uint8, device=codes.device)
+    parts = _planes_of(packed, count, flat.numel())
+    for start in range(0, flat.numel(), _CHUNK):
+        rest = flat[start : start + _CHUNK]
+        for radix, part in zip(radices[:-1], parts[:-1], strict=True):
+            _write(rest % radix if radix == 3 else rest & (radix - 1), radix, part, start)
+            rest = rest // radix if radix == 3 else rest >> (radix.bit_length() - 1)
+        _write(rest, radices[-1], parts[-1], start)
+    return packed
 
 
 def unpack(packed: Tensor, count: int, shape: tuple[int, ...]) -> Tensor:
@@ -62,18 +61,55 @@ def unpack(packed: Tensor, count: int, shape: tuple[int, ...]) -> Tensor:
     """
     numel = math.prod(shape)
     if packed.numel() != packed_size(count, numel):
-        raise ValueError(f"{packed.numel()} bytes where {count} levels of shape {list(shape)} take "
-                         f"{packed_size(count, numel)}")
-    codes = torch.zeros(numel, dtype=torch.int16, device=packed.device)
-    place, offset, valid = 1, 0, True
-    for radix in planes(count):
-        per_byte = DIGITS[radix]
-        value = packed[offset : offset + math.ceil(numel / per_byte)]
-        offset += value.numel()
-        digits = value[:, None] if radix == 256 else torch.stack([value // radix**i % radix for i in range(per_byte)], 1)
-        valid = valid and (numel == 0 or int(value.max()) < radix**per_byte)
-        codes += digits.reshape(-1)[:numel].to(torch.int16) * place
-        place *= radix
-    if not valid or (numel and int(codes.max()) >= count):
-        raise ValueError(f"a code that is not one of {count} levels")
-    return codes.to(torch.uint8).reshape(shape)
+        raise ValueError(
+            f"{packed.numel()} bytes where {count} levels of shape {list(shape)} take {packed_size(count, numel)}"
+        )
+    codes = torch.empty(numel, dtype=torch.uint8, device=packed.device)
+    parts = _planes_of(packed, count, numel)
+    for start in range(0, numel, _CHUNK):
+        out = codes[start : start + _CHUNK]
+        place, total = 1, torch.zeros(out.numel(), dtype=torch.int16, device=packed.device)
+        for radix, part in zip(planes(count), parts, strict=True):
+            per_byte = DIGITS[radix]
+            values = part[start // per_byte : math.ceil((start + out.numel()) / per_byte)]
+            if int(values.max()) >= radix**per_byte:
+                raise ValueError(f"a byte that is not {per_byte} digits of {radix}")
+            total.add_(_read(values, radix)[: out.numel()], alpha=place)
+            place *= radix
+        if int(total.max()) >= count:
+            raise ValueError(f"a code that is not one of {count} levels")
+        out.copy_(total)
+    return codes.reshape(shape)
+
+
+_CHUNK = 40 * 2**13
+"""Codes that are worked on at a time: whole bytes in every plane."""
+
+
+def _planes_of(packed: Tensor, count: int, numel: int) -> tuple[Tensor, ...]:
+    """The bytes of each plane."""
+    return torch.split(packed, [math.ceil(numel / DIGITS[radix]) for radix in planes(count)])
+
+
+def _write(digits: Tensor, radix: int, part: Tensor, start: int) -> None:
+    """Put the digits of codes from number ``start`` on into their plane."""
+    per_byte = DIGITS[radix]
+    digits = torch.nn.functional.pad(digits, (0, -digits.numel() % per_byte)).reshape(-1, per_byte)
+    value = digits[:, -1].clone()
+    for i in range(per_byte - 2, -1, -1):
+        value.mul_(radix).add_(digits[:, i])
+    part[start // per_byte :][: value.numel()] = value
+
+
+def _read(values: Tensor, radix: int) -> Tensor:
+    """The digits of bytes, one after another."""
+    if radix == 3:
+        return _trits().to(values.device).index_select(0, values.int()).reshape(-1)
+    width = radix.bit_length() - 1
+    return torch.stack([(values >> i * width) & (radix - 1) for i in range(DIGITS[radix])], 1).reshape(-1)
+
+
+@cache
+def _trits() -> Tensor:
+    """uint8 ``[256, 5]``: the base-3 digits of each byte, least significant first."""
+    return (torch.arange(256)[:, None] // 3 ** torch.arange(DIGITS[3]) % 3).to(torch.uint8)

@@ -28,7 +28,8 @@ class QuantizedTensor:
     rows: Rows
 
     def __post_init__(self) -> None:
-        assert self.codes.dtype == torch.uint8 and tuple(self.codes.shape) == self.rows.shape, self
+        assert self.codes.dtype == torch.uint8, self.codes.dtype
+        assert tuple(self.codes.shape) == self.rows.shape, (self.codes.shape, self.rows)
 
     def dequantize(self) -> Tensor:
         """float32, the weight's shape."""
@@ -53,13 +54,26 @@ def stored_bytes(grid: Grid, numel: int) -> int:
     return size + 4 * grid.table.numel() + (0 if grid.scale is None else 4 * grid.scale.numel())
 
 
+def blank(quantizer: Quantizer, rows: Rows) -> Grid:
+    """The grid of all-zero weights: what ``quantizer`` will choose has this form and size, whatever the weights."""
+    return _form(quantizer).map(lambda rows_of_two: rows_of_two.new_zeros(rows.g, *rows_of_two.shape[1:]))
+
+
+def _form(quantizer: Quantizer) -> Grid:
+    """A grid for two rows: enough to tell what each row has of its own from what all share."""
+    return quantizer.fit(torch.zeros(2, 8))
+
+
 def fit(quantizer: Quantizer, weight: Tensor, rows: Rows) -> Grid:
     """The grid that ``quantizer`` chooses for ``weight``; shorter last groups are fitted on their real weights only."""
+    assert weight.numel(), "an empty weight has no levels"
     split = rows.split(weight.detach().to(torch.float32))
     if rows.tail == rows.width:
         return quantizer.fit(split)
     by_channel = split.reshape(rows.channels, rows.groups, rows.width)
     main = quantizer.fit(by_channel[:, :-1].reshape(-1, rows.width))
+    if _form(quantizer).g == 1:  # one unscaled table serves all rows
+        return main
     tail = quantizer.fit(by_channel[:, -1, : rows.tail].contiguous())
     return interleave(main, tail, rows.channels)
 

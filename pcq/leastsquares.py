@@ -1,0 +1,212 @@
+"""Least squares on sorted rows: after one sort, any set of levels is judged in O(levels * log n) a row, exactly.
+
+The middles between levels cut a sorted row into runs; the count and the sum of each run, two differences of prefix
+sums, are all that the squared error and every refit need.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EXACT_EVENTS = 1280
+"""``best_scale`` is the global minimum where a row's length times the table's positive middles is at most this."""
+
+COARSE, FINE, REFITS = 0.9, 8, 32
+"""The scan of scales steps by the factor COARSE, then by its FINE-th root around the best; then REFITS at most."""
+
+
+@dataclass(frozen=True)
+class SortedRows:
+    """Rows whose weights are in ascending order, with what makes runs of them cheap to sum.
+
+    Attributes:
+        values: float32 ``[g, n]``, ascending along n.
+        sums: float64 ``[g, n + 1]``, the sums of each row's first 0 .. n weights.
+        square: float64 ``[g]``, the sums of squares.
+    """
+
+    values: Tensor
+    sums: Tensor
+    square: Tensor
+
+    def cuts(self, middles: Tensor) -> Tensor:
+        """Where ``middles [g, k - 1]`` cut each row into runs: int64 ``[g, k + 1]``, from 0 to n.
+
+        A weight that equals a middle belongs to the lower run.
+        """
+        cuts = torch.searchsorted(self.values, middles.to(torch.float32).contiguous(), right=True)
+        return F.pad(F.pad(cuts, (1, 0)), (0, 1), value=self.values.shape[1])
+
+    def runs(self, cuts: Tensor) -> tuple[Tensor, Tensor]:
+        """Counts and sums of the runs between ``cuts [g, k + 1]``: float64 ``[g, k]`` each."""
+        return cuts.diff(dim=1).double(), self.sums.gather(1, cuts).diff(dim=1)
+
+
+def sort_rows(rows: Tensor) -> SortedRows:
+    """Sort ``rows [g, n]`` float32, **in place** on a CPU, and sum them."""
+    if rows.device.type == "cpu":
+        rows.numpy().sort(axis=1)  # vectorised and without indices: six times faster than torch.sort
+    else:
+        rows = rows.sort(dim=1).values
+    sums = F.pad(rows.cumsum(1, dtype=torch.float64), (1, 0))
+    return SortedRows(rows, sums, torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square())
+
+
+def best_scale(rows: SortedRows, table: Tensor, rule: Tensor | None = None) -> Tensor:
+    """The scale s >= 0 that minimises ``sum (w - s * nearest(w / s))**2`` for levels ``s * table``.
+
+    Short rows (``EXACT_EVENTS``): the global minimum. Longer ones: the best of a scan of scales, each refitted to its
+    own codes, from the largest down to where clipping alone costs more than the best so far; then of a finer scan
+    around it, then of alternating refits. Never worse than the scale that puts the table's largest magnitude on the
+    row's, nor than ``rule``.
+
+    Args:
+        rows: g rows.
+        table: float64 ``[k]`` ascending.
+        rule: float64 ``[g]``, a scale to try as well.
+
+    Returns:
+        float64 ``[g]``.
+    """
+    middles = (table[1:] + table[:-1]) / 2
+    events = max(1, int((middles > 0).sum()), int((middles < 0).sum()))
+    if rows.values.shape[1] * events <= EXACT_EVENTS:
+        return _swept_scale(rows.values, table)
+    return _scanned_scale(rows, table.expand(rows.values.shape[0], -1), rule=rule)[1]
+
+
+def best_affine(rows: SortedRows, count: int, rule: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Scale and zero point in 0 .. count - 1 of the levels ``scale * (code - zero_point)``, for least squares.
+
+    A scan of scales at the zero point of the row's range, then a pattern search over the zero point (all of them up
+    to 16 levels) with a refitted scale at each. Never worse than that range itself, nor than ``rule``.
+
+    Args:
+        rows: g rows.
+        count: number of levels.
+        rule: a scale and a zero point to try as well, float64 ``[g]`` each.
+
+    Returns:
+        float64 ``[g]`` each.
+    """
+    codes = torch.arange(count, dtype=torch.float64, device=rows.values.device)
+    low, high = rows.values[:, 0].double().clamp(max=0), rows.values[:, -1].double().clamp(min=0)
+    span = (high - low) / (count - 1)
+    zero = (-low / span.clamp_min(1e-300)).round()
+    error, scale = _error(rows, codes - zero[:, None], span)
+
+    def consider(other: Tensor, search: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+        nonlocal error, scale, zero
+        found, refit = search(codes - other[:, None])
+        better = found < error
+        error, scale, zero = found.where(better, error), refit.where(better, scale), other.where(better, zero)
+
+    def refitted(table: Tensor) -> tuple[Tensor, Tensor]:
+        return _error(rows, table, _error(rows, table, scale)[1])
+
+    consider(zero, lambda table: _scanned_scale(rows, table))
+    consider(rule[1], lambda table: _error(rows, table, rule[0]))
+    if count <= 16:
+        for other in range(count):
+            consider(torch.full_like(zero, other), lambda table: _scanned_scale(rows, table, error))
+        return scale, zero
+    step = count // 8
+    while step:
+        for move in (-step, step):
+            consider((zero + move).clamp(0, count - 1), refitted)
+        step //= 2
+    return scale, zero
+
+
+def _error(rows: SortedRows, table: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared error and scale after refitting the scale to the codes that ``scale`` gives: float64 ``[g]`` each."""
+    middles = (table[:, 1:] + table[:, :-1]) / 2
+    counts, sums = rows.runs(rows.cuts(scale[:, None] * middles))
+    cross, norm = (table * sums).sum(1), (table.square() * counts).sum(1)
+    refit = torch.where(cross > 0, cross / norm, 0.0)
+    return rows.square - refit * cross.clamp(min=0), refit
+
+
+def _scanned_scale(
+    rows: SortedRows, table: Tensor, limit: Tensor | None = None, rule: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Squared error and scale, float64 ``[g]`` each, as :func:`best_scale` says for long rows; ``table [g, k]``.
+
+    Nothing better than the errors ``limit`` need be found.
+    """
+    low, high = table[:, :1], table[:, -1:]
+    smallest, largest = rows.values[:, 0].double(), rows.values[:, -1].double()
+    most = torch.maximum(-smallest, largest) / torch.maximum(-low, high)[:, 0]
+    start = most
+    for reach, extreme in ((largest, high[:, 0]), (-smallest, -low[:, 0])):
+        start = torch.maximum(start, torch.where((extreme > 0) & (reach > 0), reach / extreme, 0.0))
+
+    error, scale, probe = rows.square, torch.zeros_like(start), start
+
+    def consider(at: Tensor) -> None:
+        nonlocal error, scale, probe
+        found, refit = _error(rows, table, at)
+        better = found < error
+        error, scale, probe = found.where(better, error), refit.where(better, scale), at.where(better, probe)
+
+    for at in (most,) if rule is None else (most, rule):
+        consider(at)
+    for step in range(64):
+        at = start * COARSE**step
+        consider(at)
+        counts, sums = rows.runs(rows.cuts(at[:, None] * torch.cat([low, high], 1)))
+        below, above = at * low[:, 0] * counts[:, 0] - sums[:, 0], sums[:, 2] - at * high[:, 0] * counts[:, 2]
+        clipped = below.square() / counts[:, 0].clamp_min(1) + above.square() / counts[:, 2].clamp_min(1)
+        if bool(
+            (clipped >= (error if limit is None else error.minimum(limit))).all()
+        ):  # clipping alone costs at least this, here and at every smaller scale
+            break
+    around = probe
+    for step in range(1 - FINE, FINE):
+        if step:
+            consider(around * COARSE ** (step / FINE))
+    for _ in range(REFITS):
+        before = error
+        consider(scale)
+        if torch.equal(error, before):
+            break
+    return error, scale
+
+
+def _swept_scale(values: Tensor, table: Tensor) -> Tensor:
+    """The best of all choices of codes that any scale can produce, found in one sweep: the global minimum.
+
+    With t = 1/s growing from 0, a weight w moves on to its next level when t*w passes a middle between levels. In the
+    order of these events every choice of codes q comes up, and with it the best scale for it, <w, q>/<q, q>, which
+    lowers the squared error by <w, q>**2/<q, q>. For the table {-1, 0, 1} this is the exact ternary fit.
+    """
+    if values.numel() * table.numel() > 2**20 and values.shape[0] > 1:
+        return torch.cat([_swept_scale(half, table) for half in values.chunk(2)])
+    weights = values.double()
+    times, crosses, norms = [], [], []
+    cross, norm = weights.new_zeros(values.shape[0], 1), weights.new_zeros(values.shape[0], 1)
+    for own, levels, sign in ((values >= 0, table, 1.0), (values < 0, -table.flip(0), -1.0)):
+        size = torch.where(own, weights * sign, 0.0)[:, :, None]
+        middles = (levels[1:] + levels[:-1]) / 2
+        ahead = middles > 0
+        first, before, after = levels[int((~ahead).sum())], levels[:-1][ahead], levels[1:][ahead]
+        cross = cross + first * size.sum(1)
+        norm = norm + first.square() * own.sum(1, keepdim=True)
+        times.append((middles[ahead] / size).flatten(1))
+        crosses.append((size * (after - before)).flatten(1))
+        norms.append(((size > 0) * (after.square() - before.square())).flatten(1))
+    order = _order(torch.cat(times, 1))
+    cross = torch.cat([cross, torch.cat(crosses, 1).gather(1, order)], 1).cumsum(1)
+    norm = torch.cat([norm, torch.cat(norms, 1).gather(1, order)], 1).cumsum(1)
+    refit = torch.where(cross > 0, cross / norm, 0.0)
+    return refit.gather(1, (refit * cross).argmax(1, keepdim=True))[:, 0]
+
+
+def _order(keys: Tensor) -> Tensor:
+    """What sorts ``keys [g, n]`` along n, not stable."""
+    if keys.device.type == "cpu":
+        return torch.from_numpy(keys.numpy().argsort(axis=1))  # vectorised: three times faster than torch.argsort
+    return keys.argsort(dim=1)

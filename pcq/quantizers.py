@@ -1,0 +1,385 @@
+"""Quantizers choose the set Q of levels for each row of weights: ``fit(rows [g, n]) -> Grid``.
+
+Each minimises the squared error ``sum (w - nearest level)**2`` of every row within its family of level sets, or says
+which simple rule it follows instead. They are frozen records of plain fields, the ``levels:`` of a recipe. The form of
+the grid (kind, number of levels, what is shared by all rows) depends on these fields only, never on the weights.
+
+Rows are float32, finite, and at least one weight long; all-zero, constant, denormal and huge rows get finite levels.
+A field out of range raises ``ValueError`` with what is allowed.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pcq.grids import Affine, Codebook
+from pcq.kmeans import kmeans
+from pcq.leastsquares import SortedRows, best_affine, best_scale, sort_rows
+from pcq.threads import each
+
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""The 4-bit NormalFloat levels of QLoRA (arXiv 2305.14314), as bitsandbytes publishes them."""
+
+GAUSSIAN_STEP = (1.595769, 0.995687, 0.586019, 0.335201, 0.188139, 0.104063, 0.056868, 0.030762)
+"""Step of the least-squares uniform grid of 2**bits levels around 0 for a Gaussian of deviation 1, bits = 1 .. 8.
+
+Max, «Quantizing for minimum distortion», 1960; recomputed in the tests.
+"""
+
+_CHUNK = 2**19  # weights that are worked on at a time, in whole rows
+
+
+@dataclass(frozen=True)
+class Binary:
+    """Levels ``-v, v`` with v the mean magnitude: the least-squares optimum (arXiv 1603.05279)."""
+
+    @property
+    def text(self) -> str:
+        return "binary"
+
+    def fit(self, rows: Tensor) -> Affine:
+        (scale,) = _by_chunk(rows, lambda chunk: (chunk.abs_().mean(1, dtype=torch.float64) * 2,))
+        return Affine(scale, 0.5, 2)
+
+
+@dataclass(frozen=True)
+class Ternary:
+    """Levels ``-v, 0, v``, the exact least-squares optimum.
+
+    With k weights nonzero the best are the k largest and v their mean magnitude, which lowers the error by
+    ``(sum of the k largest)**2 / k``; of all k the best is taken. The heuristic it replaces: arXiv 1605.04711.
+    """
+
+    @property
+    def text(self) -> str:
+        return "ternary"
+
+    def fit(self, rows: Tensor) -> Affine:
+        (scale,) = _by_chunk(rows, _ternary)
+        return Affine(scale, 1.0, 3)
+
+
+@dataclass(frozen=True)
+class LeastSquaresBinary:
+    """Levels ``±v1 ± .. ± vb``: the sum of b scaled binary codes (2**bits levels).
+
+    Started greedily, each v the mean magnitude of what the ones before leave, and from the best evenly spaced grid,
+    which is one of these; then nearest codes and least squares for the v alternate (arXiv 1802.00150). Never worse than
+    either start; ``refine=0`` is the greedy fit alone (LSBQ).
+
+    Attributes:
+        bits: 1 to 4.
+        refine: alternations, 0 to 1000.
+    """
+
+    bits: int
+    refine: int = 10
+
+    def __post_init__(self) -> None:
+        _check_range("bits", self.bits, 1, 4)
+        _check_range("refine", self.refine, 0, 1000)
+
+    @property
+    def text(self) -> str:
+        return f"least-squares binary, {_bits(self.bits)}"
+
+    def fit(self, rows: Tensor) -> Codebook:
+        (table,) = _by_chunk(rows, lambda chunk: (_least_squares_binary(chunk, self.bits, self.refine),))
+        return Codebook(table)
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """2**bits evenly spaced levels.
+
+    Symmetric: up to 4 bits the levels are ``±1/2, ±3/2, .. * scale`` (1 bit is binary); from 5 bits on they are
+    ``-2**(bits-1) .. 2**(bits-1) - 1`` times scale, with zero a level and integers all. On the convolutions of
+    EfficientNet-Lite0 the first form has 0.90, 0.33, 0.12, 0.04, 0.00, -0.02, -0.03 dB more signal to noise than the
+    second at 2 .. 8 bits, so it is used where that is worth having no zero.
+    Affine: ``scale * (code - zero_point)`` with an integer zero point per row in 0 .. 2**bits - 1; zero is a level.
+
+    Attributes:
+        bits: 1 to 8.
+        symmetric: whether the levels lie around zero.
+        scale: ``mse``: least squares (see ``leastsquares.best_scale`` and ``best_affine`` for how exact);
+            ``absmax``: the levels just span the row, if affine the row and zero; ``mean``: the step that is best for
+            Gaussian weights of the row's mean magnitude, if affine of its mean absolute deviation from its mean.
+    """
+
+    bits: int
+    symmetric: bool = True
+    scale: Literal["mse", "absmax", "mean"] = "mse"
+
+    def __post_init__(self) -> None:
+        _check_range("bits", self.bits, 1, 8)
+        _check_choice("scale", self.scale, ("mse", "absmax", "mean"))
+
+    @property
+    def text(self) -> str:
+        return f"uniform {self.bits}-bit {'symmetric' if self.symmetric else 'affine'}, {self.scale} scale"
+
+    def fit(self, rows: Tensor) -> Affine:
+        count = 2**self.bits
+        if not self.symmetric:
+            scale, zero = _by_chunk(rows, self._affine, reach=count - 1)
+            return Affine(scale, zero, count)
+        zero_point = (count - 1) / 2 if self.bits <= 4 else count / 2
+        table = torch.arange(count, dtype=torch.float64, device=rows.device) - zero_point
+        kernels: dict[str, Kernel] = {
+            "mse": lambda chunk: (_least_squares_scale(chunk, table, self._step(chunk.abs())),),
+            "absmax": lambda chunk: (torch.maximum(chunk.amax(1) / table[-1], chunk.amin(1) / table[0]),),
+            "mean": lambda chunk: (self._step(chunk.abs_()),),
+        }
+        (scale,) = _by_chunk(rows, kernels[self.scale], reach=count / 2)
+        return Affine(scale, zero_point, count)
+
+    def _step(self, magnitudes: Tensor) -> Tensor:
+        """The step that suits Gaussian weights of these magnitudes ``[c, n]``: float64 ``[c]``."""
+        return magnitudes.mean(1, dtype=torch.float64) * (GAUSSIAN_STEP[self.bits - 1] * math.sqrt(math.pi / 2))
+
+    def _affine(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        top = 2**self.bits - 1
+        if self.scale == "absmax":
+            low, high = rows.amin(1).clamp(max=0).double(), rows.amax(1).clamp(min=0).double()
+            scale = (high - low) / top
+            zero = -low / scale
+        else:
+            center = rows.mean(1, dtype=torch.float64)
+            scale = self._step((rows - center[:, None]).abs_())
+            zero = top / 2 - center / scale
+        zero = zero.nan_to_num(nan=0.0).round().clamp(0, top)
+        if self.scale == "mse":
+            scale, zero = best_affine(sort_rows(rows), top + 1, (scale, zero))
+        return scale, zero.to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class KMeans:
+    """The k levels of least squared error without any other condition: optimal one-dimensional k-means.
+
+    How exact: ``kmeans.kmeans``. A row with fewer distinct weights than levels is met exactly.
+
+    Attributes:
+        levels: 2 to 256.
+    """
+
+    levels: int
+
+    def __post_init__(self) -> None:
+        _check_range("levels", self.levels, 2, 256)
+
+    @property
+    def text(self) -> str:
+        return f"k-means, {self.levels} levels"
+
+    def fit(self, rows: Tensor) -> Codebook:
+        (table,) = _by_chunk(rows, lambda chunk: (kmeans(sort_rows(chunk), self.levels),))
+        return Codebook(table)
+
+
+@dataclass(frozen=True)
+class AdditivePowersOfTwo:
+    """Levels ``± scale * sum of one power of two (or none) from each of several lists`` (arXiv 1909.13144).
+
+    The ``bits - 1`` bits of the magnitude are dealt to the terms; a term of m bits is one of ``2**m - 1`` powers of two
+    or zero. The powers 1, 1/2, 1/4, .. go round the terms, the longer terms beginning earlier, as in the paper's code,
+    so all sums differ: ``2**bits - 1`` levels. One term: plain powers of two. The scale is the least-squares one.
+
+    Attributes:
+        bits: 2 to 8.
+        terms: 1 to bits - 1; None: one for every two bits of the magnitude, as in the paper.
+    """
+
+    bits: int
+    terms: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_range("bits", self.bits, 2, 8)
+        if self.terms is not None:
+            _check_range(f"terms of {self.bits} bits", self.terms, 1, self.bits - 1)
+
+    @property
+    def text(self) -> str:
+        terms = self._terms
+        return f"powers of two, {self.bits} bits" if terms == 1 else f"sums of {terms} powers of two, {self.bits} bits"
+
+    @property
+    def _terms(self) -> int:
+        return self.bits // 2 if self.terms is None else self.terms
+
+    def fit(self, rows: Tensor) -> Codebook:
+        return _scaled_table(rows, additive_powers(self.bits - 1, self._terms), "mse")
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Listed levels, the same for all rows.
+
+    Attributes:
+        levels: 2 to 256 different numbers, or ``nf4`` (arXiv 2305.14314).
+        scale: ``none``: the levels are used as they are; ``absmax``: each row's levels are scaled so that the largest
+            in magnitude meets the row's largest magnitude; ``mse``: so that the squared error is least
+            (``leastsquares.best_scale``).
+    """
+
+    levels: tuple[float, ...] | Literal["nf4"]
+    scale: Literal["none", "absmax", "mse"] = "none"
+
+    def __post_init__(self) -> None:
+        _check_choice("scale", self.scale, ("none", "absmax", "mse"))
+        if isinstance(self.levels, str):
+            _check_choice("levels", self.levels, ("nf4",))
+            return
+        table: list[float] = torch.tensor(self.levels, dtype=torch.float32).tolist()
+        if not 2 <= len(set(table)) == len(table) <= 256 or not all(map(math.isfinite, table)):
+            raise ValueError(f"levels has to be 2 to 256 different finite numbers or nf4, not {self.levels}")
+
+    @property
+    def text(self) -> str:
+        levels = "nf4" if self.levels == "nf4" else f"{{{', '.join(f'{level:g}' for level in sorted(self._levels))}}}"
+        return f"fixed {levels}" + ("" if self.scale == "none" else f", {self.scale} scale")
+
+    @property
+    def _levels(self) -> tuple[float, ...]:
+        return NF4 if isinstance(self.levels, str) else self.levels
+
+    def fit(self, rows: Tensor) -> Codebook:
+        return _scaled_table(rows, tuple(sorted(self._levels)), self.scale)
+
+
+Quantizer = Binary | Ternary | LeastSquaresBinary | Uniform | KMeans | AdditivePowersOfTwo | Fixed
+
+Kernel = Callable[[Tensor], tuple[Tensor, ...]]
+
+
+def _by_chunk(rows: Tensor, kernel: Kernel, reach: float = 1.0) -> tuple[Tensor, ...]:
+    """Apply ``kernel`` to a few rows at a time, in units in which their sums and squares are harmless.
+
+    Each row is divided by the power of two that brings its largest magnitude into [1, 2), which is exact, and the
+    kernel's floating results ``[c]`` or ``[c, k]`` are multiplied by it again and rounded to float32. The kernel may
+    overwrite the chunk. ``reach`` times a result stays finite too.
+    """
+    assert rows.ndim == 2, rows.shape
+    assert rows.dtype == torch.float32, rows.dtype
+    assert rows.numel(), rows.shape
+    limit = torch.finfo(torch.float32).max / max(1.0, reach) * (1 - 1e-6)
+
+    def work(part: Tensor) -> tuple[Tensor, ...]:
+        largest = torch.linalg.vector_norm(part, ord=torch.inf, dim=1)
+        unit = torch.where(largest > 0, largest / (torch.frexp(largest).mantissa * 2), 1.0)
+        results = kernel((part / unit[:, None]).contiguous())
+        units = [unit.double().reshape(-1, *[1] * (result.ndim - 1)) for result in results]
+        return tuple(
+            (result * unit).clamp(-limit, limit).float() if result.is_floating_point() else result
+            for result, unit in zip(results, units, strict=True)
+        )
+
+    done = each(work, torch.split(rows, max(1, _CHUNK // rows.shape[1])), rows.device)
+    return tuple(torch.cat(columns) for columns in zip(*done, strict=True))
+
+
+def _ternary(rows: Tensor) -> tuple[Tensor]:
+    sums = sort_rows(rows.abs_().neg_()).sums[:, 1:]
+    k = torch.arange(1, rows.shape[1] + 1, dtype=torch.float64, device=rows.device)
+    best = (sums.square() / k).argmax(1, keepdim=True)
+    return ((-sums / k).gather(1, best)[:, 0],)
+
+
+def _least_squares_scale(rows: Tensor, table: Tensor, rule: Tensor | None = None) -> Tensor:
+    """``best_scale`` of rows that need not be sorted; the half of a symmetric table does for the magnitudes."""
+    if torch.equal(table, -table.flip(0)):
+        rows, table = rows.abs_(), table[table >= 0]
+    return best_scale(sort_rows(rows), table, rule)
+
+
+def _scaled_table(rows: Tensor, levels: tuple[float, ...], scale: Literal["none", "absmax", "mse"]) -> Codebook:
+    table = torch.tensor([levels], dtype=torch.float32, device=rows.device)
+    if scale == "none":
+        return Codebook(table)
+    reach, listed = float(table.abs().max()), table[0].double()
+
+    def absmax(chunk: Tensor) -> tuple[Tensor]:
+        return (torch.linalg.vector_norm(chunk, ord=torch.inf, dim=1).double() / reach,)
+
+    def mse(chunk: Tensor) -> tuple[Tensor]:
+        return (_least_squares_scale(chunk, listed),)
+
+    (scales,) = _by_chunk(rows, mse if scale == "mse" else absmax, reach)
+    return Codebook(table, scales)
+
+
+@cache
+def additive_powers(bits: int, terms: int) -> tuple[float, ...]:
+    """The sums of ``AdditivePowersOfTwo`` with ``bits`` bits of magnitude, both signs, ascending, the largest 1."""
+    powers: list[list[float]] = [[0.0] for _ in range(terms)]
+    counts = [2 ** (bits // terms + (term < bits % terms)) - 1 for term in range(terms)]
+    exponent = 0
+    for left in range(counts[0], 0, -1):
+        for term in sorted(range(terms), key=lambda term: counts[term]):
+            if counts[term] >= left:
+                powers[term].append(2.0**-exponent)
+                exponent += 1
+    sums = sorted({sum(choice) for choice in product(*powers)})
+    return tuple(-level / sums[-1] for level in sums[:0:-1]) + tuple(level / sums[-1] for level in sums)
+
+
+def _least_squares_binary(rows: Tensor, bits: int, refine: int) -> Tensor:
+    """Levels float64 ``[c, 2**bits]``. By symmetry the magnitudes and the nonnegative levels do."""
+    rest, greedy = rows.abs(), []
+    for _ in range(bits):
+        greedy.append(rest.mean(1, dtype=torch.float64))
+        rest = rest.sub_(greedy[-1][:, None]).abs_()
+    magnitudes = sort_rows(rows.abs_())
+    signs = torch.tensor([(1.0, *rest) for rest in product((1.0, -1.0), repeat=bits - 1)]).to(rows.device).double()
+    error, best = torch.full_like(magnitudes.square, torch.inf), torch.stack(greedy, 1)
+    starts = [best]
+    if refine:
+        halves = torch.arange(2 ** (bits - 1), dtype=torch.float64, device=rows.device) + 0.5
+        steps = 2.0 ** torch.arange(bits - 2, -2, -1, dtype=torch.float64, device=rows.device)
+        starts.append(best_scale(magnitudes, halves)[:, None] * steps)
+    for values in starts:
+        for _ in range(refine + 1):
+            found, refit = _judge_binary(magnitudes, signs, values)
+            better = found < error
+            error, best = found.where(better, error), values.where(better[:, None], best)
+            values = refit
+    levels = (best @ signs.T).abs().sort(1).values
+    return torch.cat([-levels.flip(1), levels], 1)
+
+
+def _judge_binary(rows: SortedRows, signs: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared error ``[c]`` of the levels of ``values [c, b]``, and the least-squares values for their codes."""
+    sums = values @ signs.T
+    patterns = signs * torch.where(sums < 0, -1.0, 1.0)[:, :, None]
+    levels, order = sums.abs().sort(1)
+    patterns = patterns.gather(1, order[:, :, None].expand(patterns.shape))
+    counts, totals = rows.runs(rows.cuts((levels[:, 1:] + levels[:, :-1]) / 2))
+    error = rows.square + (levels * (levels * counts - 2 * totals)).sum(1)
+    normal = torch.einsum("cm,cmi,cmj->cij", counts, patterns, patterns)
+    ridge = 1e-12 * counts.sum(1)[:, None, None] * torch.eye(signs.shape[1], dtype=signs.dtype, device=signs.device)
+    right = torch.einsum("cm,cmi->ci", totals, patterns)
+    return error, torch.linalg.solve(normal + ridge, right)
+
+
+def _bits(bits: int) -> str:
+    return f"{bits} bit" if bits == 1 else f"{bits} bits"
+
+
+def _check_range(name: str, value: int, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"{name} has to be a whole number from {low} to {high}, not {value!r}")
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} has to be one of {', '.join(allowed)}, not {value!r}")
