@@ -1,0 +1,217 @@
+"""Where a network's quantizable weights act, and what enters them.
+
+A weight is calibrated where it is the matrix of a linear map ``y = x W^T`` on patches ``x``: convolutions of any
+dimension, stride, dilation, grouping and transposition, and Linear. :func:`find` reads this off a tape. What it cannot
+read (a weight used twice, by an operation it does not know, or not at all) it names with the reason.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pcq.rows import Rows
+from pcq.tape import Op, Tape, Value
+
+_PASSED = ("view", "_unsafe_view", "reshape", "alias", "detach", "clone", "contiguous")
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """The geometry of a convolution: ``aten.convolution``'s arguments and the kernel's size."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A BatchNorm in evaluation mode: its operation, the names of its tensors, and its epsilon."""
+
+    op: int
+    weight: str | None
+    bias: str | None
+    mean: str
+    var: str
+    eps: float
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weight at work.
+
+    Attributes:
+        weight: its name.
+        op: the operation it is used by.
+        x: number of the value that enters.
+        y: number of the value that leaves.
+        bias: name of the bias that is added right there.
+        norm: the BatchNorm that follows, if it is the only reader of ``y``.
+        geometry: the convolution's, None for a Linear.
+    """
+
+    weight: str
+    op: int
+    x: int
+    y: int
+    bias: str | None
+    norm: Norm | None
+    geometry: Convolution | None
+
+    @property
+    def groups(self) -> int:
+        return 1 if self.geometry is None else self.geometry.groups
+
+    def channels(self, shape: tuple[int, ...]) -> Rows:
+        """One row for each output channel, whatever the levels are shared by: ``[c, n]``, groups one after another."""
+        if self.geometry is not None and self.geometry.transposed:
+            return Rows(shape, axis=1, blocks=self.geometry.groups)
+        return Rows(shape)
+
+
+def _norm(tape: Tape, number: int, channels: int) -> Norm | None:
+    """The BatchNorm that alone reads ``number``."""
+    user = tape.sole_user(number)
+    if user is None:
+        return None
+    op = tape.ops[user]
+    if op.name != "native_batch_norm" or op.args[5] is not False:
+        return None
+    weight, bias, mean, var = (tape.name_of(argument) for argument in op.args[1:5])
+    shared = [name for name in (weight, bias, mean, var) if name and _uses(tape, name) != 1]
+    if mean is None or var is None or shared:
+        return None
+    return Norm(user, weight, bias, mean, var, op.args[7])
+
+
+def _uses(tape: Tape, name: str) -> int:
+    numbers = [number for number, other in tape.names.items() if other == name]
+    return sum(len(tape.users.get(number, ())) for number in numbers)
+
+
+def _through(tape: Tape, argument: Any) -> tuple[int, list[str]]:
+    """The value behind views and transpositions, and the transpositions passed, outermost first."""
+    turns: list[str] = []
+    number = argument.number
+    while number in tape.makers:
+        op = tape.ops[tape.makers[number]]
+        if op.name in ("t", "transpose", "permute"):
+            turns.append(op.name)
+        elif op.name not in _PASSED:
+            break
+        number = op.args[0].number
+    return number, turns
+
+
+def _added_bias(tape: Tape, number: int) -> tuple[str | None, int]:
+    """The parameter that is added to ``number`` right behind views, and the value after that."""
+    user = tape.sole_user(number)
+    while user is not None and tape.ops[user].name in _PASSED:
+        number = tape.ops[user].outputs[0]
+        user = tape.sole_user(number)
+    if user is None or tape.ops[user].name != "add" or tape.ops[user].kwargs:
+        return None, number
+    names = [tape.name_of(argument) for argument in tape.ops[user].args[:2]]
+    name = next((name for name in names if name is not None), None)
+    return (None, number) if name is None else (name, tape.ops[user].outputs[0])
+
+
+def _convolution(tape: Tape, index: int, op: Op, weight: str, shape: tuple[int, ...]) -> Layer:
+    _, _, bias, stride, padding, dilation, transposed, output_padding, groups = op.args
+    d = len(shape) - 2
+    wide = [tuple(v) if len(v) == d else tuple(v) * d for v in (stride, padding, dilation, output_padding)]
+    geometry = Convolution(shape[2:], wide[0], wide[1], wide[2], transposed, wide[3], groups)
+    channels = shape[1] * groups if transposed else shape[0]
+    y = op.outputs[0]
+    return Layer(weight, index, op.args[0].number, y, tape.name_of(bias), _norm(tape, y, channels), geometry)
+
+
+def _linear(tape: Tape, index: int, op: Op, weight: str, shape: tuple[int, ...]) -> Layer:
+    x = op.args[1] if op.name == "addmm" else op.args[0]
+    bias, y = (tape.name_of(op.args[0]), op.outputs[0]) if op.name == "addmm" else _added_bias(tape, op.outputs[0])
+    return Layer(weight, index, x.number, y, bias, _norm(tape, op.outputs[0], shape[0]), None)
+
+
+def find(tape: Tape, weights: dict[str, tuple[int, ...]]) -> tuple[list[Layer], dict[str, str]]:
+    """The layers of ``weights`` (name -> shape) in the order they run, and for the rest name -> why there is none."""
+    layers: dict[str, Layer] = {}
+    refused: dict[str, str] = {}
+    for index, op in enumerate(tape.ops):
+        for position, argument in enumerate(op.args):
+            if not isinstance(argument, Value) or (op.name in ("t", "transpose", *_PASSED)):
+                continue
+            number, turns = _through(tape, argument)
+            name = tape.names.get(number)
+            if name is None or name not in weights:
+                continue
+            made = None
+            if op.name == "convolution" and position == 1 and not turns:
+                made = _convolution(tape, index, op, name, weights[name])
+            elif op.name in ("addmm", "mm") and position == len(op.args) - 1 and turns in (["t"], ["transpose"]):
+                made = _linear(tape, index, op, name, weights[name])
+            if made is None:
+                refused[name] = f"it is used by '{op.name}', which calibration does not know"
+            elif name in layers:
+                refused[name] = "it is used more than once"
+            else:
+                layers[name] = made
+    for name in weights.keys() - layers.keys() - refused.keys():
+        refused[name] = "the network does not use it on these samples"
+    return [layer for name, layer in layers.items() if name not in refused], refused
+
+
+def patches(layer: Layer, x: Tensor, count: int | None = None, generator: torch.Generator | None = None) -> Tensor:
+    """What one output position of each group sees: ``[groups, m, n]``, ``n`` in the order of the weight's row.
+
+    ``count`` positions (of the samples and the plane together) are drawn with replacement by ``generator``; None takes
+    all of them in order: samples outermost, then the output plane.
+    """
+    geometry = layer.geometry
+    if geometry is None:
+        flat = x.reshape(1, -1, x.shape[-1])
+        if count is None or count >= flat.shape[1]:
+            return flat
+        return flat[:, torch.randint(flat.shape[1], (count,), generator=generator)]
+    d = len(geometry.kernel)
+    if x.ndim == d + 1:
+        x = x[None]
+    if geometry.transposed:
+        x = _stuffed(x, geometry)
+        stride: tuple[int, ...] = (1,) * d
+    else:
+        x = F.pad(x, [p for pad in reversed(geometry.padding) for p in (pad, pad)])
+        stride = geometry.stride
+    for axis, (k, step, apart) in enumerate(zip(geometry.kernel, stride, geometry.dilation, strict=True)):
+        x = x.unfold(2 + axis, apart * (k - 1) + 1, step)[..., ::apart]
+    if geometry.transposed:
+        x = x.flip(tuple(range(2 + d, 2 + 2 * d)))
+    # [b, c, *plane, *kernel] -> [b, *plane, c, *kernel]
+    x = x.permute(0, *range(2, 2 + d), 1, *range(2 + d, 2 + 2 * d))
+    plane = x.shape[: 1 + d]
+    total = plane.numel()
+    if count is not None and count < total:
+        drawn = torch.randint(total, (count,), generator=generator)
+        x = x[torch.unravel_index(drawn, plane)]
+    x = x.reshape(-1, geometry.groups, x.shape[-1 - d] // geometry.groups * torch.Size(geometry.kernel).numel())
+    return x.transpose(0, 1).contiguous()
+
+
+def _stuffed(x: Tensor, geometry: Convolution) -> Tensor:
+    """A transposed convolution's input with zeros between its pixels and padding, so that stride 1 follows."""
+    planes = x.shape[2:]
+    spread = x.new_zeros(*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(planes, geometry.stride, strict=True)))
+    where: list[Any] = [slice(None, None, s) for s in geometry.stride]
+    spread[(..., *where)] = x
+    pads = []
+    for k, apart, p, extra in zip(
+        geometry.kernel, geometry.dilation, geometry.padding, geometry.output_padding, strict=True
+    ):
+        pads.append((apart * (k - 1) - p, apart * (k - 1) - p + extra))
+    return F.pad(spread, [p for pad in reversed(pads) for p in pad])

@@ -1,0 +1,280 @@
+"""Calibrated one-shot quantization: layer by layer, with the error of the layers before in view.
+
+For each layer, in the order they run, minimise ``E ||(W x_f - E W x_f) - (W_q x_q - E W_q x_q)||^2`` over codes and
+levels, with ``x_f`` what enters it in the float network and ``x_q`` in the network quantized so far. In second moments
+this is ``tr((W_q - T) C (W_q - T)^T)`` plus a constant, ``C = cov(x_q)`` and the corrected target
+``T = W cov(x_f, x_q) C^-1``. Means, and where a BatchNorm follows also deviations, of every output channel are then
+made equal to the float network's: through the BatchNorm's statistics, or through the bias.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from pcq import qtensor
+from pcq import tape as tapes
+from pcq.calibrate.layers import Layer, Norm, find, patches
+from pcq.calibrate.quadratic import Codes, Quadratic, descend, gptq, nearest, refit
+from pcq.calibrate.streams import Streams
+from pcq.errors import PcqError
+from pcq.progress import Progress, silent
+from pcq.qtensor import QuantizedTensor, Quantizer
+from pcq.quantizers import Fixed
+from pcq.rows import Rows
+
+_ELEMENTS = 2**25  # numbers in the patches that the moments of a layer are taken from
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to reconstruct.
+
+    Attributes:
+        method: ``nearest``: levels and codes of the weights alone; ``gptq``; ``proxconnect``.
+        corrected: aim at the float network's output from the quantized network's input; else at the layer's own.
+        rounds: how many times coordinate descent and the refit of the levels alternate.
+        match: what of every channel's output is made equal to the float network's.
+        shrink: part of the covariance between different weights that is not believed, 0 to 1.
+        damp: part of the mean diagonal that is added to H: pulls towards the float weights.
+        positions: output positions that the moments of one layer are taken from, at most; fewer where a position is
+            large, but at least 16 for each weight of a row.
+        batch: samples that go through the network at once.
+        memory: bytes of activations to keep between layers.
+        seed: of the positions drawn.
+    """
+
+    method: Literal["nearest", "gptq", "proxconnect"] = "gptq"
+    corrected: bool = True
+    rounds: int = 4
+    match: Literal["none", "mean", "deviation"] = "deviation"
+    shrink: float = 0.0
+    damp: float = 0.01
+    positions: int = 16384
+    batch: int = 32
+    memory: int = 2**30
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What one layer lost: squared error of its centred output over the variance of the float network's.
+
+    Attributes:
+        weight: its name.
+        nearest: with the weights rounded to their nearest levels.
+        solved: with the codes and levels found.
+    """
+
+    weight: str
+    nearest: float
+    solved: float
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What :func:`calibrate` found.
+
+    Attributes:
+        quantized: name -> quantized weight, for all that were asked for.
+        changed: name -> new tensor, for biases and BatchNorm statistics.
+        layers: one report for each reconstructed layer.
+        plain: name -> why this weight was only rounded to nearest.
+        samples: how many samples were used.
+    """
+
+    quantized: dict[str, QuantizedTensor]
+    changed: dict[str, Tensor]
+    layers: tuple[LayerReport, ...]
+    plain: dict[str, str]
+    samples: int
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of what enters a layer, ``x_q``: mean ``[G, n]``, covariance, ``cov(x_f, x_q)``; of what leaves: ``[G, r]``."""
+
+    mean: Tensor
+    cov: Tensor
+    cross: Tensor
+    y_mean: Tensor
+    y_var: Tensor
+
+
+def batches(samples: tuple[Tensor, ...], batch: int) -> list[tuple[Tensor, ...]]:
+    """Equal batches of at most ``batch`` samples; fewer samples than there are batches may be left over."""
+    count = len(samples[0])
+    if count == 0 or any(len(sample) != count for sample in samples):
+        raise PcqError("there are no calibration samples, or not as many of each input")
+    parts = -(-count // batch)
+    each = count // parts
+    return [tuple(_fast(s[i * each : (i + 1) * each]) for s in samples) for i in range(parts)]
+
+
+def _fast(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+
+
+def moments(layer: Layer, weight: Tensor, streams: Streams, settings: Settings) -> Moments:
+    """Second moments of what enters ``layer``, over all batches; ``weight [G, r, n]`` is the float one."""
+    n = weight.shape[2]
+    count = max(min(settings.positions, _ELEMENTS // (len(weight) * n)), 16 * n) // len(streams.kept) + 1
+    sums: list[Tensor] = []
+    pivot: Tensor | None = None
+    total = 0
+    for index, (x_f, x_q) in enumerate(streams.inputs(layer.op, layer.x)):
+        seed = settings.seed * 1_000_003 + layer.op * 1009 + index
+        p_f, p_q = (patches(layer, x, count, torch.Generator().manual_seed(seed)).float() for x in (x_f, x_q))
+        if pivot is None:
+            pivot = p_q.mean(1, keepdim=True)
+        y = p_f @ weight.transpose(1, 2)
+        f, q = p_f - pivot, p_q - pivot
+        qq = q.transpose(1, 2) @ q
+        fq = f.transpose(1, 2) @ q if settings.corrected else qq
+        new = [q.sum(1), f.sum(1), qq, fq, y.sum(1), y.square().sum(1)]
+        sums = [a + b.double() for a, b in zip(sums, new, strict=True)] if sums else [s.double() for s in new]
+        total += p_q.shape[1]
+    assert pivot is not None
+    q, f, qq, fq, y, yy = (s / total for s in sums)
+    cov = qq - q[:, :, None] * q[:, None, :]
+    cross = fq - f[:, :, None] * q[:, None, :]
+    return Moments((q + pivot[:, 0]).float(), cov.float(), cross.float(), y.float(), (yy - y.square()).float())
+
+
+def quadratic(weight: Tensor, found: Moments, settings: Settings) -> Quadratic:
+    """The layer's quadratic, damped: a part of the mean diagonal is added to both covariances."""
+    n = weight.shape[2]
+    diagonal = torch.diagonal(found.cov, dim1=1, dim2=2).mean(1)
+    damp = (settings.damp * torch.where(diagonal > 0, diagonal, 1.0))[:, None, None] * torch.eye(n)
+    cov = found.cov - settings.shrink * (found.cov - torch.diag_embed(torch.diagonal(found.cov, dim1=1, dim2=2)))
+    h = cov + damp
+    if not settings.corrected:
+        return Quadratic(weight, h)
+    factor = torch.linalg.cholesky(h.double())
+    right = (weight @ (found.cross + damp)).double().transpose(1, 2)
+    return Quadratic(torch.cholesky_solve(right, factor).transpose(1, 2).float().contiguous(), h)
+
+
+def solve(q: Quadratic, rows: Rows, quantizer: Quantizer, view: "View", settings: Settings) -> Codes:
+    """Codes and levels for one layer."""
+    grid = qtensor.fit(quantizer, view.weight(q.target), rows)
+    free = not (isinstance(quantizer, Fixed) and quantizer.scale == "none")
+    codes = nearest(grid, view.row, q.target) if settings.method == "nearest" else gptq(q, grid, view.row)
+    for _ in range(settings.rounds if settings.method != "nearest" else 0):
+        if free:
+            codes = refit(q, codes)
+        codes, changes = descend(q, codes, 2)
+        if not changes and not free:
+            break
+    return codes
+
+
+@dataclass(frozen=True)
+class View:
+    """Between a weight in its own shape and as ``[G, r, n]``; ``row [G, r, n]`` is each weight's row of the grid."""
+
+    channels: Rows
+    groups: int
+    row: Tensor
+
+    @staticmethod
+    def of(layer: Layer, rows: Rows) -> "View":
+        channels = layer.channels(rows.shape)
+        index = torch.arange(rows.g)[:, None].expand(rows.g, rows.width)
+        row = channels.split(rows.merge(index).contiguous()).reshape(layer.groups, -1, channels.length)
+        return View(channels, layer.groups, row.contiguous())
+
+    def split(self, weight: Tensor) -> Tensor:
+        return self.channels.split(weight).reshape(self.groups, -1, self.channels.length)
+
+    def weight(self, split: Tensor) -> Tensor:
+        return self.channels.merge(split.reshape(self.channels.g, -1)).contiguous()
+
+
+def matched(
+    norm: Norm, tensors: Mapping[str, Tensor], bias: Tensor, ratio: Tensor, mean_f: Tensor, mean_q: Tensor
+) -> dict[str, Tensor]:
+    """BatchNorm statistics under which ``ratio * (y_f - mean_f) + mean_q`` comes out as ``y_f`` did before."""
+    mean, var = tensors[norm.mean], tensors[norm.var]
+    ratio = ratio.clamp(min=torch.sqrt(norm.eps / (var + norm.eps)))
+    return {
+        norm.mean: mean_q + bias - (mean_f + bias - mean) * ratio,
+        norm.var: ((var + norm.eps) * ratio.square() - norm.eps).clamp(min=0),
+    }
+
+
+def match(
+    layer: Layer, tensors: Mapping[str, Tensor], found: Moments, new: Tensor, settings: Settings
+) -> dict[str, Tensor]:
+    """The tensors that make the layer's output moments with weight ``new [G, r, n]`` those of the float network."""
+    if settings.match == "none":
+        return {}
+    mean_q = (new @ found.mean[:, :, None]).flatten()
+    mean_f = found.y_mean.flatten()
+    bias = tensors[layer.bias] if layer.bias else torch.zeros_like(mean_f)
+    if layer.norm is None:
+        return {layer.bias: bias + mean_f - mean_q} if layer.bias else {}
+    ratio = torch.ones_like(mean_f)
+    if settings.match == "deviation":
+        var_q = (new @ found.cov).mul_(new).sum(2).flatten()
+        var_f = found.y_var.flatten()
+        ratio = ((var_q + layer.norm.eps) / (var_f + layer.norm.eps)).sqrt()
+    return matched(layer.norm, tensors, bias, ratio, mean_f, mean_q)
+
+
+def calibrate(
+    module: nn.Module,
+    plan: Mapping[str, tuple[Rows, Quantizer]],
+    samples: tuple[Tensor, ...],
+    settings: Settings = Settings(),
+    teacher: Mapping[str, Tensor] | None = None,
+    progress: Progress = silent,
+) -> Calibrated:
+    """Quantize the weights named in ``plan`` so that the network's layers keep their outputs on ``samples``.
+
+    Args:
+        module: the float network; it is left as it is.
+        plan: name of a weight -> how it is cut into rows, and what chooses the levels.
+        samples: the network's positional inputs ``[N, ...]``, without labels.
+        settings: see :class:`Settings`.
+        teacher: tensors that replace some of the module's as the float reference.
+        progress: called once a layer.
+
+    Raises:
+        PcqError: the network's forward pass cannot be replayed.
+    """
+    parts = batches(samples, settings.batch)
+    tape = tapes.record(module, parts[0])
+    tensors = {name: _fast(tensor) for name, tensor in {**tapes.state(module), **(teacher or {})}.items()}
+    layers, plain = find(tape, {name: rows.shape for name, (rows, _) in plan.items()})
+    quantized = {name: qtensor.quantize(plan[name][1], tensors[name], plan[name][0]) for name in plain}
+    student = {**tensors, **{name: q.dequantize() for name, q in quantized.items()}}
+    streams = Streams(tape, parts, tensors, student, settings.memory)
+    reports, changed = [], {}
+    for index, layer in enumerate(layers):
+        progress("calibrating", index, len(layers))
+        rows, quantizer = plan[layer.weight]
+        view = View.of(layer, rows)
+        weight = view.split(tensors[layer.weight].float())
+        found = moments(layer, weight, streams, settings)
+        q = quadratic(weight, found, settings)
+        codes = solve(q, rows, quantizer, view, settings)
+        new = codes.decode()
+        scale = max(float(found.y_var.sum()), 1e-30)
+        plainly = qtensor.quantize(quantizer, tensors[layer.weight], rows).dequantize()
+        reports.append(
+            LayerReport(
+                layer.weight, float(q.loss(view.split(plainly)).sum()) / scale, float(q.loss(new).sum()) / scale
+            )
+        )
+        result = QuantizedTensor(view.weight(codes.codes), codes.grid, rows)
+        quantized[layer.weight] = result
+        streams.quantized[layer.weight] = _fast(result.dequantize())
+        fresh = match(layer, tensors, found, new, settings)
+        changed.update(fresh)
+        streams.quantized.update(fresh)
+    progress("calibrating", len(layers), len(layers))
+    ordered = {name: quantized[name] for name in plan}
+    return Calibrated(ordered, changed, tuple(reports), plain, len(parts) * len(parts[0][0]))

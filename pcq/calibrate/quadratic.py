@@ -1,0 +1,262 @@
+"""The quadratic a layer's weights are judged by, and what minimises it over codes and levels.
+
+``loss = sum over groups of tr((W_q - T) H (W_q - T)^T)`` with the target ``T [G, r, n]`` (G groups of r output channels
+of n weights) and ``H [G, n, n]`` symmetric positive definite. Every channel has its own problem; H and the order of the
+columns are shared by a group, so all channels are worked on at once, column by column.
+
+All functions are pure and deterministic. A :class:`Codes` says which levels each weight may take: ``row [G, r, n]`` is
+the row of the grid that the weight belongs to, so that levels per tensor, channel and group are one case.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pcq.grids import Affine, Codebook, Grid
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """``target [G, r, n]`` and ``h [G, n, n]``, float32."""
+
+    target: Tensor
+    h: Tensor
+
+    def loss(self, weight: Tensor) -> Tensor:
+        """``[G, r]``: each channel's part of the loss."""
+        error = weight - self.target
+        return (error @ self.h).mul_(error).sum(2)
+
+    def gradient(self, weight: Tensor) -> Tensor:
+        """Half the gradient, ``(weight - T) H``: ``[G, r, n]``."""
+        return (weight - self.target) @ self.h
+
+
+@dataclass(frozen=True)
+class Codes:
+    """``codes`` uint8 ``[G, r, n]`` into the levels of row ``row [G, r, n]`` (int64) of ``grid``."""
+
+    codes: Tensor
+    grid: Grid
+    row: Tensor
+
+    def decode(self) -> Tensor:
+        """float32 ``[G, r, n]``."""
+        return _decode(self.grid, self.row, self.codes)
+
+    @property
+    def own(self) -> bool:
+        """Whether no two channels share a row of the grid."""
+        flat = self.row.flatten(0, 1)
+        low, high = flat.amin(1), flat.amax(1)
+        return bool((low[1:] > high[:-1]).all())
+
+
+def _decode(grid: Grid, row: Tensor, codes: Tensor) -> Tensor:
+    if isinstance(grid, Affine):
+        zero = grid.zero_point
+        return (codes.float() - (zero[row].float() if isinstance(zero, Tensor) else zero)) * grid.scale[row]
+    if grid.table.shape[0] == 1:
+        values = grid.table[0][codes.long()]
+    else:
+        values = grid.table.flatten()[row * grid.count + codes.long()]
+    return values if grid.scale is None else values * grid.scale[row]
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Nearest levels, one column of weights at a time; what depends on the grid alone is looked up once."""
+
+    grid: Grid
+    row: Tensor
+
+    def nearest(self, values: Tensor, column: int) -> tuple[Tensor, Tensor]:
+        """``values [G, r] -> codes, decoded``. Ties: as in :meth:`Grid.encode`."""
+        row = self.row[..., column]
+        if isinstance(self.grid, Affine):
+            scale = self.grid.scale[row]
+            zero = (
+                self.grid.zero_point[row].float() if isinstance(self.grid.zero_point, Tensor) else self.grid.zero_point
+            )
+            codes = values.div(torch.where(scale > 0, scale, 1.0)).add_(zero).round_().clamp_(0, self.grid.count - 1)
+            return codes.to(torch.uint8), (codes - zero).mul_(scale)
+        levels = self.grid.levels()
+        if levels.shape[0] == 1:
+            middles = ((levels[0, 1:] + levels[0, :-1]) / 2).contiguous()
+            index = torch.bucketize(values.contiguous(), middles)
+            return index.to(torch.uint8), levels[0][index]
+        own = levels[row]
+        middles = ((own[..., 1:] + own[..., :-1]) / 2).contiguous()
+        index = torch.searchsorted(middles, values[..., None].contiguous())
+        return index[..., 0].to(torch.uint8), own.gather(-1, index)[..., 0]
+
+
+def nearest(grid: Grid, row: Tensor, weight: Tensor) -> Codes:
+    """Every weight ``[G, r, n]`` to its nearest level."""
+    columns = _Columns(grid, row)
+    codes = torch.stack([columns.nearest(weight[..., j], j)[0] for j in range(weight.shape[2])], 2)
+    return Codes(codes, grid, row)
+
+
+def _order(quadratic: Quadratic) -> Tensor:
+    """``[G, n]``: columns from the most to the least important, by H's diagonal; ties in the given order."""
+    return torch.diagonal(quadratic.h, dim1=1, dim2=2).sort(dim=1, descending=True, stable=True).indices
+
+
+def _permuted(quadratic: Quadratic, row: Tensor, order: Tensor) -> tuple[Quadratic, Tensor]:
+    columns = order[:, None, :].expand_as(quadratic.target)
+    h = quadratic.h.gather(1, order[:, :, None].expand_as(quadratic.h))
+    h = h.gather(2, order[:, None, :].expand_as(quadratic.h)).contiguous()
+    return Quadratic(quadratic.target.gather(2, columns).contiguous(), h), row.gather(2, columns)
+
+
+def _restored(codes: Tensor, order: Tensor) -> Tensor:
+    return torch.empty_like(codes).scatter_(2, order[:, None, :].expand_as(codes), codes)
+
+
+def gptq(quadratic: Quadratic, grid: Grid, row: Tensor, block: int = 64) -> Codes:
+    """One pass over the columns, each rounded and its error handed to the columns still open (arXiv 2210.17323).
+
+    The open columns are given their least-squares values after every rounding, through the Cholesky factor of
+    ``H^-1``; columns go from the most to the least important.
+    """
+    order = _order(quadratic)
+    turned, turned_row = _permuted(quadratic, row, order)
+    columns = _Columns(grid, turned_row)
+    factor = torch.linalg.cholesky(turned.h.double())
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float()
+    open_ = turned.target.clone()
+    n = open_.shape[2]
+    codes = torch.empty(open_.shape, dtype=torch.uint8)
+    for start in range(0, n, block):
+        stop = min(start + block, n)
+        part, errors = open_[..., start:stop], torch.empty_like(open_[..., start:stop])
+        for j in range(start, stop):
+            codes[..., j], decoded = columns.nearest(part[..., j - start], j)
+            error = (part[..., j - start] - decoded) / factor[:, j, j, None]
+            part[..., j - start :] -= error[..., None] * factor[:, None, j, j:stop]
+            errors[..., j - start] = error
+        open_[..., stop:] -= errors @ factor[:, start:stop, stop:]
+    return Codes(_restored(codes, order), grid, row)
+
+
+def descend(quadratic: Quadratic, start: Codes, sweeps: int, block: int = 64) -> tuple[Codes, int]:
+    """Coordinate descent: every weight in turn to the level that is best with all others fixed.
+
+    Never raises the loss (but for float32 rounding). Stops early when a sweep changes nothing: then no change of a
+    single code lowers the loss. Returns the codes and how many changes the last sweep made.
+    """
+    order = _order(quadratic)
+    turned, turned_row = _permuted(quadratic, start.row, order)
+    columns = _Columns(start.grid, turned_row)
+    codes = start.codes.gather(2, order[:, None, :].expand_as(start.codes)).contiguous()
+    weight = _decode(start.grid, turned_row, codes)
+    n, changes = weight.shape[2], 0
+    curvature = torch.diagonal(turned.h, dim1=1, dim2=2)
+    for _ in range(sweeps):
+        gradient, changes = turned.gradient(weight), 0
+        for first in range(0, n, block):
+            last = min(first + block, n)
+            here = gradient[..., first:last].contiguous()
+            moved = torch.zeros_like(here)
+            for j in range(first, last):
+                old = weight[..., j]
+                best = old - here[..., j - first] / curvature[:, j, None]
+                code, decoded = columns.nearest(best, j)
+                # only what is an improvement beyond rounding: else two codes of one level, or a tie, would alternate
+                worth = (decoded - best).abs() < (old - best).abs() * (1 - 1e-6)
+                step = torch.where(worth, decoded - old, 0.0)
+                codes[..., j] = torch.where(worth, code, codes[..., j])
+                weight[..., j] = torch.where(worth, decoded, old)
+                moved[..., j - first] = step
+                here += step[..., None] * turned.h[:, None, j, first:last]
+                changes += int(worth.count_nonzero())
+            gradient += moved @ turned.h[:, first:last]
+        if not changes:
+            break
+    return replace(start, codes=_restored(codes, order)), changes
+
+
+def refit(quadratic: Quadratic, start: Codes, steps: int = 8) -> Codes:
+    """Least squares for the grid's levels with the codes fixed, by preconditioned conjugate gradients.
+
+    What moves are the scales, or the tables of a codebook without scales. With one scale for each channel a single
+    step is exact. A channel (all of them, where rows are shared by channels) keeps its levels if the new ones are out
+    of order, negative in scale, or not better.
+    """
+    grid, row = start.grid, start.row
+    scaled = isinstance(grid, Affine) or grid.scale is not None
+    parameters = _parameters(grid)
+    if scaled:
+        unit = _with_parameters(grid, torch.ones_like(parameters))
+        slot, base = row, _decode(unit, row, start.codes)
+    else:
+        slot = (row if parameters.shape[0] > 1 else torch.zeros_like(row)) * parameters.shape[1] + start.codes.long()
+        base = torch.ones_like(quadratic.target)
+    size = parameters.numel()
+    # which independent problem each parameter belongs to: its channel, or 0 for all
+    owner = torch.zeros(size, dtype=torch.long)
+    channels = 1
+    if start.own:
+        channels = row.shape[0] * row.shape[1]
+        channel = torch.arange(channels).reshape(*row.shape[:2], 1).expand_as(row)
+        per_row = torch.zeros(parameters.shape[0], dtype=torch.long).scatter_(0, row.flatten(), channel.flatten())
+        owner = per_row.repeat_interleave(parameters.shape[1])
+
+    def apply(values: Tensor) -> Tensor:
+        return values[slot] * base
+
+    def adjoint(values: Tensor) -> Tensor:
+        return torch.zeros(size).index_add_(0, slot.flatten(), (values * base).flatten())
+
+    def total(values: Tensor) -> Tensor:
+        return torch.zeros(channels).index_add_(0, owner, values)
+
+    diagonal = torch.diagonal(quadratic.h, dim1=1, dim2=2)[:, None, :].expand_as(base)
+    weight = torch.zeros(size).index_add_(0, slot.flatten(), (diagonal * base.square()).flatten())
+    inverse = torch.where(weight > 0, 1 / weight, 0.0)
+    values = parameters.flatten().clone()
+    residual = -adjoint(quadratic.gradient(apply(values)))
+    direction = inverse * residual
+    power = total(residual * direction)
+    for _ in range(steps):
+        image = adjoint(apply(direction) @ quadratic.h)
+        curvature = total(direction * image)
+        pace = torch.where(curvature > 0, power / curvature, 0.0)[owner]
+        values = values + pace * direction
+        residual = residual - pace * image
+        solved = inverse * residual
+        fresh = total(residual * solved)
+        direction = solved + torch.where(power > 0, fresh / power, 0.0)[owner] * direction
+        power = fresh
+        if scaled and start.own and size == channels:
+            break
+    fitted = values.reshape(parameters.shape)
+    valid = (fitted >= 0).all(1) if scaled else (fitted[:, 1:] >= fitted[:, :-1]).all(1)
+    valid &= fitted.isfinite().all(1)
+    better = _per_owner(quadratic.loss(_decode(_with_parameters(grid, fitted), row, start.codes)), channels)
+    better = better < _per_owner(quadratic.loss(start.decode()), channels)
+    owners = owner.reshape(parameters.shape)[:, 0]
+    broken = torch.zeros(channels, dtype=torch.long).index_add_(0, owners, (~valid).long())
+    keep = (better & (broken == 0))[owners]
+    return replace(start, grid=_with_parameters(grid, torch.where(keep[:, None], fitted, parameters)))
+
+
+def _per_owner(losses: Tensor, channels: int) -> Tensor:
+    return losses.flatten() if channels == losses.numel() else losses.sum().reshape(1)
+
+
+def _parameters(grid: Grid) -> Tensor:
+    """What :func:`refit` moves: ``[g, 1]`` scales or ``[g, k]`` tables."""
+    if isinstance(grid, Affine):
+        return grid.scale[:, None]
+    return grid.table if grid.scale is None else grid.scale[:, None]
+
+
+def _with_parameters(grid: Grid, parameters: Tensor) -> Grid:
+    if isinstance(grid, Affine):
+        return replace(grid, scale=parameters[:, 0].contiguous())
+    if grid.scale is None:
+        return Codebook(parameters.contiguous())
+    return replace(grid, scale=parameters[:, 0].contiguous())

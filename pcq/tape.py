@@ -1,0 +1,260 @@
+"""One forward pass, written down as the tensor operations it made, so that it can be run again piece by piece.
+
+What calibration needs from a network is not its modules but its data flow: what enters each weight, which BatchNorm
+follows it, who else uses a value. :func:`record` runs the module once and writes down every ATen operation; nothing is
+traced symbolically, so any Python code will do (functional calls, padding inside ``forward``, tied modules).
+:func:`run` replays any stretch of the tape with any other parameters, on samples of the recorded shape. Recording ends
+with a full replay that must equal the module's own output bit for bit; a module that fails it (randomness, branches on
+the data, writes into views) is refused.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pcq.errors import PcqError
+
+
+@dataclass(frozen=True)
+class Value:
+    """Stands in an operation's arguments for the tensor with this number."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Op:
+    """``outputs = function(*args, **kwargs)``; tensors among the arguments are :class:`Value` s."""
+
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    outputs: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """``convolution``, ``addmm``, ...: without namespace and overload."""
+        return str(self.function.overloadpacket.__name__)
+
+    @cached_property
+    def inputs(self) -> tuple[int, ...]:
+        """Numbers of the tensors it reads."""
+        leaves = pytree.tree_leaves((self.args, dict(self.kwargs)))
+        return tuple(leaf.number for leaf in leaves if isinstance(leaf, Value))
+
+
+@dataclass(frozen=True)
+class Tape:
+    """The operations of one forward pass, in order.
+
+    Attributes:
+        ops: what was computed.
+        inputs: the numbers of the samples' tensors.
+        names: number -> name in the state dict, for parameters and buffers.
+        constants: number -> tensor, for tensors that are neither.
+        output: the module's result, tensors replaced by :class:`Value` s.
+    """
+
+    ops: tuple[Op, ...]
+    inputs: tuple[int, ...]
+    names: Mapping[int, str]
+    constants: Mapping[int, Tensor]
+    output: Any
+
+    @cached_property
+    def results(self) -> tuple[int, ...]:
+        """Numbers of the tensors in the module's result."""
+        return tuple(leaf.number for leaf in pytree.tree_leaves(self.output) if isinstance(leaf, Value))
+
+    @cached_property
+    def makers(self) -> Mapping[int, int]:
+        """Number -> the operation that made it."""
+        return {number: index for index, op in enumerate(self.ops) for number in op.outputs}
+
+    @cached_property
+    def users(self) -> Mapping[int, tuple[int, ...]]:
+        """Number -> the operations that read it, one entry for each; the result counts as ``len(ops)``."""
+        found: dict[int, list[int]] = {}
+        for index, op in enumerate(self.ops):
+            for number in dict.fromkeys(op.inputs):
+                found.setdefault(number, []).append(index)
+        for number in self.results:
+            found.setdefault(number, []).append(len(self.ops))
+        return {number: tuple(indices) for number, indices in found.items()}
+
+    def name_of(self, argument: Any) -> str | None:
+        """The state dict's name of a tensor among an operation's arguments."""
+        return self.names.get(argument.number) if isinstance(argument, Value) else None
+
+    def sole_user(self, number: int) -> int | None:
+        """The operation that reads ``number``, if it is the only one."""
+        users = self.users.get(number, ())
+        return users[0] if len(users) == 1 and users[0] < len(self.ops) else None
+
+    def live(self, at: int) -> tuple[int, ...]:
+        """Numbers of the computed tensors that operation ``at`` or a later one still reads, and were made before it."""
+        made = [*self.inputs, *(number for op in self.ops[:at] for number in op.outputs)]
+        return tuple(number for number in made if self.users.get(number, (-1,))[-1] >= at)
+
+
+Interpret = Callable[[Op, tuple[Any, ...]], Any]
+
+
+def run(
+    tape: Tape,
+    tensors: Mapping[str, Tensor],
+    values: Mapping[int, Tensor],
+    start: int,
+    stop: int,
+    interpret: Mapping[str, Interpret] | None = None,
+) -> dict[int, Tensor]:
+    """Replay operations ``start .. stop - 1`` and return the tensors alive then.
+
+    Args:
+        tape: what to replay.
+        tensors: the parameters and buffers to use, by name.
+        values: the tensors alive at ``start``: the samples at 0, else what an earlier call returned for ``stop``.
+        start: the first operation.
+        stop: the operation to stop before; ``len(tape.ops)`` for all.
+        interpret: operations (by name) to compute by ``(op, args) -> outputs`` instead of the recorded function.
+    """
+    now = dict(values)
+
+    def look(leaf: Any) -> Any:
+        if not isinstance(leaf, Value):
+            return leaf
+        if leaf.number in tape.names:
+            return tensors[tape.names[leaf.number]]
+        return now[leaf.number] if leaf.number in now else tape.constants[leaf.number]
+
+    with torch.no_grad():
+        for index in range(start, stop):
+            op = tape.ops[index]
+            args, kwargs = pytree.tree_map(look, (op.args, dict(op.kwargs)))
+            other = interpret.get(op.name) if interpret else None
+            made = other(op, args) if other else op.function(*args, **kwargs)
+            tensors_made = [leaf for leaf in pytree.tree_leaves(made) if isinstance(leaf, Tensor)]
+            now.update(zip(op.outputs, tensors_made, strict=True))
+            for number in (*op.inputs, *op.outputs):
+                if tape.users.get(number, (-1,))[-1] <= index:
+                    now.pop(number, None)
+    return now
+
+
+def output(tape: Tape, values: Mapping[int, Tensor]) -> Any:
+    """The module's result, from what :func:`run` returned at the end of the tape."""
+
+    def look(leaf: Any) -> Any:
+        if not isinstance(leaf, Value):
+            return leaf
+        return values[leaf.number] if leaf.number in values else tape.constants[leaf.number]
+
+    return pytree.tree_map(look, tape.output)
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, names: Mapping[int, str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.known: dict[int, int] = {}
+        self.alive: list[Tensor] = []
+        self.state = names
+        self.names: dict[int, str] = {}
+        self.constants: dict[int, Tensor] = {}
+        self.sampled: set[int] = set()
+        self.ops: list[Op] = []
+        self.count = 0
+
+    def new(self, tensor: Tensor) -> int:
+        self.alive.append(tensor)
+        self.count += 1
+        self.known[id(tensor)] = self.count
+        return self.count
+
+    def value(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        number = self.known.get(id(leaf))
+        if number is None:
+            number = self.new(leaf)
+            if id(leaf) in self.state:
+                self.names[number] = self.state[id(leaf)]
+            else:
+                self.constants[number] = leaf.detach().clone()
+        return Value(number)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        known_args, known_kwargs = pytree.tree_map(self.value, (args, kwargs))
+        op = Op(_functional(function), known_args, known_kwargs, ())
+        sampled = any(number in self.sampled for number in op.inputs)
+        if sampled and op.name in ("_local_scalar_dense", "nonzero", "equal"):
+            raise PcqError("its forward pass branches on the values of its input, so it cannot be replayed")
+        made = function(*args, **kwargs)
+        numbers = tuple(self.new(leaf) for leaf in pytree.tree_leaves(made) if isinstance(leaf, Tensor))
+        if sampled:
+            self.sampled.update(numbers)
+        self.ops.append(replace(op, outputs=numbers))
+        return made
+
+
+def _functional(function: Any) -> Any:
+    """The operation that returns what ``function`` writes in place; ``function`` itself if there is none."""
+    name = function.overloadpacket.__name__
+    if not name.endswith("_") or name.startswith("_"):
+        return function
+    packet = getattr(torch.ops.aten, name[:-1], None)
+    return getattr(packet, function._overloadname, function)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """``module`` in evaluation mode and without torch's fused attention kernels; both as before afterwards."""
+    training = {sub: sub.training for sub in module.modules()}
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    module.eval()
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for sub, was in training.items():
+            sub.training = was
+
+
+def state(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, detached; tied ones once, under their first name."""
+    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {name: tensor.detach() for name, tensor in named.items()}
+
+
+def record(module: nn.Module, samples: tuple[Tensor, ...]) -> Tape:
+    """Run ``module(*samples)`` in evaluation mode and write down what it does.
+
+    Raises:
+        PcqError: the pass cannot be replayed exactly.
+    """
+    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    with evaluating(module), torch.no_grad():
+        recorder = _Recorder({id(tensor): name for name, tensor in named.items()})
+        inputs = tuple(recorder.new(sample) for sample in samples)
+        recorder.sampled.update(inputs)
+        with recorder:
+            result = module(*samples)
+        tape = Tape(
+            tuple(recorder.ops), inputs, recorder.names, recorder.constants, pytree.tree_map(recorder.value, result)
+        )
+        again = output(tape, run(tape, state(module), dict(zip(inputs, samples, strict=True)), 0, len(tape.ops)))
+    pairs = zip(pytree.tree_leaves(result), pytree.tree_leaves(again), strict=True)
+    if not all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs):
+        raise PcqError(
+            "its forward pass gives something else when its operations are run again",
+            todo="Take randomness and writes into views out of its forward pass.",
+        )
+    return tape
