@@ -26,10 +26,12 @@ def atomic(path: str | Path) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.stem[:100]}.{secrets.token_hex(4)}.partial{target.suffix}")
-    if target.exists() and not target.is_file():
-        what = "a folder" if target.is_dir() else "not a regular file"
+    if os.path.exists(target) and not os.path.isfile(target):
+        what = "a folder" if os.path.isdir(target) else "not a regular file"
         raise PcqError(f"cannot be written: it is {what}", where=str(path), todo="Name a file")
     try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.stat(target)  # a name that is too long, or a folder that is closed to us: better said now
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666))
         try:
             yield temporary

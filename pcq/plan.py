@@ -1,41 +1,67 @@
-"""Rules x named parameters -> Plan: what happens to every tensor, how, and why; printed before anything runs."""
+"""Rules x named parameters -> Plan: what happens to every tensor, how, and why; printed before anything runs.
 
-from dataclasses import dataclass
+The first rule that matches a tensor decides. A rule that decides nothing is an error unless it is ``optional``, and a
+weight that no rule matches stays float: every tensor of the state dict gets an entry, every float one a reason.
+"""
 
-from pcq.qtensor import Quantizer
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import cached_property
+from typing import Protocol, get_args
+
+from pcq.errors import PcqError, raise_all
+from pcq.qtensor import blank, stored_bytes
+from pcq.quantizers import Quantizer
 from pcq.rows import Rows
+from pcq.rules import Kind, Match, Parameter, Rule, Shape
+
+__all__ = ["Kept", "Parameter", "Plan", "Quantized", "make_plan"]
 
 
-@dataclass(frozen=True)
-class Parameter:
-    """What a plan needs to know about one tensor of a state dict; no tensor in it.
+class Rules(Protocol):
+    """What a plan is made of: a ``Recipe``."""
 
-    Attributes:
-        name: its key in the state dict.
-        shape: its shape.
-        dtype: its dtype without ``torch.``, such as ``float32``.
-        kind: what it is: ``conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear embedding``
-            for weights that can be quantized, ``norm bias buffer other`` for the rest.
-        groups: groups of a convolution, 1 otherwise.
-        tied_to: the name of the parameter whose storage it shares, if it is not the first of its kind.
-    """
+    @property
+    def rules(self) -> tuple[Rule, ...]: ...
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    kind: str
-    groups: int = 1
-    tied_to: str | None = None
+    def where(self, rule: int) -> str:
+        """File and line of a rule, for messages."""
+        ...
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """A parameter that gets levels: cut into ``rows``, fitted by ``quantizer``, because rule number ``rule`` matched."""
+    """A parameter that gets levels: cut into ``rows``, fitted by ``quantizer``; rule number ``rule`` says so."""
 
     parameter: Parameter
     rows: Rows
     quantizer: Quantizer
     rule: int
+
+    @property
+    def grouping(self) -> str:
+        """Which weights share levels, in words."""
+        if self.rows.group is not None:
+            return f"groups of {self.rows.width}"
+        return "per tensor" if self.rows.axis is None else "per channel"
+
+    @property
+    def text(self) -> str:
+        """Levels and grouping, in words."""
+        return f"{self.quantizer.text}, {self.grouping}"
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes it will take, scales and tables included; exact before anything runs."""
+        return stored_bytes(blank(self.quantizer, self.rows), self.parameter.numel)
+
+    @property
+    def bits(self) -> float:
+        """Bits for each weight, scales and tables included."""
+        return 8 * self.nbytes / self.parameter.numel
 
 
 @dataclass(frozen=True)
@@ -45,9 +71,154 @@ class Kept:
     parameter: Parameter
     reason: str
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes; a tied parameter none of its own."""
+        return 0 if self.parameter.tied_to is not None else self.parameter.nbytes
+
 
 @dataclass(frozen=True)
 class Plan:
-    """One entry for every tensor of the state dict, in its order."""
+    """One entry for every tensor of the state dict, in its order.
+
+    Attributes:
+        entries: what happens to each.
+        notes: what the reader should know about them, one sentence each.
+    """
 
     entries: tuple[Quantized | Kept, ...]
+    notes: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def quantized(self) -> tuple[Quantized, ...]:
+        return tuple(entry for entry in self.entries if isinstance(entry, Quantized))
+
+    @property
+    def kept(self) -> tuple[Kept, ...]:
+        return tuple(entry for entry in self.entries if isinstance(entry, Kept))
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of all tensors as they are, tied ones once."""
+        return sum(e.parameter.nbytes for e in self.entries if e.parameter.tied_to is None)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of all tensors as planned, without the file's header."""
+        return sum(entry.nbytes for entry in self.entries)
+
+    @property
+    def bits(self) -> float:
+        """Bits for each quantized weight, scales and tables included; 0 if there is none."""
+        weights = sum(entry.parameter.numel for entry in self.quantized)
+        return 8 * sum(entry.nbytes for entry in self.quantized) / weights if weights else 0.0
+
+
+def make_plan(recipe: Rules, parameters: Sequence[Parameter]) -> Plan:
+    """Settle what happens to each of ``parameters``, the state dict in the model's order.
+
+    A rule with levels passes over what cannot be quantized; one that keeps may name any parameter, and its reason is
+    the one given. A tied parameter follows the one it is tied to, whatever the rules say about its name.
+
+    Raises:
+        PcqError: rules that match nothing, or only what earlier rules took; all of them together.
+    """
+    rules = recipe.rules
+    ordered = [p.name for p in parameters if p.unfit is None and p.kind != "embedding"]
+    positions: dict[str, list[str]] = {}
+    for name, position in zip([*ordered[:1], *ordered[-1:]], ("first", "last"), strict=False):
+        positions.setdefault(name, []).append(position)
+
+    meant = [
+        [i for i, rule in enumerate(rules) if rule.holds(parameter, positions.get(parameter.name, ()))]
+        for parameter in parameters
+    ]
+    entries: list[Quantized | Kept] = []
+    deciding: list[int | None] = []
+    for parameter, candidates in zip(parameters, meant, strict=True):
+        unfit = parameter.unfit
+        usable = [i for i in candidates if unfit is None or (rules[i].keep and parameter.tied_to is None)]
+        deciding.append(usable[0] if usable else None)
+        if not usable:
+            entries.append(Kept(parameter, unfit or "no rule matched"))
+        elif (levels := rules[usable[0]].levels) is None:
+            entries.append(Kept(parameter, rules[usable[0]].keep or ""))
+        else:
+            entries.append(Quantized(parameter, rules[usable[0]].rows(parameter), levels, usable[0]))
+    idle = [i for i, rule in enumerate(rules) if i not in deciding and not rule.optional]
+    raise_all([_idle(recipe, i, parameters, meant, deciding) for i in idle])
+    plan = Plan(tuple(entries))
+    return Plan(plan.entries, tuple(_notes(plan, rules, parameters, ordered)))
+
+
+def _idle(
+    recipe: Rules,
+    index: int,
+    parameters: Sequence[Parameter],
+    meant: Sequence[Sequence[int]],
+    deciding: Sequence[int | None],
+) -> PcqError:
+    """Why a rule decides nothing."""
+    rule = recipe.rules[index]
+    where, which = recipe.where(index), f"rule {index + 1} ({_matches(rule)})"
+    found = [(p, by) for p, candidates, by in zip(parameters, meant, deciding, strict=True) if index in candidates]
+    todo = "Correct it, delete it, or give it `optional: true`"
+    if taken := sorted({by for p, by in found if by is not None}):
+        earlier = " and ".join(f"rule {by + 1} ({_matches(recipe.rules[by])})" for by in taken)
+        return PcqError(
+            f"{which} decides nothing: {earlier} before it takes all it matches ({_few(p.name for p, _ in found)})",
+            where=where,
+            todo=f"Move it up, or: {todo[0].lower()}{todo[1:]}",
+        )
+    if found:
+        names = _few(f"{p.name}: {p.unfit}" for p, _ in found)
+        return PcqError(f"{which} matches only what cannot be quantized ({names})", where=where, todo=todo)
+    weights = Counter(p.kind for p in parameters if p.unfit is None)
+    there = ", ".join(f"{count} {kind}" for kind, count in weights.items()) or "none"
+    near = _near(rule, parameters)
+    hint = f"Near: {near}" if near else f"The weights that can be quantized: {there}"
+    return PcqError(f"{which} matches nothing", where=where, todo=f"{hint}. {todo}")
+
+
+def _matches(rule: Rule) -> str:
+    return ", ".join(str(match) for match in rule.match)
+
+
+def _few(names: Iterator[str], most: int = 4) -> str:
+    listed = list(names)
+    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
+
+
+def _near(rule: Rule, parameters: Sequence[Parameter]) -> str:
+    """What the patterns of a rule that matches nothing may have meant."""
+    names = [p.name for p in parameters][:5000]
+    modules = {name[: dot.start()] for name in names for dot in re.finditer(r"\.|$", name)}
+    found: dict[str, None] = {}
+    for pattern in dict.fromkeys(pattern for match in rule.match for pattern in match.name):
+        if pattern in get_args(Kind) or pattern in get_args(Shape):
+            found[f"{{{'type' if pattern in get_args(Kind) else 'shape'}: {pattern}}}"] = None
+        elif any(Match((f"{pattern}.*",)).holds(p) for p in parameters):
+            found[f'"{pattern}.*"'] = None
+        else:
+            found |= dict.fromkeys(get_close_matches(pattern.replace("*", "").strip("."), sorted(modules), 3))
+    return ", ".join(found)
+
+
+def _notes(plan: Plan, rules: Sequence[Rule], parameters: Sequence[Parameter], ordered: Sequence[str]) -> Iterator[str]:
+    if ordered and any(match.position for rule in rules for match in rule.match) and _alphabetical(parameters):
+        yield (
+            f"The file lists its tensors by name, not in the model's order: `first` was taken to be {ordered[0]} and "
+            f"`last` {ordered[-1]}. If they are not, give --arch or name them in the recipe."
+        )
+    grown = [e.parameter.name for e in plan.quantized if e.nbytes >= e.parameter.nbytes]
+    if grown:
+        verb = "takes" if len(grown) == 1 else "take"
+        yield f"{_few(iter(grown))} {verb} no fewer bytes than before: the scales and tables outweigh what is saved."
+
+
+def _alphabetical(parameters: Sequence[Parameter]) -> bool:
+    """Whether the order is that of the names and certainly not the model's: every layer defines weight before bias."""
+    names = [p.name for p in parameters]
+    biases = {name.removesuffix("bias") for name in names if name.endswith(".bias")}
+    weights = {name.removesuffix("weight") for name in names if name.endswith(".weight")}
+    return names == sorted(names) and not biases.isdisjoint(weights)

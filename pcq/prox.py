@@ -161,7 +161,7 @@ def proximal(rows: Tensor, levels: Tensor | Grid, shifts: Shifts, *, out: Tensor
     aliased = out.data_ptr() == rows.data_ptr()
     size = min(CHUNK, rows.numel()) if rows.device.type == "cpu" else rows.numel()
     scratch = rows.new_empty(3, size)
-    for block in _blocks(rows, size):
+    for block in blocks(rows, size):
         weights = rows[block]
         one, two, three = (buffer[: weights.numel()].view_as(weights) for buffer in scratch)
         mapped = kernel(weights, block[0], one if aliased else out[block], two)
@@ -177,7 +177,7 @@ Kernel = Callable[[Tensor, slice, Tensor, Tensor], Tensor]
 """A block of weights, the rows it is from, two buffers of its shape -> the first buffer, holding the mapped values."""
 
 
-def _blocks(rows: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
+def blocks(rows: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
     """Row and column slices of at most ``size`` weights."""
     g, n = rows.shape
     height, width = max(1, size // max(1, n)), max(1, min(n, size))

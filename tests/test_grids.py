@@ -98,6 +98,7 @@ def test_a_row_of_scale_zero_has_all_its_levels_at_zero() -> None:
         Codebook(torch.tensor([[-1.0, 0.5]]), torch.zeros(2)),
     ):
         assert not grid.decode(grid.encode(torch.tensor([[-1.0, 5.0], [0.0, 0.0]])))[0].any()
+    assert Affine(torch.zeros(1), 1.0, 3).encode(torch.zeros(1, 2)).tolist() == [[1, 1]]
 
 
 @settings(deadline=None, max_examples=200)
@@ -118,6 +119,11 @@ def test_neighbouring_floats() -> None:
     assert Codebook(table).encode(table).tolist() == [[0, 1]]
     after = torch.nextafter(table, torch.tensor(2.0))
     assert Codebook(after).encode(after).tolist() == [[0, 1]]
+
+
+def test_levels_whose_sum_is_no_float_have_a_middle() -> None:
+    rows = torch.tensor([[3.1e38, 3.2e38, -3.4e38]])
+    assert Codebook(torch.tensor([[3e38, 3.3e38]])).encode(rows).tolist() == [[0, 1, 0]]
 
 
 def test_map_moves_the_rows(grid: Grid) -> None:

@@ -164,7 +164,8 @@ def test_rows_are_read_only(quantizer: Quantizer) -> None:
 def test_binary_is_the_mean_magnitude(rows: Tensor) -> None:
     means = [math.fsum(abs(weight) for weight in row) / len(row) for row in rows.tolist()]
     levels = Binary().fit(rows).levels()
-    assert torch.equal(levels, torch.tensor([[-mean, mean] for mean in means]))
+    wanted = torch.tensor([[-mean, mean] for mean in means])
+    assert bool(((levels - wanted).abs() <= 1.5e-45).all())  # equal, or the half of an odd denormal scale
 
 
 def slow_ternary(row: list[float]) -> tuple[float, float]:

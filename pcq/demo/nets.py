@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with BatchNorm and an option-A shortcut: ``[b, c_in, h, w] -> [b, c_out, h/stride, w/stride]``."""
+    """Two 3x3 convolutions with BatchNorm and an option-A shortcut.
+
+    ``[b, c_in, h, w] -> [b, c_out, h / stride, w / stride]``.
+    """
 
     def __init__(self, c_in: int, c_out: int, stride: int) -> None:
         super().__init__()
@@ -56,7 +59,8 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
-        return self.fc(torch.mean(x, (2, 3)))
+        logits: Tensor = self.fc(torch.mean(x, (2, 3)))
+        return logits
 
 
 def resnet8(num_classes: int = 10, in_channels: int = 1) -> ResNet:

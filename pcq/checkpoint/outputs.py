@@ -1,0 +1,36 @@
+"""Which files may be written over."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from pcq.checkpoint.reading import is_artifact
+from pcq.errors import PcqError
+
+
+def refuse_overwrite(path: str | Path, *, inputs: Sequence[Path] = (), force: bool = False) -> None:
+    """Let pass an output that is new, was written by pcq, or may be replaced by ``force``; never an input.
+
+    Raises:
+        PcqError: ``path`` is one of ``inputs``, or a file of the user's.
+    """
+    path = Path(path)
+    real = os.path.realpath(path)
+    for given in inputs:
+        inside = given.is_dir() and os.path.realpath(path.parent) == os.path.realpath(given)
+        if real == os.path.realpath(given):
+            raise PcqError("the output is the input", where=str(path), todo="Give another name with -o")
+        if inside and path.suffix == ".safetensors" and os.path.exists(path) and not is_artifact(path):
+            raise PcqError("the output is a file of the input folder", where=str(path), todo="Give another name")
+    if os.path.isfile(path) and not force and not is_artifact(path) and not is_our_onnx(path):
+        todo = "Give another name, or replace it with --force"
+        raise PcqError("there is a file already, and pcq did not write it", where=str(path), todo=todo)
+
+
+def is_our_onnx(path: Path) -> bool:
+    """Whether an ONNX file carries our metadata, which stands at its end."""
+    if path.suffix != ".onnx":
+        return False
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - (1 << 20)))
+        return b"pcq." in file.read()

@@ -1,0 +1,201 @@
+"""Arrays as data: an ``.npz`` file, or what a function of the user's returns."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pcq.data.dataset import Data
+from pcq.errors import CheckFailed, PcqError
+from pcq.spec import Spec, call, running
+
+NAMES = (("x", "y"), ("images", "labels"), ("data", "labels"), ("X", "y"))
+
+
+@runtime_checkable
+class Indexed(Protocol):
+    """A map-style data set: ``len`` of it, and a sample or (sample, label) for every number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+def open_npz(path: str, split: str, *, mean: Any = (0.0,), std: Any = (1.0,)) -> Data:
+    """Arrays ``x`` and ``y`` (or ``images`` and ``labels``; for a split, ``x_test`` and so on). Labels may be absent.
+
+    Args:
+        path: the file; arrays of Python objects are refused.
+        split: ``test``, ``val`` or ``train``; a file without arrays of that split is one set, whatever the split.
+        mean: of each channel, subtracted after 8-bit images were divided by 255.
+        std: likewise, divided by.
+
+    Raises:
+        PcqError: no such file, or no such arrays.
+        CheckFailed: the file is damaged.
+    """
+    file = Path(path).expanduser()
+    if not path or not file.is_file():
+        raise PcqError("there is no such file", where=f"npz:{path}")
+    try:
+        loaded = np.load(file, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            raise PcqError("this is one array, not a file of named ones", where=str(file), todo="Use `np.savez`")
+        with loaded as arrays:
+            tried = [(f"{a}_{split}", f"{b}_{split}") for a, b in NAMES] + list(NAMES)
+            names = next((pair for pair in tried if pair[0] in arrays.files), None)
+            if names is None:
+                allowed = "x and y, images and labels, or x_test and y_test"
+                raise PcqError(f"it holds {', '.join(arrays.files)}", where=str(file), allowed=allowed)
+            x = arrays[names[0]]
+            y = arrays[names[1]] if names[1] in arrays.files else None
+    except PcqError:
+        raise
+    except Exception as error:  # zip, npy header and zlib errors are of many kinds
+        raise CheckFailed(f"the file cannot be read: {error}", where=str(file)) from error
+    return from_arrays(f"npz {file}", split, x, y, mean=mean, std=std)
+
+
+def from_arrays(name: str, split: str, x: Any, y: Any, *, mean: Any = (0.0,), std: Any = (1.0,)) -> Data:
+    """Arrays or tensors x [n, ...] and y [n] (None: unlabelled).
+
+    8-bit images are divided by 255; [n, h, w] gets a channel axis; [n, h, w, c] with 1 or 3 channels is turned to
+    [n, c, h, w]. Other integers stay as they are, as tokens; other numbers become float32.
+
+    Raises:
+        PcqError: the arrays do not fit one another, or are not numbers.
+    """
+    samples, labels = _tensor(name, x), None if y is None else _tensor(name, y)
+    if not samples.ndim or not len(samples):
+        raise PcqError("there are no samples", where=name)
+    notes = []
+    if samples.dtype == torch.uint8 and samples.ndim == 3:
+        samples = samples[:, None]
+        notes.append("Images without a channel axis got one.")
+    if samples.ndim == 4 and samples.shape[3] in (1, 3) and samples.shape[1] not in (1, 3):
+        samples = samples.permute(0, 3, 1, 2)
+        notes.append("The channels were last and are first now.")
+    if samples.dtype == torch.uint8:
+        notes.append("8-bit values were divided by 255.")
+    means, stds = (torch.tensor(v, dtype=torch.float32).reshape(-1) for v in (mean, std))
+    for value in (means, stds):
+        if samples.ndim > 1 and len(value) not in (1, samples.shape[1]):
+            raise PcqError(f"mean and std have {len(value)} values for {samples.shape[1]} channels", where=name)
+    shift, scale = (v.reshape(-1, *[1] * (samples.ndim - 2)) if samples.ndim > 1 else v for v in (means, stds))
+    plain = not shift.any() and bool((scale == 1).all())
+    tokens = not samples.is_floating_point() and samples.dtype != torch.uint8
+
+    def take(chosen: Sequence[int]) -> Tensor:
+        part = samples[torch.as_tensor(chosen)]
+        if tokens:
+            return part.long()
+        part = part.float() / 255 if part.dtype == torch.uint8 else part.float()
+        return part.contiguous() if plain else (part - shift) / scale
+
+    return Data(
+        name, split, len(samples), tuple(samples.shape[1:]), take, _labels(name, labels, len(samples)), (), tuple(notes)
+    )
+
+
+def _tensor(name: str, array: Any) -> Tensor:
+    if isinstance(array, Tensor):
+        return array.detach().cpu()
+    try:
+        return torch.from_numpy(np.ascontiguousarray(array))
+    except (TypeError, ValueError) as error:
+        raise PcqError(f"an array is not made of numbers: {error}", where=name) from error
+
+
+def _labels(name: str, labels: Tensor | None, n: int) -> Tensor | None:
+    if labels is None:
+        return None
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim != 1 or len(labels) != n:
+        raise PcqError(f"the labels have shape {list(labels.shape)}", where=name, allowed=f"[{n}], class numbers")
+    if labels.is_floating_point() and not torch.equal(labels, labels.round()):
+        raise PcqError("the labels are not whole numbers", where=name, allowed="class numbers, counted from 0")
+    labels = labels.long()
+    if int(labels.min()) < 0:
+        raise PcqError(f"a label is {int(labels.min())}", where=name, allowed="class numbers, counted from 0")
+    return labels
+
+
+def open_own(spec: Spec, split: str) -> Data:
+    """Call the user's function, with ``split`` if it takes one, and make data of what it returns:
+
+    a :class:`Data`; arrays or tensors ``(x, y)``, or x alone; a map-style data set (such as torchvision's) or a
+    DataLoader of one, whose samples are x or (x, y); any other iterable of batches (x, y), or of samples (x, label)
+    with single numbers as labels, which is read into memory.
+
+    Raises:
+        PcqError: the function is not there or raises, or returns something else.
+    """
+    found = call(spec, split=split)
+    name = str(spec)
+    if isinstance(found, Data):
+        return found
+    if isinstance(found, torch.utils.data.DataLoader) and isinstance(found.dataset, Indexed):
+        found = found.dataset
+    if isinstance(found, (Tensor, np.ndarray)):
+        return from_arrays(name, split, found, None)
+    if isinstance(found, tuple) and len(found) == 2 and all(isinstance(a, (Tensor, np.ndarray, list)) for a in found):
+        return from_arrays(name, split, *found)
+    if isinstance(found, Indexed) and not isinstance(found, (dict, str, tuple)):
+        return _indexed(spec, split, found)
+    if isinstance(found, Iterable) and not isinstance(found, (dict, str)):
+        with running(spec, "iterating over what it returned"):
+            items = list(found)
+        return _collected(name, split, items)
+    allowed = "arrays (x, y), a map-style data set, or an iterable of batches (x, y)"
+    raise PcqError(f"it returned a {type(found).__name__}", where=name, allowed=allowed)
+
+
+def _is_pair(item: Any) -> bool:
+    return isinstance(item, (tuple, list)) and len(item) == 2
+
+
+def _indexed(spec: Spec, split: str, found: Indexed) -> Data:
+    name = str(spec)
+    if not len(found):
+        raise PcqError("the data set is empty", where=name)
+    with running(spec, "its first sample"):
+        first, label = found[0] if _is_pair(found[0]) else (found[0], None)
+    if not isinstance(first, (Tensor, np.ndarray)):
+        todo = "Give the data set a transform that makes tensors, such as torchvision's ToTensor"
+        raise PcqError(f"its samples are not tensors but {type(first).__name__}", where=name, todo=todo)
+    labels = None
+    if label is not None:
+        given = getattr(found, "targets", None)  # torchvision's sets tell all labels without reading the samples
+        with running(spec, "reading its labels"):
+            if given is None or len(given) != len(found):
+                given = [int(found[i][1]) for i in range(len(found))]
+            labels = _labels(name, torch.as_tensor(given), len(found))
+    classes = tuple(str(c) for c in getattr(found, "classes", ()) or ())
+
+    def take(chosen: Sequence[int]) -> Tensor:
+        with running(spec, "reading a sample"):
+            items = [found[i] for i in chosen]
+            x = torch.stack([torch.as_tensor(item[0] if _is_pair(item) else item) for item in items])
+        return x.float() if x.is_floating_point() else x.long()
+
+    return Data(name, split, len(found), tuple(first.shape), take, labels, classes)
+
+
+def _collected(name: str, split: str, items: list[Any]) -> Data:
+    xs, ys = [], []
+    for item in items:
+        x, y = item if _is_pair(item) else (item, None)
+        x = torch.as_tensor(x)
+        single = y is not None and torch.as_tensor(y).ndim == 0
+        xs.append(x[None] if single else x)
+        ys.append(None if y is None else torch.as_tensor(y).reshape(-1))
+    if not xs:
+        raise PcqError("the iterable is empty", where=name)
+    if any(y is None for y in ys) != all(y is None for y in ys) or len({x.shape[1:] for x in xs}) > 1:
+        raise PcqError("its batches differ in shape, or only some have labels", where=name)
+    labels = None if ys[0] is None else torch.cat([y for y in ys if y is not None])
+    return from_arrays(name, split, torch.cat(xs), labels)

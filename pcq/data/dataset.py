@@ -1,0 +1,97 @@
+"""A data set opened: any sample by its number, as the network takes it; labels where there are any."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pcq.errors import PcqError
+
+Batch = tuple[Tensor, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Data:
+    """``n`` samples in a fixed order.
+
+    Attributes:
+        name: what it is, such as ``digits``.
+        split: ``test``, ``val`` or ``train``.
+        n: number of samples.
+        shape: one sample's shape, such as (3, 224, 224).
+        take: sample numbers [b] -> samples [b, *shape], decoded and normalised: float32, or int64 tokens.
+        labels: int64 [n], or None: unlabelled.
+        classes: the names of the classes in the order of the labels; empty where the set does not say.
+        notes: what was found and done, one sentence each.
+    """
+
+    name: str
+    split: str
+    n: int
+    shape: tuple[int, ...]
+    take: Callable[[Sequence[int]], Tensor]
+    labels: Tensor | None
+    classes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert self.n > 0, self.name
+        assert self.labels is None or (self.labels.shape == (self.n,) and self.labels.dtype == torch.int64), self.name
+
+    def order(self, limit: int | None = None) -> Tensor:
+        """Sample numbers int64 in the set's order: all of them, or ``limit`` evenly spaced ones.
+
+        Spaced, because image folders are sorted by class: their first thousand can be one class.
+
+        Raises:
+            PcqError: ``limit`` is not positive.
+        """
+        if limit is not None and limit < 1:
+            raise PcqError(f"{limit} samples cannot be taken", where="limit", allowed=f"1 to {self.n}")
+        count = self.n if limit is None else min(limit, self.n)
+        return torch.arange(count) * self.n // count
+
+    def batches(
+        self,
+        batch_size: int,
+        limit: int | None = None,
+        *,
+        order: Tensor | None = None,
+        augment: Callable[[Tensor], Tensor] | None = None,
+    ) -> Iterator[Batch]:
+        """``(x [b, *shape], y int64 [b] or None)``; the last batch may be shorter.
+
+        Args:
+            batch_size: samples per batch.
+            limit: only so many samples, evenly spaced.
+            order: sample numbers to take instead, as a training loop shuffles them.
+            augment: applied to every x.
+
+        Raises:
+            PcqError: the batch size or the limit is not positive, or a sample cannot be read.
+        """
+        if batch_size < 1:
+            raise PcqError(f"a batch of {batch_size} cannot be made", where="batch size", allowed="1 or more")
+        for chosen in (self.order(limit) if order is None else order).split(batch_size):
+            x = self.take(chosen.tolist())
+            yield (x if augment is None else augment(x)), (None if self.labels is None else self.labels[chosen])
+
+    def describe(self) -> str:
+        """One line: name, split, number, shape, classes, and the notes."""
+        count = int(self.labels.max()) + 1 if self.labels is not None else 0
+        labelled = f"{len(self.classes)} classes" if self.classes else f"labels up to {count - 1}"
+        line = f"{self.name}, {self.split}: {self.n:,} samples of {'x'.join(map(str, self.shape)) or 'one number'}, "
+        return ". ".join(
+            [line + ("no labels" if self.labels is None else labelled), *(n.rstrip(".") for n in self.notes)]
+        )
+
+
+def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Callable[[Sequence[int]], Tensor]:
+    """``take`` for images uint8 [n, c, h, w]: ``(image / 255 - mean) / std`` by channel, float32."""
+    shift, scale = (torch.tensor(value)[None, :, None, None] for value in (tuple(mean), tuple(std)))
+
+    def take(chosen: Sequence[int]) -> Tensor:
+        return (images[torch.as_tensor(chosen)].float() / 255 - shift) / scale
+
+    return take

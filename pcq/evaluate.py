@@ -1,0 +1,205 @@
+"""Run a network over a data set: top-1, top-5, and agreement with another network, exact whatever the batches.
+
+A prediction is the first of the largest outputs; a sample counts for top-5 if fewer than five outputs are larger than
+its label's, or equal and before it. So a network whose outputs are all equal predicts class 0 and gains nothing by it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pcq.data import Data
+from pcq.errors import CheckFailed, PcqError
+from pcq.progress import Progress, silent
+
+Predictor = Callable[[Tensor], Tensor]
+"""Samples [b, ...] -> outputs [b, classes]."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Percent of ``n`` samples; None where there are no labels, or no reference.
+
+    Attributes:
+        n: samples scored.
+        top1: the label is the prediction.
+        top5: the label is among the first five; None below six classes.
+        agreement: the prediction is the reference's.
+        reference_top1: the reference's top-1.
+    """
+
+    n: int
+    top1: float | None
+    top5: float | None
+    agreement: float | None
+    reference_top1: float | None
+
+
+def evaluate(
+    predict: Predictor,
+    data: Data,
+    *,
+    reference: Predictor | None = None,
+    batch: int = 256,
+    limit: int | None = None,
+    progress: Progress = silent,
+) -> Scores:
+    """Score ``predict`` on ``data``, and against ``reference``.
+
+    Args:
+        predict: the network.
+        data: labelled; or unlabelled, with a reference.
+        reference: another network of as many classes.
+        batch: samples at once; the scores do not depend on it.
+        limit: only so many samples, evenly spaced.
+        progress: called with "scoring", samples done and samples in all.
+
+    Raises:
+        PcqError: there is nothing to score by, the network does not take the data, or their classes differ.
+        CheckFailed: an output is not a number.
+    """
+    if data.labels is None and reference is None:
+        todo = "Give a network to compare with, such as the float one: --reference CHECKPOINT"
+        raise PcqError("the data has no labels", where=data.name, todo=todo)
+    order = data.order(limit)
+    n = len(order)
+    done = first = fifth = agreeing = theirs = width = 0
+    progress("scoring", 0, n)
+    for x, y in data.batches(batch, order=order):
+        out = _outputs(predict, x, data, order[done:])
+        width = out.shape[1]
+        guess = out.argmax(1)
+        if reference is not None:
+            other = _outputs(reference, x, data, order[done:])
+            if other.shape != out.shape:
+                raise PcqError(f"it has {other.shape[1]} outputs and the network {width}", where="reference")
+            compared = other.argmax(1)
+            agreeing += int((guess == compared).sum())
+        if y is not None:
+            if int(y.max()) >= width:
+                raise PcqError(f"a label is {int(y.max())}", where=data.name, allowed=f"0 to {width - 1}, the outputs")
+            first += int((guess == y).sum())
+            fifth += int((_rank(out, y) < 5).sum())
+            theirs += 0 if reference is None else int((compared == y).sum())
+        done += len(x)
+        progress("scoring", done, n)
+    assert done == n
+    labelled, compares = data.labels is not None, reference is not None
+    return Scores(
+        n,
+        100 * first / n if labelled else None,
+        100 * fifth / n if labelled and width > 5 else None,
+        100 * agreeing / n if compares else None,
+        100 * theirs / n if labelled and compares else None,
+    )
+
+
+def _rank(out: Tensor, y: Tensor) -> Tensor:
+    """How many outputs come before the label's: larger ones, and equal ones of lower number."""
+    own = out.gather(1, y[:, None])
+    before = torch.arange(out.shape[1])[None] < y[:, None]
+    return ((out > own) | ((out == own) & before)).sum(1)
+
+
+def _outputs(predict: Predictor, x: Tensor, data: Data, numbers: Tensor) -> Tensor:
+    """Checked: [b, classes], finite, of as many classes as the data has."""
+    out = predict(x)
+    if out.ndim > 2 and out.shape[2:].numel() == 1:
+        out = out.flatten(1)
+    if out.ndim != 2 or len(out) != len(x):
+        raise PcqError(f"its output for {len(x)} samples has shape {list(out.shape)}", where="the network",
+                       allowed=f"[{len(x)}, classes]")  # fmt: skip
+    if data.classes and len(data.classes) != out.shape[1]:
+        raise PcqError(
+            f"the data has {len(data.classes)} classes and the network {out.shape[1]} outputs",
+            where=data.name,
+            todo="For a folder with some of the classes only, list all of them in a file: folder:DIR?classes=FILE",
+        )
+    if bad := (~out.isfinite()).any(1).nonzero().flatten().tolist():
+        kind = "NaN" if out.isnan().any() else "infinite"
+        where = f"sample {int(numbers[bad[0]])} of {data.name}"
+        raise CheckFailed(f"the network's output is {kind} for {len(bad)} of a batch of {len(x)} samples", where=where)
+    return out
+
+
+def module_predictor(module: nn.Module) -> Predictor:
+    """``module`` in eval mode without gradients, on the device and in the precision of its first parameter.
+
+    Of several outputs the first counts; a Hugging Face output's is its logits.
+    """
+    module.eval()
+    parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
+
+    def predict(x: Tensor) -> Tensor:
+        if parameter is not None:
+            x = x.to(parameter.device, parameter.dtype if x.is_floating_point() else None)
+        try:
+            with torch.no_grad():
+                out: Any = module(x)
+        except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+            told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            where = f"samples of {'x'.join(map(str, x.shape[1:]))}"
+            raise PcqError(f"the network does not take them: {told}", where=where) from error
+        out = getattr(out, "logits", out)
+        while isinstance(out, (tuple, list, dict)) and len(out):
+            out = next(iter(out.values())) if isinstance(out, dict) else out[0]
+        if not isinstance(out, Tensor):
+            raise PcqError(f"it returns a {type(out).__name__}", where="the network", allowed="a tensor [b, classes]")
+        return out.float().cpu()
+
+    return predict
+
+
+def onnx_predictor(path: str | Path) -> Predictor:
+    """The ONNX file in ONNX Runtime on the CPU. Its first output counts; a fixed batch is filled up with zeros.
+
+    Raises:
+        PcqError: no such file, no ONNX model, a model that this ONNX Runtime cannot run, or one of several inputs.
+    """
+    import onnxruntime as ort
+
+    path = Path(path)
+    if not path.is_file():
+        raise PcqError("there is no such file", where=str(path))
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no common class of their own
+        told = str(error).strip().splitlines()[0]
+        raise PcqError(f"ONNX Runtime {ort.__version__} cannot load it: {told}", where=str(path)) from error
+    inputs = session.get_inputs()
+    if len(inputs) != 1:
+        names = ", ".join(i.name for i in inputs)
+        raise PcqError(f"it has {len(inputs)} inputs ({names})", where=str(path), allowed="a model of one input")
+    name, kind, shape = inputs[0].name, inputs[0].type, inputs[0].shape
+    output = session.get_outputs()[0].name
+    dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+    dtypes |= {"tensor(int64)": np.int64, "tensor(int32)": np.int32}  # type: ignore[dict-item]
+    if kind not in dtypes:
+        raise PcqError(f"its input is a {kind}", where=str(path), allowed=", ".join(dtypes))
+    fixed = shape[0] if shape and isinstance(shape[0], int) else None
+
+    def run(x: Tensor) -> Tensor:
+        array = np.ascontiguousarray(x.numpy(), dtype=dtypes[kind])
+        try:
+            return torch.from_numpy(np.asarray(session.run([output], {name: array})[0], dtype=np.float32))
+        except Exception as error:
+            told = str(error).strip().splitlines()[0]
+            raise PcqError(f"ONNX Runtime {ort.__version__} cannot run it: {told}", where=str(path)) from error
+
+    def predict(x: Tensor) -> Tensor:
+        if fixed is None:
+            return run(x)
+        parts = []
+        for part in x.split(fixed):
+            filled = torch.cat([part, part.new_zeros(fixed - len(part), *part.shape[1:])])
+            parts.append(run(filled)[: len(part)])
+        return torch.cat(parts)
+
+    return predict

@@ -1,0 +1,262 @@
+"""Export: trace, pack, optimise, write, prove; only a file that passed everything gets its name."""
+
+import importlib.metadata
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+import onnxruntime
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from pcq.errors import PcqError, did_you_mean, raise_all
+from pcq.export import passes, scheme, verify, writing
+from pcq.export.layouts import Target, target
+from pcq.export.tracing import Example, Traced, tensors_of, trace
+from pcq.progress import Progress, silent
+from pcq.qtensor import QuantizedTensor
+
+
+@dataclass(frozen=True)
+class OnnxTensor:
+    """One packed weight in the file: ``function`` unpacks it; ``nbytes`` with scales, zero points and levels."""
+
+    name: str
+    shape: tuple[int, ...]
+    function: str
+    transposed: bool
+    nbytes: int
+    bits: float
+
+
+@dataclass(frozen=True)
+class OnnxReport:
+    """What was written and how it was proved.
+
+    Attributes:
+        path: the file.
+        data_path: its external data, for models above 2 GB.
+        nbytes: the size of the file, with its external data.
+        predicted: the size that was predicted before packing.
+        float_bytes: what all initializers take in the unpacked network.
+        bits_per_weight: of the packed weights, with scales, zero points and levels, measured on the file.
+        tensors: the packed weights.
+        unused: quantized weights that the network's forward does not use; they are not in the file.
+        shared: weights equal to another one, which stands for both: name -> the other's name.
+        agreements: the runs beside torch.
+        dynamic_batch: whether the file takes any number of samples.
+        opset, ir_version, target_ort: what the file is written for.
+        ort_version: the ONNX Runtime it was tried in.
+        seconds: in all.
+    """
+
+    path: Path
+    data_path: Path | None
+    nbytes: int
+    predicted: int
+    float_bytes: int
+    bits_per_weight: float
+    tensors: tuple[OnnxTensor, ...]
+    unused: tuple[str, ...]
+    shared: dict[str, str]
+    agreements: tuple[verify.Agreement, ...]
+    dynamic_batch: bool
+    opset: int
+    ir_version: int
+    target_ort: str
+    ort_version: str
+    seconds: float
+
+    @property
+    def error(self) -> float:
+        """The largest error of all runs, relative to the outputs' scale."""
+        return max(agreement.error for agreement in self.agreements)
+
+
+def write_onnx(
+    network: nn.Module | ExportedProgram,
+    weights: Mapping[str, QuantizedTensor],
+    example: Example,
+    out: Path | str,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    tied: Mapping[str, str] | None = None,
+    samples: Sequence[Sequence[Tensor]] = (),
+    target_ort: str = "1.17",
+    external_above: int = writing.EXTERNAL_ABOVE,
+    progress: Progress = silent,
+) -> OnnxReport:
+    """Write ``network`` as ONNX with ``weights`` packed, and prove the file.
+
+    Args:
+        network: in eval mode, holding the dequantized weights in float32.
+        weights: by parameter name.
+        example: one tensor for each input, positional or by name; see :func:`pcq.export.tracing.trace`.
+        out: the file.
+        metadata: more for the file's metadata, each under ``pcq.<key>``, such as ``recipe``.
+        tied: names that stand for another parameter; recorded in the metadata.
+        samples: real inputs to compare on besides random ones, each one tensor per input.
+        target_ort: the oldest ONNX Runtime that has to run the file.
+        external_above: bytes of initializers beyond which they get a file of their own beside ``out``.
+        progress: called at each stage.
+
+    Raises:
+        PcqError: the network, the weights or the target are not usable.
+        CheckFailed: the file is not right; nothing was written.
+    """
+    start, out = time.perf_counter(), Path(out)
+    goal = target(target_ort)
+    with writing.draft(out):  # to say so now rather than after the work
+        pass
+    _check_weights(tensors_of(network), weights)
+    progress("trace", 0, 1)
+    traced = trace(network, example, goal.opset)
+    packing = _pack(traced, weights, goal, {**(metadata or {})}, dict(tied or {}), progress)
+    kept = {name: weights[name] for name in packing.names}
+    trials = _trials(traced, samples)
+    with writing.draft(out) as path:
+        progress("write", 0, 1)
+        data = writing.save(traced.model, path, external_above)
+        progress("check codes", 0, 1)
+        verify.check_form(path)
+        file = verify.check_codes(path, kept)
+        verify.check_size(file, packing.predicted)
+        verify.check_unpacking(path, kept, progress)
+        agreements = verify.check_outputs(path, traced.run, trials, kept, progress)
+        data = writing.commit(path, data, out)
+    return OnnxReport(
+        path=out, data_path=data, nbytes=file.file_bytes, predicted=packing.predicted,
+        float_bytes=packing.float_bytes, bits_per_weight=file.bits_per_weight,
+        tensors=tuple(
+            OnnxTensor(name, weight.rows.shape, file.schemes[name].function, file.schemes[name].transposed,
+                       file.weight_bytes[name], 8 * file.weight_bytes[name] / weight.numel)
+            for name, weight in kept.items()
+        ),
+        unused=packing.unused, shared=packing.shared, agreements=agreements, dynamic_batch=any(traced.batched),
+        opset=file.opset, ir_version=file.ir_version, target_ort=goal.ort, ort_version=onnxruntime.__version__,
+        seconds=time.perf_counter() - start,
+    )  # fmt: skip
+
+
+def _check_weights(tensors: Mapping[str, Tensor], weights: Mapping[str, QuantizedTensor]) -> None:
+    """Every weight is a parameter of the network, in float32, and has the values that its codes stand for."""
+    problems = []
+    if not weights:
+        problems.append(PcqError("there are no quantized weights", where="export", todo="Quantize the network first"))
+    for name, weight in weights.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            hint = did_you_mean(name, tensors)
+            problems.append(PcqError("the network has no such parameter", where=name, todo=hint))
+        elif tensor.dtype != torch.float32:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            problems.append(
+                PcqError(f"the network holds it in {kind}", where=name, allowed="float32", todo="Call .float()")
+            )
+        elif tuple(tensor.shape) != weight.rows.shape:
+            problems.append(
+                PcqError(
+                    f"has shape {list(tensor.shape)} in the network and {list(weight.rows.shape)} in its codes",
+                    where=name,
+                )
+            )
+        elif not torch.equal(tensor.detach(), weight.dequantize()):
+            problems.append(PcqError("the network holds other values than the codes stand for", where=name,
+                                     todo="Load the dequantized weights into it first"))  # fmt: skip
+    raise_all(problems)
+
+
+@dataclass(frozen=True)
+class _Packing:
+    names: tuple[str, ...]
+    unused: tuple[str, ...]
+    shared: dict[str, str]
+    predicted: int
+    float_bytes: int
+
+
+def _pack(
+    traced: Traced,
+    weights: Mapping[str, QuantizedTensor],
+    goal: Target,
+    metadata: dict[str, str],
+    tied: dict[str, str],
+    progress: Progress,
+) -> _Packing:
+    """Pack the weights into ``traced.model``, optimise it, and predict the file's size from the unpacked graph."""
+    model = traced.model
+    float_bytes = sum(_size(value) for value in model.graph.initializers.values())
+    found = passes.find(model, weights)
+    shared, unused = {}, []
+    for name, held in found.items():
+        if held:
+            continue
+        twin = next((other for other in found if found[other] and _equal_values(weights[name], weights[other])), None)
+        if name not in traced.used:
+            unused.append(name)
+        elif twin is not None:
+            shared[name] = twin
+        else:
+            raise PcqError("torch changed this weight while exporting, so it cannot be packed", where=name,
+                           todo="Keep it in float: a rule with `keep`")  # fmt: skip
+    packed: list[passes.Packed] = []
+    for name, held in found.items():
+        progress("pack", len(packed), len(weights))
+        one = passes.pack(model, name, weights[name], held) if held else None
+        if one is not None:
+            packed.append(one)
+    progress("optimise", 0, 1)
+    left = passes.distinct_bytes(model)
+    passes.optimise(model)
+    structure = passes.structure_bytes(model, packed)
+    filled = passes.fill(model, packed)
+    names = tuple(one.name for one in filled)
+    unused += [name for name in weights if name not in names and name not in shared and name not in unused]
+    schemes = {
+        one.name: scheme.describe(weights[one.name], one.lowered.function.name, one.transposed) for one in filled
+    }
+    version = importlib.metadata.version("pcq")
+    entries = {"version": version, **metadata}
+    if tied or shared:
+        entries["tied"] = json.dumps({**tied, **shared})
+    properties = {f"pcq.{key}": value for key, value in entries.items()} | {scheme.KEY: scheme.to_json(schemes)}
+    passes.finish(model, goal.ir_version, version, properties)
+    described = sum(len(key) + len(value.encode()) + 12 for key, value in properties.items())
+    quantized = sum(weights[name].nbytes for name in names)
+    predicted = left + quantized + structure + described
+    return _Packing(names, tuple(unused), shared, predicted, float_bytes)
+
+
+def _equal_values(a: QuantizedTensor, b: QuantizedTensor) -> bool:
+    return a.rows.shape == b.rows.shape and torch.equal(a.dequantize(), b.dequantize())
+
+
+def _size(value: ir.Value) -> int:
+    return 0 if value.const_value is None else value.const_value.nbytes
+
+
+def _trials(traced: Traced, samples: Sequence[Sequence[Tensor]]) -> list[verify.Trial]:
+    """Random inputs at two batch sizes (one, if it is fixed), and the samples."""
+    batches = [traced.smallest_batch, traced.smallest_batch + 2] if any(traced.batched) else [None]
+    generator = torch.Generator().manual_seed(0)
+    trials = [
+        verify.Trial("random", tuple(
+            _random(leaf, batch if moves else None, generator)
+            for leaf, moves in zip(traced.example, traced.batched, strict=True)
+        ))
+        for batch in batches
+    ]  # fmt: skip
+    return trials + [verify.Trial("sample", tuple(sample)) for sample in samples]
+
+
+def _random(example: Tensor, batch: int | None, generator: torch.Generator) -> Tensor:
+    """Normal numbers, or for integers and booleans the example's own values in random places."""
+    shape = example.shape if batch is None else (batch, *example.shape[1:])
+    if example.is_floating_point():
+        return torch.randn(shape, generator=generator, dtype=example.dtype)
+    flat = example.reshape(-1)
+    return flat[torch.randint(flat.numel(), tuple(shape), generator=generator)]

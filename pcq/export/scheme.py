@@ -1,0 +1,77 @@
+"""What the file says about each packed weight: ``metadata_props["pcq.scheme"]``, JSON by parameter name.
+
+With it and the initializers ``<param>/packed /scale /zero_point /levels`` a reader needs nothing else:
+
+    planes      packed bytes are one plane after another; plane i has radix r_i, as many digits a byte as fit
+                (r ** digits <= 256), least significant first; code = d_0 + r_0 * (d_1 + r_1 * (d_2 + ...))
+    shape       the weight's; with ``transposed`` the codes are those of the transposed matrix
+    kind        affine: scale * (code - zero_point); codebook: scale * levels[code]
+    axis, blocks, group   which weights share a row of scale, zero_point and levels (see pcq.rows)
+    sha256      of the codes, one byte each, row-major in the weight's own shape
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from pcq.errors import CheckFailed
+from pcq.grids import Affine
+from pcq.packing import planes
+from pcq.qtensor import QuantizedTensor
+
+KEY = "pcq.scheme"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One packed weight. ``zero_point`` is None where it is stored by row, and in codebooks."""
+
+    kind: Literal["affine", "codebook"]
+    levels: int
+    planes: tuple[int, ...]
+    shape: tuple[int, ...]
+    axis: int | None
+    blocks: int
+    group: int | None
+    zero_point: float | None
+    transposed: bool
+    function: str
+    sha256: str
+
+
+def describe(weight: QuantizedTensor, function: str, transposed: bool) -> Scheme:
+    """The scheme of a weight that ``function`` unpacks."""
+    grid, rows = weight.grid, weight.rows
+    affine = isinstance(grid, Affine)
+    zero = grid.zero_point if isinstance(grid, Affine) and isinstance(grid.zero_point, int | float) else None
+    codes = np.ascontiguousarray(weight.codes.numpy())
+    return Scheme(
+        "affine" if affine else "codebook", grid.count, planes(grid.count), rows.shape, rows.axis, rows.blocks,
+        rows.group, zero, transposed, function, hashlib.sha256(codes.data).hexdigest(),
+    )  # fmt: skip
+
+
+def to_json(schemes: Mapping[str, Scheme]) -> str:
+    """Compact JSON."""
+    return json.dumps({name: asdict(scheme) for name, scheme in schemes.items()}, separators=(",", ":"))
+
+
+def from_json(text: str, where: str) -> dict[str, Scheme]:
+    """The inverse of :func:`to_json`.
+
+    Raises:
+        CheckFailed: it is not what :func:`to_json` writes.
+    """
+    try:
+        read: dict[str, dict[str, Any]] = json.loads(text)
+        return {
+            name: Scheme(**{**entry, "planes": tuple(entry["planes"]), "shape": tuple(entry["shape"])})
+            for name, entry in read.items()
+        }
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckFailed(f"its packing scheme is unreadable ({error})", where=where,
+                          todo="The file is damaged, or a newer pcq wrote it") from error  # fmt: skip

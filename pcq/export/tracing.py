@@ -1,0 +1,194 @@
+"""A torch network as an unoptimised onnx_ir graph, and what is needed to run the two side by side.
+
+Optimising before the weights are packed would fold BatchNorm into convolutions and rename and transpose Linear
+weights; so nothing is optimised here (ONNX.md section 3).
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from pcq.errors import PcqError, raise_all
+
+Example = Sequence[Tensor] | Mapping[str, Tensor]
+"""A network's inputs: positional, or by the names of ``forward``'s arguments."""
+
+
+class FixedBatch(PcqError):
+    """The network takes one number of samples only."""
+
+    def __init__(self) -> None:
+        todo = "Look for sizes that are written out in its forward(), such as x.view(1, -1)"
+        super().__init__("the network's code fixes the batch size", where="export", todo=todo)
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A network's graph and the network.
+
+    Attributes:
+        model: the unoptimised graph; its initializers share storage with the network's parameters.
+        used: the names that ``forward`` uses.
+        example: one tensor for each input of the graph, in its order.
+        batched: for each input, whether its first dimension is the batch and can be any size.
+        smallest_batch: the fewest samples the network takes at once.
+        run: the network itself: inputs -> its tensor outputs in the graph's order.
+    """
+
+    model: ir.Model
+    used: frozenset[str]
+    example: tuple[Tensor, ...]
+    batched: tuple[bool, ...]
+    smallest_batch: int
+    run: Callable[[Sequence[Tensor]], list[Tensor]]
+
+
+def trace(network: nn.Module | ExportedProgram, example: Example, opset: int) -> Traced:
+    """Export ``network`` with a dynamic batch dimension, nothing optimised.
+
+    Every input whose first dimension is as long as the first input's is taken to be batched. An exported program keeps
+    the dimensions it was exported with.
+
+    Raises:
+        PcqError: the network is in training mode or not on the CPU; torch cannot export it; its batch size is fixed.
+    """
+    inputs = dict(example) if isinstance(example, Mapping) else tuple(example)
+    leaves = tuple(inputs.values()) if isinstance(inputs, dict) else inputs
+    if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
+        raise PcqError("example inputs must be tensors", where="export", allowed="one or more, positional or by name")
+    if isinstance(network, ExportedProgram):
+        program = _to_onnx(network, (), {}, None, opset)
+        module: nn.Module = network.module()
+    else:
+        _check(network)
+        program = _export(network, inputs, opset)
+        module = network
+    graph = program.model.graph
+    if len(graph.inputs) != len(leaves):
+        raise PcqError(f"the network has {len(graph.inputs)} inputs, the example {len(leaves)}", where="export")
+    names = [value.name or "" for value in graph.inputs]
+    if isinstance(inputs, dict) and set(names) == inputs.keys():
+        inputs = {name: inputs[name] for name in names}
+        leaves = tuple(inputs.values())
+    batched = tuple(
+        value.shape is not None and len(value.shape) > 0 and not isinstance(value.shape[0], int)
+        for value in graph.inputs
+    )
+    if not isinstance(network, ExportedProgram | torch.fx.GraphModule) and not batched[0]:
+        raise FixedBatch
+
+    def run(values: Sequence[Tensor]) -> list[Tensor]:
+        with torch.no_grad():
+            result = module(**dict(zip(inputs, values, strict=True))) if isinstance(inputs, dict) else module(*values)
+        return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+
+    used, smallest = _signature(program.exported_program, tensors_of(network))
+    return Traced(program.model, used, leaves, batched, smallest, run)
+
+
+def tensors_of(network: nn.Module | ExportedProgram) -> dict[str, Tensor]:
+    """Parameters and buffers by every name they have."""
+    if isinstance(network, ExportedProgram):
+        return {name: value for name, value in network.state_dict.items() if isinstance(value, Tensor)}
+    named = dict(network.named_parameters(remove_duplicate=False))
+    return named | dict(network.named_buffers(remove_duplicate=False))
+
+
+def _export(network: nn.Module, inputs: dict[str, Tensor] | tuple[Tensor, ...], opset: int) -> torch.onnx.ONNXProgram:
+    """With a dynamic batch; the module of an exported program that was made for one batch size keeps that."""
+    leaves = list(inputs.values()) if isinstance(inputs, dict) else list(inputs)
+    batch = leaves[0].shape[0] if leaves[0].ndim else 0
+    moving = [leaf.ndim > 0 and leaf.shape[0] == batch for leaf in leaves]
+    several = [_several(leaf) if moves else leaf for leaf, moves in zip(leaves, moving, strict=True)]
+    shapes: list[dict[int, str]] = [{0: "batch"} if moves else {} for moves in moving]
+
+    def export(values: list[Tensor], shapes: list[dict[int, str]] | None) -> torch.onnx.ONNXProgram:
+        if not isinstance(inputs, dict):
+            return _to_onnx(network, tuple(values), {}, None if shapes is None else tuple(shapes), opset)
+        named = dict(zip(inputs, values, strict=True))
+        return _to_onnx(network, (), named, None if shapes is None else dict(zip(inputs, shapes, strict=True)), opset)
+
+    try:
+        return export(several, shapes)
+    except FixedBatch:
+        if not isinstance(network, torch.fx.GraphModule):
+            raise
+        return export(leaves, None)
+
+
+def _several(leaf: Tensor) -> Tensor:
+    """A batch of one doubled: torch takes a dimension of size 1 for a constant."""
+    return torch.cat([leaf, leaf]) if leaf.shape[0] == 1 else leaf
+
+
+def _check(module: nn.Module) -> None:
+    problems = []
+    baked = isinstance(module, torch.fx.GraphModule)  # an exported program's module: its mode is in its graph
+    training = [] if baked else [name for name, child in module.named_modules() if child.training]
+    if training:
+        problems.append(PcqError("the network is in training mode", where=training[0] or "export",
+                                 todo="Call .eval() first"))  # fmt: skip
+    elsewhere = [name for name, value in module.state_dict().items() if value.device.type != "cpu"]
+    if elsewhere:
+        problems.append(PcqError("the weights are not in CPU memory", where=elsewhere[0], todo="Call .cpu() first"))
+    raise_all(problems)
+
+
+def _to_onnx(
+    network: nn.Module | ExportedProgram,
+    args: tuple[Tensor, ...],
+    kwargs: dict[str, Tensor],
+    shapes: tuple[dict[int, str], ...] | dict[str, dict[int, str]] | None,
+    opset: int,
+) -> torch.onnx.ONNXProgram:
+    logged = logging.root.manager.disable
+    try:
+        logging.disable(logging.CRITICAL)  # torch logs what the exception says again
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                network, args, kwargs=kwargs, dynamo=True, optimize=False, opset_version=opset,
+                dynamic_shapes=shapes, verbose=False,
+            )  # fmt: skip
+    except torch.onnx.OnnxExporterError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
+        if any("static shape" in line for line in lines):
+            raise FixedBatch from error
+        text = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+        raise PcqError(f"torch cannot export this network: {text}", where="export") from error
+    finally:
+        logging.disable(logged)
+    assert program is not None
+    got = program.model.opset_imports.get("")
+    if got != opset:
+        raise PcqError(f"torch needs opset {got} for this network, the target runtime has {opset}", where="export",
+                       todo="Choose a newer target runtime")  # fmt: skip
+    return program
+
+
+def _signature(program: ExportedProgram | None, tensors: Mapping[str, Tensor]) -> tuple[frozenset[str], int]:
+    """The names of the parameters and buffers that are used, tied names included, and the smallest batch."""
+    assert program is not None
+    signature = program.graph_signature
+    held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    live = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
+    storages = {tensors[held[name]].data_ptr() for name in live if held.get(name) in tensors}
+    used = frozenset(name for name, value in tensors.items() if value.data_ptr() in storages)
+    first = next((node for node in program.graph.nodes if node.name in signature.user_inputs), None)
+    value = None if first is None else first.meta.get("val")
+    smallest = 1
+    size: object = value.shape[0] if isinstance(value, Tensor) and value.ndim else None
+    if isinstance(size, torch.SymInt):
+        limits = program.range_constraints.get(size.node.expr)
+        smallest = 1 if limits is None else max(1, int(limits.lower))
+    return used, smallest

@@ -1,0 +1,138 @@
+"""Whether a state dict fits a module, what to say where it does not, and loading it where it does."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pcq.errors import PcqError
+from pcq.recognition import Ambiguous, Shapes, recognise
+
+COUNTER = "num_batches_tracked"
+LISTED = 3
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """What keeps a state dict of shapes ``theirs`` from being loaded into a module of shapes ``ours``; falsy: nothing.
+
+    Attributes:
+        missing: names of the network that the state dict has not.
+        unexpected: names of the state dict that the network has not.
+        differ: names of both, of different shape.
+    """
+
+    ours: Shapes
+    theirs: Shapes
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    differ: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.differ)
+
+    def error(self, arch: str = "") -> PcqError:
+        """The first of each, and the likely cause."""
+        shapes = [f"{n} {_size(self.theirs[n])} where the network has {_size(self.ours[n])}" for n in self.differ]
+        parts = [
+            f"{len(names)} tensors {what} ({', '.join(listed[:LISTED])}{', ...' if len(names) > LISTED else ''})"
+            for what, names, listed in (
+                ("are missing", self.missing, self.missing),
+                ("are not in the network", self.unexpected, self.unexpected),
+                ("have another shape", self.differ, shapes),
+            )
+            if names
+        ]
+        text = "; ".join(parts).replace("1 tensors are", "1 tensor is").replace("1 tensors have", "1 tensor has")
+        return PcqError(f"the weights do not fit the network: {text}", where=arch, todo=self.cause(arch))
+
+    def cause(self, arch: str) -> str:
+        """The likely cause and what to do, or an empty string."""
+        if not self.missing and not self.unexpected:
+            for axis, key, what in ((0, "num_classes", "outputs"), (1, "in_chans", "input channels")):
+                sizes = {(self.ours[n][axis:][:1], self.theirs[n][axis:][:1]) for n in self.differ}
+                rest = all(_without(self.ours[n], axis) == _without(self.theirs[n], axis) for n in self.differ)
+                if rest and len(sizes) == 1 and len(self.differ) <= 6:
+                    (ours,), (theirs,) = sizes.pop()
+                    known = arch.startswith(("torchvision:", "timm:"))
+                    how = f"add {key}={theirs} to --arch" if known else f"let --arch say so, such as ?{key}={theirs}"
+                    return f"The checkpoint is for {theirs} {what} and the network for {ours}: {how}"
+        for prefix in {name.partition(".")[0] + "." for name in self.theirs}:
+            if self.missing and all(n.removeprefix(prefix) in self.ours for n in self.theirs if n.startswith(prefix)):
+                return f"All names begin with '{prefix}', which the network's do not; save the state dict without it"
+        try:
+            found = recognise(self.theirs)
+        except Ambiguous as error:
+            return f"The weights look like one of {', '.join(error.candidates)}"
+        if found is not None:
+            return f"The weights look like {found.sentence}: --arch '{found.arch}'"
+        shared = len(self.theirs.keys() & self.ours.keys())
+        if shared < len(self.theirs) / 2:
+            return f"Only {shared} of the checkpoint's {len(self.theirs)} names are the network's: another architecture"
+        return "A variant of the architecture: another depth, width or version of the code"
+
+
+def _size(shape: Sequence[int]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    return shape[:axis] + shape[axis + 1 :] if axis < len(shape) else ()
+
+
+def mismatch(module: nn.Module, shapes: Shapes) -> Mismatch:
+    """Compare; counters of BatchNorm and all but one of tied names may be absent."""
+    ours = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    ties = _ties(module)
+    given = {ties[name] for name in shapes if name in ties}
+    missing = [n for n in ours if n not in shapes and not n.endswith(COUNTER) and ties.get(n) not in given]
+    return Mismatch(
+        ours,
+        shapes,
+        tuple(missing),
+        tuple(name for name in shapes if name not in ours),
+        tuple(name for name in ours if name in shapes and ours[name] != tuple(shapes[name])),
+    )
+
+
+def _ties(module: nn.Module) -> dict[str, int]:
+    """Name of a parameter -> identity of the tensor."""
+    return {name: id(parameter) for name, parameter in module.named_parameters(remove_duplicate=False)}
+
+
+def check_shapes(module: nn.Module, shapes: Shapes, arch: str = "") -> None:
+    """Raise what :func:`load_state` would raise, without values; ``module`` may be on the meta device.
+
+    Raises:
+        PcqError: as :func:`load_state`.
+    """
+    if check := mismatch(module, shapes):
+        if any(tensor.device.type != "meta" for tensor in module.state_dict().values()):
+            raise check.error(arch)
+        _load_otherwise(module, {n: torch.empty(shape, device="meta") for n, shape in shapes.items()}, check, arch)
+
+
+def load_state(module: nn.Module, state: Mapping[str, Tensor], arch: str = "") -> None:
+    """Load all of ``state`` into all of ``module``; counters of BatchNorm and all but one of tied names may be absent.
+
+    Raises:
+        PcqError: names are missing or left over, or shapes differ. The message lists the first of each and the
+            likely cause. What the module then holds is undefined.
+    """
+    if check := mismatch(module, {name: tuple(tensor.shape) for name, tensor in state.items()}):
+        _load_otherwise(module, state, check, arch)
+        return
+    ties = _ties(module)
+    given = {ties[name]: tensor for name, tensor in state.items() if name in ties}
+    own = module.state_dict()
+    filled = {name: state.get(name, given.get(ties.get(name, 0), own[name])) for name in own}
+    module.load_state_dict(filled, strict=True)
+
+
+def _load_otherwise(module: nn.Module, state: Mapping[str, Tensor], check: Mismatch, arch: str) -> None:
+    """Some modules rename what they load, such as weight_norm: let them try before the state dict is refused."""
+    try:
+        module.load_state_dict(dict(state), strict=True)
+    except RuntimeError:
+        raise check.error(arch) from None

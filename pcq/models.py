@@ -1,0 +1,210 @@
+"""Architecture specs -> modules, and weights into them.
+
+    torchvision:resnet18?num_classes=10     timm:mobilenetv3_small_100     hf:FOLDER     file.py:function?key=value
+    package.module:function?key=value       package.module:Class
+
+Nothing is ever downloaded: networks are built without their pretrained weights, and the weights come from the user.
+"""
+
+import copy
+import importlib
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pcq.errors import PcqError, did_you_mean
+from pcq.inventory import inventory
+from pcq.loading import check_shapes, load_state
+from pcq.recognition import Ambiguous, Recognised, Shapes, recognise
+from pcq.spec import Spec, call, is_own, parse
+from pcq.torchvision_compat import declare_operators, import_torchvision
+
+__all__ = [
+    "Ambiguous",
+    "Recognised",
+    "build",
+    "check_shapes",
+    "complete",
+    "example_shape",
+    "inventory",
+    "load_state",
+    "recognise",
+    "with_input_channels",
+]
+
+KINDS = "torchvision:NAME, timm:NAME, hf:FOLDER, file.py:function or package.module:function"
+
+
+def build(arch: str, shapes: Shapes | None = None) -> nn.Module:
+    """The network that ``arch`` names, in training mode, randomly initialised.
+
+    Args:
+        arch: the spec. A ``file.py`` or ``package.module`` in it is imported and called: that runs its code.
+        shapes: the state dict's names and shapes, from which a torchvision or timm spec takes ``num_classes`` and
+            ``in_chans`` where it does not say them.
+
+    Raises:
+        PcqError: the spec is malformed, names an unknown network, needs a package that is absent, or its function
+            raised or returned something else than a module.
+    """
+    spec = parse(complete(arch, shapes) if shapes is not None else arch)
+    match spec.kind:
+        case "torchvision":
+            return _torchvision(spec)
+        case "timm":
+            return _timm(spec)
+        case "hf":
+            return _hugging_face(spec)
+        case _ if is_own(spec):
+            return _own(spec)
+        case _:
+            raise PcqError("this is not an architecture", where=arch, allowed=KINDS)
+
+
+def complete(arch: str, shapes: Shapes) -> str:
+    """``arch`` with the ``num_classes`` and ``in_chans`` that ``shapes`` ask for, where it leaves them open.
+
+    They are found by building the network without memory and comparing: filled in only if the first axis of its last
+    tensors, or the second of its first, is what differs.
+    """
+    spec = parse(arch)
+    if spec.kind not in ("torchvision", "timm"):
+        return arch
+    with torch.device("meta"):
+        module = build(arch)
+    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    differ = [(own[name], tuple(shapes[name])) for name in own if name in shapes and own[name] != tuple(shapes[name])]
+    heads = {b[0] for a, b in differ if len(a) == len(b) and a[0] != b[0] and a[1:] == b[1:]}
+    stems = {b[1] for a, b in differ if len(a) == len(b) >= 3 and a[1] == 3 != b[1] and (a[0], a[2:]) == (b[0], b[2:])}
+    options = dict(spec.options)
+    for key, found in (("num_classes", heads), ("in_chans", stems)):
+        if len(found) == 1 and key not in options:
+            options[key] = found.pop()
+    return str(Spec(spec.kind, spec.name, options))
+
+
+def _torchvision(spec: Spec) -> nn.Module:
+    models = import_torchvision().models
+    names = models.list_models()
+    if spec.name not in names:
+        raise PcqError(
+            f"torchvision has no network '{spec.name}'",
+            where=str(spec),
+            todo=did_you_mean(spec.name, names) or "`torchvision.models.list_models()` lists them",
+        )
+    options = dict(spec.options)
+    if refused := [key for key in options if key.startswith(("weights", "pretrained"))]:
+        todo = "Leave it out and give the checkpoint's path instead"
+        raise PcqError(f"the option '{refused[0]}' would download weights", where=str(spec), todo=todo)
+    channels = options.pop("in_chans", 3)
+    if spec.name.startswith(("googlenet", "inception")):
+        options.setdefault("init_weights", False)
+    if "weights_backbone" in inspect.signature(models.get_model_builder(spec.name)).parameters:
+        options["weights_backbone"] = None  # it would be downloaded otherwise
+    module = _constructed(spec, lambda: models.get_model(spec.name, weights=None, **options))
+    return module if channels == 3 else with_input_channels(module, channels)
+
+
+def with_input_channels(module: nn.Module, channels: int) -> nn.Module:
+    """``module`` with its first convolution replaced by one of the same settings for ``channels`` input channels."""
+    name, first = next((n, m) for n, m in module.named_modules() if isinstance(m, nn.Conv2d))
+    assert first.groups == 1, (name, first)
+    replaced = copy.copy(first)
+    replaced._parameters = dict(first._parameters)
+    replaced.in_channels = channels
+    size = (first.out_channels, channels, *first.kernel_size)
+    replaced.weight = nn.Parameter(torch.empty(size, dtype=first.weight.dtype, device=first.weight.device))
+    replaced.reset_parameters()
+    parent, _, attribute = name.rpartition(".")
+    setattr(module.get_submodule(parent), attribute, replaced)
+    return module
+
+
+def _timm(spec: Spec) -> nn.Module:
+    timm = _timm_package(spec)
+    if spec.name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) or not timm.is_model(spec.name):
+        raise PcqError(
+            f"timm {timm.__version__} has no network '{spec.name}'",
+            where=str(spec),
+            todo=did_you_mean(spec.name, timm.list_models()) or "`timm.list_models()` lists them",
+        )
+    if refused := [key for key in spec.options if key.startswith(("pretrained", "checkpoint"))]:
+        todo = "Leave it out and give the checkpoint's path instead"
+        raise PcqError(f"the option '{refused[0]}' would load other weights", where=str(spec), todo=todo)
+    return _constructed(spec, lambda: timm.create_model(spec.name, pretrained=False, **spec.options))
+
+
+def _timm_package(spec: Spec) -> Any:
+    if not declare_operators():
+        import_torchvision()  # says how to get it
+    return _package("timm", "pip install --no-deps timm` and `pip install huggingface_hub", spec)
+
+
+def _hugging_face(spec: Spec) -> nn.Module:
+    transformers = _package("transformers", "pip install transformers", spec)
+    folder = Path(spec.name).expanduser()
+    source: str | Path = folder if folder.is_dir() else spec.name
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise PcqError("the folder has no config.json", where=str(folder), allowed="a folder saved by save_pretrained")
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, local_files_only=True, **spec.options)
+    except (OSError, ValueError) as error:
+        told = str(error).strip().splitlines()[0]
+        todo = "Give a folder with config.json; nothing is downloaded"
+        raise PcqError(f"no configuration could be read: {told}", where=str(spec), todo=todo) from error
+    names = getattr(config, "architectures", None) or []
+    found = getattr(transformers, names[0], None) if names else transformers.AutoModel
+    if found is None:
+        raise PcqError(f"transformers {transformers.__version__} has no '{names[0]}'", where=str(spec))
+    return _constructed(spec, lambda: found._from_config(config) if names else found.from_config(config))
+
+
+def _own(spec: Spec) -> nn.Module:
+    found = call(spec)
+    if not isinstance(found, nn.Module):
+        todo = f"Let '{spec.name}' return the network itself"
+        raise PcqError(f"it returned a {type(found).__name__}, not a torch.nn.Module", where=str(spec), todo=todo)
+    return found
+
+
+def _package(name: str, install: str, spec: Spec) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        todo = f"Run `{install}`"
+        raise PcqError(f"this needs {error.name}, which is not installed", where=str(spec), todo=todo) from error
+
+
+def _constructed(spec: Spec, make: Callable[[], Any]) -> nn.Module:
+    try:
+        try:
+            module = make()
+        except (NotImplementedError, RuntimeError):
+            if torch.get_default_device().type != "meta":
+                raise
+            with torch.device("cpu"):  # a constructor that reads the values of what it makes
+                module = make()
+    except Exception as error:
+        options = ", ".join(f"{key}={value!r}" for key, value in spec.options.items())
+        todo = f"Check the options: {options}" if options else ""
+        raise PcqError(f"building it raised {type(error).__name__}: {error}", where=str(spec), todo=todo) from error
+    assert isinstance(module, nn.Module), spec
+    return module
+
+
+def example_shape(arch: str) -> tuple[int, ...] | None:
+    """One sample's shape (channels, height, width) at which ``arch`` is usually run; None where that is not known."""
+    spec = parse(arch)
+    channels = spec.options.get("in_chans", 3)
+    if spec.kind == "torchvision":
+        side = spec.options.get("image_size", 299 if spec.name == "inception_v3" else 224)
+        return channels, side, side
+    if spec.kind == "timm":
+        config = _timm_package(spec).get_pretrained_cfg(spec.name, allow_unregistered=True)
+        side = spec.options.get("img_size", None if config is None else config.input_size[1:])
+        return None if side is None else (channels, *(side if isinstance(side, (tuple, list)) else (side, side)))
+    return None

@@ -1,0 +1,424 @@
+"""ProxConnect and its kin as two step hooks on any ``torch.optim.Optimizer``.
+
+The algorithms are in :mod:`pcq.methods`. Before the optimizer's step each parameter is given the value that the method
+updates; after it, that value is saved and the parameter is given the one that the gradient is taken at. Momentum,
+Adam's moments and weight decay so belong to what is updated. Nothing is kept in ``optimizer.state`` (it would be cast
+to the parameter's dtype, and breaks Adam's lazy start), and nothing of the model is traced.
+"""
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pcq import qtensor
+from pcq.errors import CheckFailed, PcqError, raise_all
+from pcq.grids import Affine, Codebook, Grid
+from pcq.methods import METHODS, Method, SignSwish
+from pcq.plan import Plan
+from pcq.prox import Hard, proximal
+from pcq.qtensor import QuantizedTensor
+from pcq.refit import refit_weight
+from pcq.rows import Rows
+from pcq.schedules import Linear, Schedule
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Target:
+    """A parameter to quantize, how it is cut into rows, and what chooses its levels."""
+
+    parameter: Tensor
+    rows: Rows
+    quantizer: qtensor.Quantizer
+
+
+def targets(plan: Plan, parameters: Mapping[str, Tensor]) -> dict[str, Target]:
+    """What ``plan`` quantizes among ``parameters`` (``dict(model.named_parameters())``); a tied one once.
+
+    Raises:
+        PcqError: one line for every planned name that is not among the parameters, or has another shape.
+    """
+    problems, found = [], {}
+    for entry in plan.quantized:
+        name, shape = entry.parameter.name, tuple(entry.parameter.shape)
+        if entry.parameter.tied_to is not None:
+            continue
+        if name not in parameters:
+            problems.append(PcqError("planned, but the model has no parameter of that name", where=name))
+        elif tuple(parameters[name].shape) != shape:
+            got = tuple(parameters[name].shape)
+            problems.append(PcqError(f"planned with shape {shape}, but the model's is {got}", where=name))
+        else:
+            found[name] = Target(parameters[name], entry.rows, entry.quantizer)
+    raise_all(problems)
+    return found
+
+
+@dataclass(frozen=True)
+class Telemetry:
+    """Where training stands.
+
+    Attributes:
+        step: optimizer steps done.
+        strength: of the prox now.
+        on_levels: share of the weights that lie on their levels (within rounding).
+        flips: share of the weights whose nearest level is another than when last asked, for each step since.
+        distance: root mean square of (latent - nearest level) over that of the latent.
+    """
+
+    step: int
+    strength: float
+    on_levels: float
+    flips: float
+    distance: float
+
+
+class _Tracked:
+    """One parameter under way: ``shown`` is what the model sees between steps, ``hidden`` the other value, if any."""
+
+    def __init__(self, target: Target, hides: bool) -> None:
+        self.parameter, self.rows, self.quantizer = target.parameter, target.rows, target.quantizer
+        self.shown = target.parameter.data
+        self.hidden = self.shown.clone() if hides else None
+        self.grid: Grid = qtensor.fit(self.quantizer, self.shown, self.rows)
+        self.mu = 1.0
+        self.codes: Tensor | None = None
+
+    def nearest(self, weight: Tensor) -> Tensor:
+        return self.rows.merge(proximal(self.rows.split(weight), self.grid, Hard().shifts(1.0)))
+
+
+_attached: "weakref.WeakSet[torch.optim.Optimizer]" = weakref.WeakSet()
+
+
+def swaps(weight: Tensor) -> bool:
+    """Whether the two values change places by pointer: on a CPU. Elsewhere they are copied, as CUDA graphs need."""
+    return weight.device.type == "cpu"
+
+
+class ProxConnect:
+    """Attach a method of the family to ``optimizer``; train as always; :meth:`finish`.
+
+    Three lines in any loop::
+
+        prox = ProxConnect(optimizer, targets(plan, dict(model.named_parameters())), METHODS["parq"], steps=10_000)
+        ...  # the loop: zero_grad, backward, clip, optimizer.step() or scaler.step(optimizer), scheduler.step()
+        quantized = prox.finish()
+
+    Between steps the model holds the value that the gradient is taken at; its state dict does not hold the latents of
+    ProxConnect, :meth:`state_dict` does. Attach when the model is on its device and has the weights to start from.
+
+    Args:
+        optimizer: any; its ``step`` has to be called without a closure.
+        weights: what to quantize; each is one of the optimizer's parameters, others of which are left alone.
+        method: one of METHODS, or a Method of your own.
+        schedule: the strength over the training.
+        steps: optimizer steps that the training will have.
+        refit: steps between refits of the levels to the moving weights; None: the levels stay as first fitted.
+
+    Raises:
+        PcqError: the optimizer has one attached already, or a weight is not float32, not finite, not the optimizer's.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        weights: Mapping[str, Target],
+        method: Method = METHODS["proxconnect"],
+        schedule: Schedule = Linear(),  # noqa: B008
+        *,
+        steps: int,
+        refit: int | None = 20,
+    ) -> None:
+        _check(optimizer, weights, steps, refit)
+        self.optimizer, self.method, self.schedule, self.steps, self.refit = optimizer, method, schedule, steps, refit
+        self.step = 0
+        self.hardened = False
+        self._skips = False
+        self._asked = 0
+        hides = method.gradient_at != method.updates
+        self._weights = {name: _Tracked(target, hides) for name, target in weights.items()}
+        for weight in self._weights.values():
+            self._map_hidden(weight)
+        self._hooks = (
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        )
+        _attached.add(optimizer)
+
+    # -- the two hooks ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _before(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
+            raise PcqError(
+                "the optimizer's step was called with a closure, which would be evaluated at the wrong weights",
+                todo="Compute the loss and call backward() first, then step() without a closure.",
+            )
+        # A fused optimizer is called by GradScaler even for a step that it is to leave out.
+        found_inf = getattr(optimizer, "found_inf", None)
+        self._skips = found_inf is not None and float(found_inf) > 0
+        if self._skips:
+            return
+        for weight in self._weights.values():
+            if self.method.backward is not None and weight.parameter.grad is not None:
+                latent = weight.rows.split(self._latent(weight))
+                factor = self.method.backward.slope(latent, weight.grid.levels())
+                weight.parameter.grad.mul_(weight.rows.merge(factor))
+            if weight.hidden is None:
+                continue
+            if self.method.updates == "latent" and swaps(weight.shown):
+                weight.parameter.data = weight.hidden
+            else:
+                weight.shown.copy_(weight.hidden)
+
+    @torch.no_grad()
+    def _after(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._skips:
+            return
+        self.step += 1
+        rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+        refits = self.refit is not None and self.step % self.refit == 0 and not self.method.posttraining
+        for weight in self._weights.values():
+            weight.mu += rates[id(weight.parameter)]
+            if weight.hidden is not None and self.method.updates == "latent":
+                if swaps(weight.shown):
+                    weight.parameter.data = weight.shown
+                else:
+                    weight.hidden.copy_(weight.shown)
+            if refits:
+                weight.grid = refit_weight(weight.quantizer, self._latent(weight), weight.grid, weight.rows)
+            if weight.hidden is not None:
+                self._map_hidden(weight)
+            elif not self.method.posttraining:
+                self._map(weight, weight.shown, weight.shown)
+
+    # -- the map ------------------------------------------------------------------------------------------------------
+
+    def _latent(self, weight: _Tracked) -> Tensor:
+        """The continuous value; for ProxQuant, which keeps none, the weight itself."""
+        hidden_latent = weight.hidden is not None and self.method.updates == "latent"
+        return weight.hidden if hidden_latent and weight.hidden is not None else weight.shown
+
+    def strength(self, mu: float = 1.0) -> float:
+        """Of the prox now; ``mu`` as in :mod:`pcq.schedules`."""
+        return 1.0 if self.hardened else self.schedule.strength(min(1.0, self.step / self.steps), mu)
+
+    def _map_hidden(self, weight: _Tracked) -> None:
+        """Make the weight anew from the latent, whichever of the two is hidden."""
+        if weight.hidden is not None:
+            latent = self._latent(weight)
+            self._map(weight, latent, weight.shown if latent is weight.hidden else weight.hidden)
+
+    @torch.no_grad()
+    def _map(self, weight: _Tracked, source: Tensor, out: Tensor) -> None:
+        strength = self.strength(weight.mu)
+        rows, into = weight.rows.split(source), weight.rows.split(out)
+        direct = into.data_ptr() == out.data_ptr() and into.is_contiguous()
+        if isinstance(self.method.prox, SignSwish) and strength < 1:
+            out.copy_(weight.rows.merge(self.method.prox.value(rows, weight.grid.levels())))
+            return
+        prox = Hard() if isinstance(self.method.prox, SignSwish) else self.method.prox
+        mapped = proximal(rows, weight.grid, prox.shifts(strength), out=into if direct else None)
+        if not direct:
+            out.copy_(weight.rows.merge(mapped))
+
+    # -- looking, ending, saving --------------------------------------------------------------------------------------
+
+    @contextmanager
+    def quantized(self) -> Iterator[None]:
+        """Within it the model has its weights on the nearest levels, to be scored as what it is going to be."""
+        kept = [weight.shown.clone() for weight in self._weights.values()]
+        for weight in self._weights.values():
+            weight.shown.copy_(weight.nearest(self._latent(weight)))
+        try:
+            yield
+        finally:
+            for weight, before in zip(self._weights.values(), kept, strict=True):
+                weight.shown.copy_(before)
+
+    @torch.no_grad()
+    def telemetry(self) -> Telemetry:
+        """Where training stands; about ten copies of the weights, so ask now and then."""
+        total = on = flips = 0
+        rest = norm = strength = 0.0
+        for weight in self._weights.values():
+            latent = self._latent(weight)
+            value = weight.hidden if weight.hidden is not None and latent is weight.shown else weight.shown
+            near = weight.nearest(value)
+            slack = 4 * torch.finfo(near.dtype).eps * near.abs().amax()
+            on += int(((value - near).abs() <= slack).sum())
+            rest += float((latent - weight.nearest(latent)).square().sum())
+            norm += float(latent.square().sum())
+            codes = qtensor.encode(latent, weight.grid, weight.rows).codes
+            flips += 0 if weight.codes is None else int((codes != weight.codes).sum())
+            weight.codes = codes
+            total += value.numel()
+            strength += self.strength(weight.mu) * value.numel()
+        since, self._asked = max(1, self.step - self._asked), self.step
+        return Telemetry(
+            self.step, strength / total, on / total, flips / total / since, (rest / norm) ** 0.5 if norm else 0.0
+        )
+
+    def harden(self) -> None:
+        """Take the nearest level from now on, whatever the schedule says: for training that ends early."""
+        self.hardened = True
+        for weight in self._weights.values():
+            if weight.hidden is not None:
+                self._map_hidden(weight)
+            elif not self.method.posttraining:
+                self._map(weight, weight.shown, weight.shown)
+
+    def finish(self) -> dict[str, QuantizedTensor]:
+        """Check that every weight lies on its levels, bit by bit; detach; the quantized tensors by name.
+
+        Post-training quantization is done here: its levels are fitted and its weights rounded.
+
+        Raises:
+            CheckFailed: training ended before its hard phase, or weights are off their levels.
+        """
+        if self.strength() < 1 and not self.method.posttraining:
+            raise CheckFailed(
+                f"training stopped at step {self.step} of {self.steps}, before its hard phase",
+                todo="Train on, or call harden() to round the weights as they are",
+            )
+        done, problems = {}, []
+        for name, weight in self._weights.items():
+            if self.method.posttraining:
+                weight.grid = qtensor.fit(weight.quantizer, weight.shown, weight.rows)
+                weight.shown.copy_(weight.nearest(weight.shown))
+            elif weight.hidden is not None and self.method.updates == "weight":
+                weight.shown.copy_(weight.hidden)
+            done[name] = qtensor.encode(weight.shown, weight.grid, weight.rows)
+            off = int((done[name].dequantize() != weight.parameter.data).sum())
+            if off:
+                problems.append(
+                    CheckFailed(
+                        f"{off} of {weight.shown.numel()} weights are not on their levels",
+                        where=name,
+                        todo="Something other than the optimizer changed them after its last step.",
+                    )
+                )
+        raise_all(list[PcqError](problems))
+        self.detach()
+        return done
+
+    def detach(self) -> None:
+        """Take the hooks off; the weights stay as they are."""
+        for hook in self._hooks:
+            hook.remove()
+        _attached.discard(self.optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All there is to go on from, in tensors and plain values. As with an optimizer's, tensors are not copies."""
+        return {
+            "format": FORMAT,
+            "run": self._run(),
+            "step": self.step,
+            "hardened": self.hardened,
+            "weights": {
+                name: {"latent": self._latent(weight), "mu": weight.mu, "grid": _grid_state(weight.grid)}
+                for name, weight in self._weights.items()
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on, bit by bit, from where :meth:`state_dict` was taken; the parameters are set too.
+
+        Raises:
+            PcqError: it is of another version, of other settings, or of other weights.
+        """
+        if state.get("format") != FORMAT:
+            raise PcqError(f"the ProxConnect state has format {state.get('format')!r}", allowed=f"format {FORMAT}")
+        problems = [
+            PcqError(f"the saved run had {key} {state['run'].get(key)}, this one has {mine}", where="ProxConnect state")
+            for key, mine in self._run().items()
+            if state["run"].get(key) != mine
+        ]
+        for name in sorted(self._weights.keys() ^ state["weights"].keys()):
+            side = "only in the saved state" if name in state["weights"] else "missing in the saved state"
+            problems.append(PcqError(f"{side}", where=name))
+        for name in self._weights.keys() & state["weights"].keys():
+            got, want = tuple(state["weights"][name]["latent"].shape), self._weights[name].rows.shape
+            if got != want:
+                problems.append(PcqError(f"saved with shape {got}, here it has {want}", where=name))
+        raise_all(problems)
+        self.step, self.hardened, self._asked = state["step"], state["hardened"], state["step"]
+        for name, weight in self._weights.items():
+            saved = state["weights"][name]
+            weight.mu, weight.grid = saved["mu"], _grid_from(saved["grid"], weight.shown.device)
+            weight.codes = None
+            self._latent(weight).copy_(saved["latent"])
+            self._map_hidden(weight)
+
+    def _run(self) -> dict[str, str]:
+        return {
+            "method": str(self.method),
+            "schedule": str(self.schedule),
+            "steps": str(self.steps),
+            "refit": str(self.refit),
+        }
+
+
+def _check(optimizer: torch.optim.Optimizer, weights: Mapping[str, Target], steps: int, refit: int | None) -> None:
+    problems = []
+    if optimizer in _attached:
+        problems.append(
+            PcqError("this optimizer has a ProxConnect attached already", todo="Call its finish() or detach() first.")
+        )
+    if not weights:
+        problems.append(PcqError("there are no weights to quantize"))
+    if steps < 1:
+        problems.append(
+            PcqError(f"steps is {steps}", allowed="the number of optimizer steps of the training, 1 or more")
+        )
+    if refit is not None and refit < 1:
+        problems.append(PcqError(f"refit is {refit}", allowed="a number of steps, 1 or more, or None"))
+    mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    seen: dict[int, str] = {}
+    for name, target in weights.items():
+        data = target.parameter.data
+        if id(target.parameter) in seen:
+            problems.append(PcqError(f"is the same parameter as {seen[id(target.parameter)]}", where=name))
+        seen[id(target.parameter)] = name
+        if id(target.parameter) not in mine:
+            problems.append(
+                PcqError("is not one of the optimizer's parameters", where=name, todo="Attach to the one that has it.")
+            )
+        elif type(data) is not Tensor:
+            problems.append(PcqError(f"is a {type(data).__name__}", where=name, allowed="a plain tensor"))
+        elif data.dtype != torch.float32:
+            problems.append(
+                PcqError(
+                    f"is {str(data.dtype).removeprefix('torch.')}: steps smaller than its rounding would be lost",
+                    where=name,
+                    allowed="float32",
+                    todo="Keep float32 parameters and compute in lower precision with torch.autocast.",
+                )
+            )
+        elif tuple(data.shape) != target.rows.shape:
+            problems.append(PcqError(f"has shape {tuple(data.shape)}, its rows {target.rows.shape}", where=name))
+        elif not bool(torch.isfinite(data).all()):
+            problems.append(PcqError("has infinite or NaN weights", where=name))
+    raise_all(problems)
+
+
+def _grid_state(grid: Grid) -> dict[str, Any]:
+    if isinstance(grid, Affine):
+        return {"kind": "affine", "scale": grid.scale, "zero_point": grid.zero_point, "count": grid.count}
+    return {"kind": "codebook", "table": grid.table, "scale": grid.scale}
+
+
+def _grid_from(state: Mapping[str, Any], device: torch.device) -> Grid:
+    here: dict[str, Any] = {
+        key: value.to(device) if isinstance(value, Tensor) else value for key, value in state.items()
+    }
+    if here["kind"] == "affine":
+        return Affine(here["scale"], here["zero_point"], here["count"])
+    return Codebook(here["table"], here["scale"])

@@ -1,0 +1,160 @@
+"""Levels that follow moving weights: one cheap step from the last levels instead of an exact fit.
+
+An exact least-squares fit sorts every row, some 160 copies of the weights. While weights train they move little, so it
+is enough to alternate: take the nearest codes once, then the levels of least squared error for these codes. Neither
+half raises the error, so a refit is never worse than the levels it starts from.
+"""
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from pcq import qtensor
+from pcq.grids import Affine, Codebook, Grid, interleave
+from pcq.prox import CHUNK, FEW, blocks
+from pcq.quantizers import AdditivePowersOfTwo, Fixed, KMeans, LeastSquaresBinary, Ternary, Uniform
+from pcq.rows import Rows
+
+
+@torch.no_grad()
+def refit(quantizer: qtensor.Quantizer, rows: Tensor, grid: Grid) -> Grid:
+    """``rows [g, n]`` float32 and the grid last used for them -> a grid of the same form, at least as good.
+
+    What chooses its levels by another rule than least squares (absmax, mean, fixed levels), or quickly, or is not known
+    here, is fitted anew; zero points are kept. Rows without a nonzero code are fitted anew too, so that none stays
+    stuck at zero.
+    """
+    match quantizer, grid:
+        case ((Ternary() | Uniform(scale="mse")), Affine()):
+            scale, stuck = _affine_scale(rows, grid)
+            moved: Grid = Affine(scale, grid.zero_point, grid.count)
+        case ((AdditivePowersOfTwo() | Fixed(scale="mse")), Codebook()) if grid.scale is not None:
+            counts, sums = _cells(rows, grid)
+            table = grid.table.double()
+            scale, stuck = _ratio((table * sums).sum(1), (table.square() * counts).sum(1), grid.scale)
+            moved = Codebook(grid.table, scale)
+        case KMeans(), Codebook():
+            counts, sums = _cells(rows, grid)
+            means = torch.where(counts > 0, sums / counts.clamp(min=1), grid.table.double())
+            moved, stuck = Codebook(means.float()), grid.table[:, 0] == grid.table[:, -1]
+        case LeastSquaresBinary(), Codebook():
+            table, stuck = _binary_levels(grid.table.double(), *_cells(rows, grid))
+            moved = Codebook(table.float())
+        case _:
+            return quantizer.fit(rows)
+    return _with_rows(moved, stuck, quantizer.fit(rows[stuck])) if bool(stuck.any()) else moved
+
+
+def refit_weight(quantizer: qtensor.Quantizer, weight: Tensor, grid: Grid, rows: Rows) -> Grid:
+    """:func:`refit` for a weight cut into ``rows``, as :func:`pcq.qtensor.fit` is ``quantizer.fit`` for one."""
+    split = rows.split(weight.detach())
+    if rows.tail == rows.width:
+        return refit(quantizer, split, grid)
+    if isinstance(grid, Codebook) and grid.scale is None and grid.table.shape[0] == 1:
+        return qtensor.fit(quantizer, weight, rows)
+    by_channel = split.reshape(rows.channels, rows.groups, rows.width)
+    index = torch.arange(rows.g, device=split.device).reshape(rows.channels, rows.groups)
+    main = refit(quantizer, by_channel[:, :-1].reshape(-1, rows.width), grid.map(lambda t: t[index[:, :-1].flatten()]))
+    tail = refit(quantizer, by_channel[:, -1, : rows.tail].contiguous(), grid.map(lambda t: t[index[:, -1]]))
+    return interleave(main, tail, rows.channels)
+
+
+def _ratio(above: Tensor, below: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+    """Least-squares scale, and which rows have none."""
+    stuck = ~((above > 0) & (below > 0) & (before > 0))
+    return torch.where(stuck, before.double(), above / torch.where(below > 0, below, 1.0)).float(), stuck
+
+
+def _affine_scale(rows: Tensor, grid: Affine) -> tuple[Tensor, Tensor]:
+    step = torch.where(grid.scale > 0, grid.scale, 1.0)[:, None]
+    zero = grid.zero_point.float()[:, None] if isinstance(grid.zero_point, Tensor) else step.new_full((1, 1), 1.0)
+    zero = zero if isinstance(grid.zero_point, Tensor) else zero * grid.zero_point
+    zero = zero.expand(rows.shape[0], 1)
+    above, below = rows.new_zeros(2, rows.shape[0], dtype=torch.float64)
+    size = min(CHUNK, rows.numel()) if rows.device.type == "cpu" else rows.numel()
+    scratch = rows.new_empty(size)
+    for which, part in blocks(rows, size):
+        weights = rows[which, part]
+        code = torch.div(weights, step[which], out=scratch[: weights.numel()].view_as(weights)).add_(zero[which])
+        code.round_().clamp_(0, grid.count - 1).sub_(zero[which])
+        above[which] += torch.linalg.vecdot(weights, code)
+        below[which] += torch.linalg.vecdot(code, code)
+    return _ratio(above, below, grid.scale)
+
+
+def _cells(rows: Tensor, grid: Codebook) -> tuple[Tensor, Tensor]:
+    """How many weights of each row are nearest to each of its levels, and their sum: float64 ``[g, k]`` each."""
+    g, k = rows.shape[0], grid.count
+    counts, sums = rows.new_zeros(2, g, k, dtype=torch.float64)
+    levels = grid.levels().expand(g, -1)
+    middles = (levels[:, 1:] + levels[:, :-1]) / 2
+    size = min(CHUNK, rows.numel()) if rows.device.type == "cpu" else rows.numel()
+    scratch = rows.new_empty(size)
+    for which, part in blocks(rows, size):
+        weights = rows[which, part]
+        if k > FEW:
+            offset = torch.arange(weights.shape[0], device=rows.device)[:, None] * k
+            index = (torch.searchsorted(middles[which].contiguous(), weights.contiguous()) + offset).flatten()
+            length = weights.shape[0] * k
+            counts[which] += torch.bincount(index, minlength=length).view(-1, k)
+            sums[which] += torch.bincount(index, weights.double().flatten(), length).view(-1, k)
+            continue
+        counts[which, 0] += weights.shape[1]
+        sums[which, 0] += weights.sum(1)
+        for level in range(1, k):
+            above = torch.gt(
+                weights, middles[which, level - 1 : level], out=scratch[: weights.numel()].view_as(weights)
+            )
+            count, total = above.sum(1), torch.linalg.vecdot(weights, above)
+            counts[which, level] += count
+            counts[which, level - 1] -= count
+            sums[which, level] += total
+            sums[which, level - 1] -= total
+    return counts, sums
+
+
+def _binary_levels(table: Tensor, counts: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Least squares for the values v of the levels ``±v1 ± .. ± vb``; and the rows whose values are not determined.
+
+    The values are read off the ascending levels: the distances from the lowest, halved, are the subset sums of the v.
+    """
+    bits = table.shape[1].bit_length() - 1
+    sums_of_some = (table - table[:, :1]) / 2
+    values = [sums_of_some[:, 1]] if bits > 1 else []
+    if bits > 2:
+        values.append(sums_of_some[:, 2])
+    if bits > 3:
+        third, pair = sums_of_some[:, 3], values[0] + values[1]
+        values.append(torch.where((third - pair).abs() <= 1e-5 * pair, sums_of_some[:, 4], third))
+    values.append(-table[:, 0] - sum(values, torch.zeros_like(table[:, 0])))
+    signs = table.new_tensor(list(itertools.product((-1.0, 1.0), repeat=bits)))
+    order = (torch.stack(values, 1) @ signs.T).sort(dim=1, stable=True).indices
+    patterns = signs[order]
+    normal = torch.einsum("gk,gki,gkj->gij", counts, patterns, patterns)
+    right = torch.einsum("gk,gki->gi", sums, patterns)
+    solved, failed = torch.linalg.solve_ex(normal, right)
+    spread = torch.linalg.eigvalsh(normal)
+    stuck = (failed != 0) | (spread[:, 0] <= 1e-9 * spread[:, -1]) | ~torch.isfinite(solved).all(1)
+    levels = (torch.where(stuck[:, None], torch.stack(values, 1), solved) @ signs.T).sort(1).values
+    return (levels - levels.flip(1)) / 2, stuck
+
+
+def _with_rows(grid: Grid, which: Tensor, rows: Grid) -> Grid:
+    """``grid`` with the rows ``which`` replaced."""
+
+    def put(into: Tensor, values: Tensor) -> Tensor:
+        into = into.clone()
+        into[which] = values
+        return into
+
+    if isinstance(grid, Affine) and isinstance(rows, Affine):
+        zero = grid.zero_point
+        if isinstance(zero, Tensor) and isinstance(rows.zero_point, Tensor):
+            zero = put(zero, rows.zero_point)
+        return Affine(put(grid.scale, rows.scale), zero, grid.count)
+    assert isinstance(grid, Codebook), grid
+    assert isinstance(rows, Codebook), rows
+    if grid.scale is not None and rows.scale is not None:
+        return Codebook(grid.table, put(grid.scale, rows.scale))
+    return Codebook(put(grid.table, rows.table))

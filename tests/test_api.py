@@ -1,0 +1,52 @@
+"""The Python interface: the names people import, pinned, and what importing costs."""
+
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import pcq
+
+
+def test_names_are_pinned() -> None:
+    assert pcq.__all__ == [
+        "CheckFailed",
+        "PcqError",
+        "evaluate",
+        "export_onnx",
+        "inspect",
+        "load_network",
+        "load_recipe",
+        "open_network",
+        "quantize",
+        "read_artifact",
+    ]
+
+
+@pytest.mark.parametrize("name", pcq.__all__)
+def test_every_name_is_there_and_documented(name: str) -> None:
+    assert (getattr(pcq, name).__doc__ or "").strip()
+
+
+def test_no_room_takes_a_public_name() -> None:
+    """Importing pcq.x sets the attribute x of the package, which would hide a function of that name."""
+    rooms = {module.name for module in pkgutil.iter_modules(pcq.__path__)}
+    assert not rooms & set(pcq.__all__)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'quantise'"):
+        pcq.quantise  # noqa: B018
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["quantize", "--help"], ["--version"], []])
+def test_help_imports_no_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys; from pcq.cli import run; code = run(sys.argv[1:]);"
+        "heavy = {'torch', 'onnx', 'onnxruntime', 'numpy'} & set(sys.modules);"
+        "print(sorted(heavy), file=sys.stderr); sys.exit(bool(heavy))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "pcq" in done.stdout + done.stderr

@@ -1,0 +1,151 @@
+"""The main job through the command line, on the pretrained digits network that comes with the installation."""
+
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from safetensors import safe_open
+
+import pcq
+from pcq import cli
+from pcq.demo import HERE
+
+ARCH = "pcq.demo.nets:resnet8?num_classes=10&in_channels=1"
+DIGITS = HERE / "digits-resnet8.safetensors"
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> tuple[str, str]:
+    """Run pcq in this process; its standard output and standard error."""
+    got = cli.run([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    assert got == code, (got, out, err)
+    return out, err
+
+
+def answer(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict:
+    return json.loads(run(capsys, *arguments, "--json")[0])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the digits network quantized to ternary and exported."""
+    folder = tmp_path_factory.mktemp("made")
+    result = pcq.quantize(DIGITS, "ternary", arch=ARCH, out=folder / "net.ternary.safetensors")
+    pcq.export_onnx(result.path, folder / "net.ternary.onnx", input_shape=(1, 8, 8))
+    return folder
+
+
+def test_quantize_prints_plan_and_ledger(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, err = run(capsys, "quantize", DIGITS, "--recipe", "ternary", "--arch", ARCH, "-o", tmp_path / "x.safetensors")
+    assert "layer2.0.conv1.weight" in out
+    assert "bits/weight" in out
+    assert "size as predicted to the byte" in out
+    assert f"Next: pcq export {tmp_path}/x.safetensors --onnx" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_the_ledger_adds_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "x.safetensors"
+    got = answer(capsys, "quantize", DIGITS, "--recipe", "ternary", "--arch", ARCH, "-o", path)
+    assert got["bytes_after"] == got["bytes_predicted"] == path.stat().st_size
+    with safe_open(path, "pt") as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for row in got["ledger"]:
+        parts = [tensor for name, tensor in stored.items() if name.rpartition(".")[0] == row["name"]]
+        assert row["bytes"] == sum(part.nbytes for part in parts) > 0
+    assert len(got["ledger"]) == 8
+    assert got["bytes_before"] > 8 * got["bytes_after"]
+
+
+def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "x.safetensors"
+    got = answer(capsys, "quantize", DIGITS, "-r", "w4", "--arch", ARCH, "-o", path, "--dry-run")
+    assert {entry["levels"] is None for entry in got["entries"]} == {True, False}
+    assert all((entry["levels"] is None) == (entry["reason"] is not None) for entry in got["entries"])
+    assert not path.exists()
+
+
+def test_default_output_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "model.safetensors"
+    model.write_bytes(DIGITS.read_bytes())
+    run(capsys, "quantize", model, "-r", "w8", "--arch", ARCH)
+    assert (tmp_path / "model.w8.safetensors").exists()
+
+
+def test_same_through_python_and_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "quantize", DIGITS, "-r", "w4", "--arch", ARCH, "-o", tmp_path / "cli.safetensors")
+    pcq.quantize(DIGITS, "w4", arch=ARCH, out=tmp_path / "python.safetensors")
+    assert (tmp_path / "cli.safetensors").read_bytes() == (tmp_path / "python.safetensors").read_bytes()
+
+
+def test_export_proves_itself_and_scores_like_torch(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    in_torch = answer(capsys, "eval", made / "net.ternary.safetensors", "--data", "digits")
+    in_ort = answer(capsys, "eval", made / "net.ternary.onnx", "--data", "digits")
+    assert in_torch["n"] == in_ort["n"] == 400
+    assert in_torch["top1"] == in_ort["top1"]
+    onnx.checker.check_model(str(made / "net.ternary.onnx"), full_check=True)
+
+
+def test_eval_against_the_float_network(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    got = answer(capsys, "eval", made / "net.ternary.onnx", "--data", "digits", "--reference", DIGITS, "--arch", ARCH)
+    assert 0 < got["agreement"] <= 100
+    got = answer(capsys, "eval", DIGITS, "--data", "digits", "--arch", ARCH, "--reference", DIGITS)
+    assert got["agreement"] == 100
+    assert got["top1"] == 99.5  # pcq/demo/digits-resnet8.json
+
+
+@pytest.mark.parametrize("name", ["net.ternary.safetensors", "net.ternary.onnx"])
+def test_inspect_shows_every_weight(made: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    got = answer(capsys, "inspect", made / name)
+    packed = [row for row in got["tensors"] if row["bits"] < 32]
+    assert len(packed) == 8
+    out, _ = run(capsys, "inspect", made / name)
+    assert all(row["name"] in out for row in packed)
+
+
+def test_inspect_a_checkpoint_and_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "float checkpoint" in run(capsys, "inspect", DIGITS)[0]
+    assert "a valid recipe" in run(capsys, "recipes", "check", "ternary")[0]
+    assert "conv1.weight" in run(capsys, "recipes", "check", "ternary", DIGITS, "--arch", ARCH)[0]
+
+
+def test_recipes_list_and_show(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [each["name"] for each in answer(capsys, "recipes", "list")["recipes"]]
+    expected = "binary ternary quaternary w2 w3 w4 w8 codebook4 paper-binary paper-ternary paper-quaternary mixed"
+    assert set(expected.split()) <= set(names)
+    for name in names:
+        text, _ = run(capsys, "recipes", "show", name)
+        assert text.startswith("#")
+        assert "pcq quantize" in text
+
+
+def test_recipes_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "rules" in json.loads(run(capsys, "recipes", "schema")[0])["properties"]
+
+
+def test_prox_plot_is_a_png(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for kind in ("hard", "binaryrelax", "proxquant", "parq"):
+        path = tmp_path / f"{kind}.png"
+        run(capsys, "inspect", "--prox", kind, "--out", path)
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    got = answer(capsys, "demo", "--out", tmp_path / "demo")
+    assert [row["weights"] for row in got["rows"]] == ["float32", "w4", "ternary"]
+    for row in got["rows"][1:]:
+        assert row["torch_top1"] == row["onnx_top1"]
+        assert row["artifact_bytes"] < got["rows"][0]["artifact_bytes"] / 4
+    out, _ = run(capsys, "demo", "--out", tmp_path / "demo")
+    assert "What to type next" in out
+
+
+def test_artifact_loads_as_a_plain_state_dict(made: Path) -> None:
+    artifact = pcq.read_artifact(made / "net.ternary.safetensors")
+    network = pcq.load_network(artifact, made / "net.ternary.safetensors")
+    state = artifact.state_dict()
+    assert torch.equal(network.module.state_dict()["layer3.0.conv2.weight"], state["layer3.0.conv2.weight"])
+    levels = [row.unique().numel() for row in state["layer3.0.conv2.weight"].flatten(1)]
+    assert max(levels) <= 3
