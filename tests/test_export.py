@@ -1,6 +1,7 @@
 """Export: small networks of every kind go through whole; whatever is wrong leaves no file behind."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from pcq.errors import CheckFailed, PcqError
-from pcq.export import OnnxReport, onnx_file, open_packed, passes, read_packed, verify, write_onnx, writing
+from pcq.export import OnnxReport, open_packed, passes, read_packed, verify, write_onnx, writing
 from pcq.grids import Affine, Codebook, Grid
 from pcq.qtensor import QuantizedTensor
 from pcq.rows import Rows
 
 Weights = dict[str, QuantizedTensor]
+Exported = tuple[nn.Module, Weights, Path, OnnxReport]
 
 
 def grid_of(kind: str, g: int) -> Grid:
@@ -75,15 +77,15 @@ class Convs(nn.Module):
         self.cube = nn.Conv3d(1, 2, (1, 1, 3))
         self.head = nn.Linear(12, 5)
         for norm in (self.norm, self.norm2):
-            nn.init.normal_(norm.running_mean)
-            nn.init.uniform_(norm.running_var, 0.5, 2)
+            norm.running_mean, norm.running_var = torch.randn(8), torch.rand(8) + 0.5
             nn.init.uniform_(norm.weight, 0.5, 2)
 
     def forward(self, image: Tensor) -> Tensor:
         x = torch.relu(self.norm(self.stem(image)))
         x = self.up2(self.up(torch.relu(self.norm2(self.depthwise(x)))))
         x = self.line(x.mean(-1))
-        return self.head(self.cube(x[:, None, None]).mean(-1).flatten(1))
+        logits: Tensor = self.head(self.cube(x[:, None, None]).mean(-1).flatten(1))
+        return logits
 
 
 class Words(nn.Module):
@@ -110,7 +112,8 @@ class Mlp(nn.Module):
         self.a, self.b, self.c = nn.Linear(6, 10), nn.Linear(10, 6, bias=False), nn.Linear(6, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c(self.b(torch.relu(self.a(x))).mean(1))
+        logits: Tensor = self.c(self.b(torch.relu(self.a(x))).mean(1))
+        return logits
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +122,7 @@ def _seed() -> None:
 
 
 @pytest.fixture(scope="module")
-def mlp(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Weights, Path, OnnxReport]:
+def mlp(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     torch.manual_seed(0)
     network = Mlp()
     weights = quantize(network)
@@ -232,7 +235,8 @@ def test_weights_of_equal_value_stay_apart(tmp_path: Path) -> None:
             self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.b(torch.relu(self.a(x)))
+            y: Tensor = self.b(torch.relu(self.a(x)))
+            return y
 
     network = Twins()
     weights = quantize(network, ("ternary",))
@@ -260,7 +264,7 @@ def test_exported_programs(tmp_path: Path, kind: str) -> None:
     assert {agreement.batch for agreement in report.agreements} == expected
 
 
-def test_two_exports_give_the_same_bytes(tmp_path: Path, mlp: tuple[nn.Module, Weights, Path, OnnxReport]) -> None:
+def test_two_exports_give_the_same_bytes(tmp_path: Path, mlp: Exported) -> None:
     network, weights, path, _ = mlp
     report = write_onnx(network, weights, (torch.zeros(1, 4, 6),), tmp_path / path.name)
     assert report.path.read_bytes() == path.read_bytes()
@@ -281,27 +285,39 @@ def test_large_models_have_external_data_that_is_replaced_as_one(
     before = session(path).run(None, {"input": ones})
 
     other = quantize(network)
-    replace = writing.os.replace
+    replace = os.replace
 
     def interrupted(source: Path, target: Path) -> None:
         if target == path:
             raise KeyboardInterrupt
         replace(source, target)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(writing.os, "replace", interrupted)
-        write_onnx(network, other, example, path, external_above=100)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write_onnx(network, other, example, path, external_above=100)
     np.testing.assert_array_equal(session(path).run(None, {"input": ones})[0], before[0])
 
-    report = write_onnx(network, other, example, path, external_above=100)
-    assert report.data_path is not None
-    assert sorted(tmp_path.iterdir()) == sorted([path, report.data_path])
-    assert same(read_packed(path), other)
-    report.data_path.unlink()
+    hidden = report.data_path.rename(tmp_path / "hidden")
     with pytest.raises(CheckFailed, match="cannot be read"):
         read_packed(path)
+    hidden.rename(report.data_path)
     write_onnx(network, other, example, path)
     assert list(tmp_path.iterdir()) == [path]
+    assert same(read_packed(path), other)
+
+
+def test_new_data_replaces_old_data_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "draft").mkdir()
+    for name in ("m.onnx", "m.onnx.01234567.data", "m.onnx.keep.data", "other.onnx.01234567.data"):
+        (tmp_path / name).write_text("old")
+    draft, data = tmp_path / "draft" / "m.onnx", tmp_path / "draft" / "m.onnx.89abcdef.data"
+    draft.write_text("new")
+    data.write_text("new")
+    assert writing.commit(draft, data, tmp_path / "m.onnx") == tmp_path / data.name
+    assert {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()} == {
+        "m.onnx": "new", "m.onnx.89abcdef.data": "new", "m.onnx.keep.data": "old", "other.onnx.01234567.data": "old",
+    }  # fmt: skip
 
 
 # What users get wrong
@@ -369,7 +385,8 @@ def test_a_fixed_batch_is_named(tmp_path: Path) -> None:
             self.f = nn.Linear(12, 4)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.f(x.reshape(2, 12))
+            y: Tensor = self.f(x.reshape(2, 12))
+            return y
 
     network = Fixed()
     with pytest.raises(PcqError, match="fixes the batch size"):
@@ -379,22 +396,10 @@ def test_a_fixed_batch_is_named(tmp_path: Path) -> None:
 # What the proof catches
 
 
-def _edit(change: Callable[[onnx.ModelProto], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let ``change`` damage the draft after it is written, before it is checked."""
-    save = writing.save
-
-    def damaged(model: ir.Model, path: Path, external_above: int) -> Path | None:
-        save(model, path, external_above)
-        proto = onnx.load(path)
-        change(proto)
-        onnx.save(proto, path)
-        return None
-
-    monkeypatch.setattr(onnx_file.writing, "save", damaged)
-
-
 def _tensor(model: onnx.ModelProto, name: str) -> onnx.TensorProto:
-    return next(tensor for tensor in model.graph.initializer if tensor.name == name)
+    (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == name)
+    assert isinstance(tensor, onnx.TensorProto)
+    return tensor
 
 
 def _flip(name: str) -> Callable[[onnx.ModelProto], None]:
@@ -406,7 +411,7 @@ def _flip(name: str) -> Callable[[onnx.ModelProto], None]:
 
 
 def _wrong_function(model: onnx.ModelProto) -> None:
-    function = next(function for function in model.functions if function.name.startswith("Ternary"))
+    function = next(function for function in model.functions if function.name.startswith("Binary"))
     table = next(node for node in function.node if node.name == "table").attribute[0].t
     table.raw_data = table.raw_data[::-1]
 
@@ -429,7 +434,7 @@ def _unfoldable(model: onnx.ModelProto) -> None:
         onnx.helper.make_node("Cast", ["nothing"], ["no bits"], to=onnx.TensorProto.UINT8),
         onnx.helper.make_node("BitwiseOr", [inputs[0], "no bits"], ["bytes"]),
     ]
-    model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(0), "zero"))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(0, np.float32), "zero"))
     inputs[0] = "bytes"
     nodes = [*first, *model.graph.node]
     del model.graph.node[:]
@@ -447,21 +452,25 @@ def _unfoldable(model: onnx.ModelProto) -> None:
         (lambda model: model.graph.node[-1].output.__setitem__(0, "y"), "the ONNX checker refuses it"),
     ],
 )
-def test_the_proof_fails_and_leaves_no_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[onnx.ModelProto], None], says: str
-) -> None:
-    network = Mlp()
-    weights = quantize(network, ("ternary",))
-    (tmp_path / "m.onnx").write_bytes(b"older")
-    _edit(damage, monkeypatch)
+def test_the_proof_fails(tmp_path: Path, damage: Callable[[onnx.ModelProto], None], says: str, mlp: Exported) -> None:
+    network, weights, path, report = mlp
+    trial = verify.Trial("random", (torch.randn(1, 4, 6),))
+
+    def run(values: object) -> list[Tensor]:
+        with torch.no_grad():
+            return [network(trial.values[0])]
+
+    verify.prove(path, weights, report.predicted, run, [trial])
+    model = onnx.load(path)
+    damage(model)
+    onnx.save(model, tmp_path / "m.onnx")
     with pytest.raises(CheckFailed) as error:
-        write_onnx(network, weights, (torch.zeros(1, 4, 6),), tmp_path / "m.onnx")
+        verify.prove(tmp_path / "m.onnx", weights, report.predicted, run, [trial])
     assert says in str(error.value)
     assert error.value.exit_code == 3
-    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("m.onnx", b"older")]
 
 
-def test_unpacking_in_every_run_is_noticed(tmp_path: Path, mlp: tuple[nn.Module, Weights, Path, OnnxReport]) -> None:
+def test_unpacking_in_every_run_is_noticed(tmp_path: Path, mlp: Exported) -> None:
     network, weights, path, _ = mlp
     model = onnx.load(path)
     _unfoldable(model)
@@ -474,15 +483,30 @@ def test_unpacking_in_every_run_is_noticed(tmp_path: Path, mlp: tuple[nn.Module,
 
     with pytest.raises(CheckFailed, match=r"a\.weight: ONNX Runtime would unpack this weight in every run"):
         verify.check_outputs(tmp_path / "m.onnx", run, [trial], weights)
-    verify.check_outputs(path, run, [trial], weights)
+
+
+def test_a_file_that_fails_gets_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Mlp()
+    weights = quantize(network, ("ternary",))
+    (tmp_path / "m.onnx").write_bytes(b"older")
+    save = writing.save
+
+    def damaged(model: ir.Model, path: Path, external_above: int) -> None:
+        save(model, path, external_above)
+        proto = onnx.load(path)
+        _wrong_bias(proto)
+        onnx.save(proto, path)
+
+    monkeypatch.setattr(writing, "save", damaged)
+    with pytest.raises(CheckFailed, match="outputs differ from torch by"):
+        write_onnx(network, weights, (torch.zeros(1, 4, 6),), tmp_path / "m.onnx")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("m.onnx", b"older")]
 
 
 # Reading
 
 
-def test_foreign_and_unpacked_files_are_recognised(
-    tmp_path: Path, mlp: tuple[nn.Module, Weights, Path, OnnxReport]
-) -> None:
+def test_foreign_and_unpacked_files_are_recognised(tmp_path: Path, mlp: Exported) -> None:
     _, weights, path, report = mlp
     packed = open_packed(path)
     assert same(packed.weights, weights)
@@ -600,7 +624,7 @@ def test_a_weight_that_torch_changes_is_refused(tmp_path: Path, monkeypatch: pyt
     network = Mlp()
     weights = quantize(network)
     find = passes.find
-    monkeypatch.setattr(onnx_file.passes, "find", lambda model, given: {**find(model, given), "b.weight": []})
+    monkeypatch.setattr(passes, "find", lambda model, given: {**find(model, given), "b.weight": []})
     with pytest.raises(PcqError, match=r"b\.weight: torch changed this weight while exporting"):
         write_onnx(network, weights, (torch.zeros(1, 4, 6),), tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())

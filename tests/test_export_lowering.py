@@ -58,10 +58,9 @@ def all_weights(draw: st.DrawFn) -> QuantizedTensor:
     scale = normal(rows.g).abs() * size
     zero = draw(st.none() | st.integers(0, 2 * count).map(lambda z: z / 2))
     match draw(st.sampled_from(["affine", "shared", "scaled", "rows", "scaled rows"])):
-        case "affine" if zero is None:
-            grid = Affine(scale, torch.randint(0, count, (rows.g,), generator=generator).to(torch.uint8), count)
         case "affine":
-            grid = Affine(scale, zero, count)
+            per_row = torch.randint(0, count, (rows.g,), generator=generator).to(torch.uint8)
+            grid = Affine(scale, per_row if zero is None else zero, count)
         case "shared":
             grid = Codebook(normal(1, count).sort().values)
         case "scaled":
@@ -203,7 +202,7 @@ def test_damage_is_noticed(damage: str) -> None:
         "sha": lambda a: a[::-1],
     }
     arrays["packed"] = change[damage](arrays["packed"])
-    with pytest.raises(ValueError, match="bytes|code"):
+    with pytest.raises(ValueError, match=r"bytes|code"):
         decode(scheme, arrays)
 
 

@@ -121,12 +121,7 @@ def write_onnx(
     with writing.draft(out) as path:
         progress("write", 0, 1)
         data = writing.save(traced.model, path, external_above)
-        progress("check codes", 0, 1)
-        verify.check_form(path)
-        file = verify.check_codes(path, kept)
-        verify.check_size(file, packing.predicted)
-        verify.check_unpacking(path, kept, progress)
-        agreements = verify.check_outputs(path, traced.run, trials, kept, progress)
+        file, agreements = verify.prove(path, kept, packing.predicted, traced.run, trials, progress)
         data = writing.commit(path, data, out)
     return OnnxReport(
         path=out, data_path=data, nbytes=file.file_bytes, predicted=packing.predicted,

@@ -58,6 +58,34 @@ class Trial:
         return self.values[0].shape[0] if self.values[0].ndim else 1
 
 
+def prove(
+    path: Path,
+    weights: Mapping[str, QuantizedTensor],
+    predicted: int,
+    reference: Callable[[Sequence[Tensor]], list[Tensor]],
+    trials: Sequence[Trial],
+    progress: Progress = silent,
+) -> tuple[PackedFile, tuple[Agreement, ...]]:
+    """All checks of this module, the cheap ones first.
+
+    Args:
+        path: the file.
+        weights: what has to be packed in it.
+        predicted: its size.
+        reference: what it has to compute: inputs -> outputs, both in the graph's order.
+        trials: what to run both on.
+
+    Raises:
+        CheckFailed: the file is not right.
+    """
+    progress("check codes", 0, 1)
+    check_form(path)
+    file = check_codes(path, weights)
+    check_size(file, predicted)
+    check_unpacking(path, weights, progress)
+    return file, check_outputs(path, reference, trials, weights, progress)
+
+
 def check_form(path: Path) -> None:
     """The ONNX checker with full shape inference. (It says nothing about whether ONNX Runtime has the kernels.)"""
     try:
@@ -118,13 +146,7 @@ def check_outputs(
     weights: Mapping[str, QuantizedTensor],
     progress: Progress = silent,
 ) -> tuple[Agreement, ...]:
-    """Run the file with and without graph optimisations beside the reference; look at what the optimiser left.
-
-    Args:
-        reference: inputs -> outputs, both in the graph's order.
-        trials: what to run it on.
-        weights: the packed weights.
-    """
+    """Run the file with and without graph optimisations beside the reference; look at what the optimiser left."""
     agreements: list[Agreement] = []
     total = 2 * len(trials)
     expected = [[value.detach() for value in reference(trial.values)] for trial in trials]
