@@ -107,7 +107,7 @@ def _rank(out: Tensor, y: Tensor) -> Tensor:
 
 
 def _outputs(predict: Predictor, x: Tensor, data: Data, numbers: Tensor) -> Tensor:
-    """Checked: [b, classes], finite, of as many classes as the data has."""
+    """Checked: [b, classes], no NaN and no infinity (masked outputs may be -infinity), as many classes as the data."""
     out = predict(x)
     if out.ndim > 2 and out.shape[2:].numel() == 1:
         out = out.flatten(1)
@@ -120,7 +120,7 @@ def _outputs(predict: Predictor, x: Tensor, data: Data, numbers: Tensor) -> Tens
             where=data.name,
             todo="For a folder with some of the classes only, list all of them in a file: folder:DIR?classes=FILE",
         )
-    if bad := (~out.isfinite()).any(1).nonzero().flatten().tolist():
+    if bad := (out.isnan() | (out == torch.inf)).any(1).nonzero().flatten().tolist():
         kind = "NaN" if out.isnan().any() else "infinite"
         where = f"sample {int(numbers[bad[0]])} of {data.name}"
         raise CheckFailed(f"the network's output is {kind} for {len(bad)} of a batch of {len(x)} samples", where=where)

@@ -104,6 +104,7 @@ def main() -> None:
     scores = {"held_out": accuracy(model, *held), "test": accuracy(model, *test)}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, args.out)
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     record = {
         "data": args.data,
         "net": net,
@@ -113,10 +114,8 @@ def main() -> None:
         "seconds": round(time.time() - start),
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
-        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.cuda.is_available() and 'GPU' or 'CPU'}",
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip(),
+        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, CPU",
+        "commit": head.stdout.strip(),
     }
     args.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record))
