@@ -80,7 +80,7 @@ class OnnxReport:
 def write_onnx(
     network: nn.Module | ExportedProgram,
     weights: Mapping[str, QuantizedTensor],
-    example: Example,
+    example: Example | None,
     out: Path | str,
     *,
     metadata: Mapping[str, str] | None = None,
@@ -95,7 +95,8 @@ def write_onnx(
     Args:
         network: in eval mode, holding the dequantized weights in float32.
         weights: by parameter name.
-        example: one tensor for each input, positional or by name; see :func:`pcq.export.tracing.trace`.
+        example: one tensor for each input, positional or by name; None: the exported program's own. Every input whose
+            first dimension is as long as the first input's is taken to be batched.
         out: the file.
         metadata: more for the file's metadata, each under ``pcq.<key>``, such as ``recipe``.
         tied: names that stand for another parameter; recorded in the metadata.

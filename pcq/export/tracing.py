@@ -50,15 +50,19 @@ class Traced:
     run: Callable[[Sequence[Tensor]], list[Tensor]]
 
 
-def trace(network: nn.Module | ExportedProgram, example: Example, opset: int) -> Traced:
+def trace(network: nn.Module | ExportedProgram, example: Example | None, opset: int) -> Traced:
     """Export ``network`` with a dynamic batch dimension, nothing optimised.
 
     Every input whose first dimension is as long as the first input's is taken to be batched. An exported program keeps
-    the dimensions it was exported with.
+    the dimensions it was exported with; without an example its own is taken.
 
     Raises:
         PcqError: the network is in training mode or not on the CPU; torch cannot export it; its batch size is fixed.
     """
+    if example is None and isinstance(network, ExportedProgram) and network.example_inputs is not None:
+        example = tuple(pytree.tree_leaves(network.example_inputs))
+    if example is None:
+        raise PcqError("an example of the network's inputs is needed", where="export")
     inputs = dict(example) if isinstance(example, Mapping) else tuple(example)
     leaves = tuple(inputs.values()) if isinstance(inputs, dict) else inputs
     if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
