@@ -23,7 +23,7 @@ from pcq.qtensor import QuantizedTensor
 from pcq.recipe import Recipe, load_recipe, shipped_recipes
 
 if TYPE_CHECKING:
-    from pcq.evaluate import Scores
+    from pcq.scores import Scores
     from pcq.export import OnnxReport
 
 ONNX_SUFFIX = ".onnx"
@@ -344,7 +344,7 @@ def load_network(stored: "checkpoint.Artifact", path: Path, arch: str | None = N
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Scores of one network on one data set (percent); see ``pcq.evaluate.Scores``."""
+    """Scores of one network on one data set (percent); see ``pcq.scores.Scores``."""
 
     path: Path
     data: str
@@ -381,7 +381,7 @@ def evaluate(
         PcqError: the file, the architecture or the data is not usable.
     """
     from pcq.data import open_data
-    from pcq.evaluate import evaluate as score
+    from pcq.scores import evaluate as score
 
     opened = open_data(data, split)
     predict, runtime = _predictor(Path(path), arch, allow_globals, unsafe_pickle)
@@ -396,7 +396,7 @@ def _predictor(
     path: Path, arch: str | None, allow_globals: Sequence[str], unsafe_pickle: bool
 ) -> "tuple[Callable[[Tensor], Tensor], str]":
     """What runs the file, and in which runtime."""
-    from pcq.evaluate import module_predictor, onnx_predictor
+    from pcq.scores import module_predictor, onnx_predictor
 
     if path.suffix == ONNX_SUFFIX:
         return onnx_predictor(path), "ONNX Runtime"

@@ -168,7 +168,12 @@ MISTAKES = (
         written("model.pt", "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"),
         "(?i)lfs",
     ),
-    Mistake("a hostile pickle", Q, saved(lambda state: {"state_dict": state, "extra": Hostile()}), r"posix\.system. Nothing was run"),
+    Mistake(
+        "a hostile pickle",
+        Q,
+        saved(lambda state: {"state_dict": state, "extra": Hostile()}),
+        r"posix\.system. Nothing was run",
+    ),
     Mistake("a pickled module", Q, saved(lambda state: nn.Linear(4, 4)), r"Linear.*--allow-global"),
     Mistake(
         "a module of an unknown package",
@@ -207,7 +212,12 @@ MISTAKES = (
         nothing,
         "(?i)missing|does not fit|differ",
     ),
-    Mistake("a function that is not there", Q + " --arch net.py:build", both(saved(), written("net.py", "x = 1\n")), r"no '?build"),
+    Mistake(
+        "a function that is not there",
+        Q + " --arch net.py:build",
+        both(saved(), written("net.py", "x = 1\n")),
+        r"no '?build",
+    ),
     Mistake(
         "a function that fails",
         Q + " --arch net.py:build",

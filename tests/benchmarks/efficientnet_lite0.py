@@ -53,7 +53,7 @@ def checkpoint() -> Path:
 
 def main() -> None:
     from pcq.data import open_data
-    from pcq.evaluate import evaluate, module_predictor
+    from pcq.scores import evaluate, module_predictor
     from pcq.models import build, load_state
 
     module = build(f"{__file__}:network")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pcq.data import Data, from_arrays, open_data
 from pcq.demo.nets import resnet8
 from pcq.errors import CheckFailed, PcqError
-from pcq.evaluate import evaluate, module_predictor, onnx_predictor
+from pcq.scores import evaluate, module_predictor, onnx_predictor
 
 
 def table(outputs: list[list[float]], labels: list[int] | None) -> tuple[Data, Tensor]:
