@@ -187,5 +187,5 @@ def refuse_foreign(path: Path, head: bytes) -> None:
         if head[offset:].startswith(magic):
             todo = "Unpack it first" if "compressed" in kind or "archive" in kind else SAVE_STATE
             raise PcqError(f"it is {kind}", where=str(path), todo=todo)
-    if path.suffix in (".pb", ".h5", ".keras", ".tflite", ".index") or ".data-0000" in path.name:
+    if path.suffix in (".pb", ".h5", ".tflite", ".index") or ".data-0000" in path.name:
         raise PcqError("it is a TensorFlow file", where=str(path), todo=SAVE_STATE)
