@@ -235,7 +235,12 @@ def _other_fields(spelled: Data, wrong: Sequence[Place]) -> Iterator[_Problem]:
 
 def _contradictions(spelled: Data, meant: Container[Place | None]) -> Iterator[_Problem]:
     """What is wrong between the keys of a rule, and lists of nothing."""
-    rules = spelled.get("rules") if isinstance(spelled, dict) else None
+    assert isinstance(spelled, dict), spelled
+    said = spelled.get("pcq")
+    if said == FORMAT and type(said) is not int:  # pydantic takes true and 1.0 for 1
+        what = f"this pcq reads recipes of format {FORMAT}, not {_said(said)}"
+        yield _Problem(("pcq",), what, todo=f"Write `pcq: {FORMAT}`")
+    rules = spelled.get("rules")
     if rules == []:
         yield _Problem(("rules",), "`rules` is an empty list", todo="Write at least one rule")
     for i, rule in enumerate(rules if isinstance(rules, list) else []):

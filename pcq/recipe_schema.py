@@ -140,13 +140,9 @@ def json_schema() -> dict[str, Any]:
     levels = [{"$ref": f"#/$defs/{type(example).__name__}"} for example in KINDS.values()]
     rule["properties"]["levels"] |= {"anyOf": [{"enum": words}, *levels]}
     rule["oneOf"] = [{"required": ["levels"]}, {"required": ["keep"]}]
-    top = {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "pcq recipe",
-        **schema,
-        "$defs": definitions,
-    }
-    plain = _plain(top)
+    schema["properties"]["rules"]["minItems"] = 1
+    schema |= {"title": "pcq recipe", "description": "What pcq does with which weights.", "$defs": definitions}
+    plain = _plain({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema})
     assert isinstance(plain, dict)
     return plain
 

@@ -170,6 +170,14 @@ BAD: dict[str, tuple[str, list[str]]] = {
         "pcq: 2\nrules:\n  - match: first\n    levels: binary\n",
         ["r.yaml:1: this pcq reads recipes of format 1, not 2. Update pcq."],
     ),
+    "format true": (
+        "pcq: true\nrules:\n  - match: first\n    levels: binary\n",
+        ["r.yaml:1: this pcq reads recipes of format 1, not true. Write `pcq: 1`"],
+    ),
+    "format 1.0": (
+        "pcq: 1.0\nrules:\n  - match: first\n    levels: binary\n",
+        ["r.yaml:1: this pcq reads recipes of format 1, not 1.0. Write `pcq: 1`"],
+    ),
     "no rules": (
         "pcq: 1\n",
         ["r.yaml:1: `rules` is missing, what to do with which weights. Write `rules:` and a list of rules."],
