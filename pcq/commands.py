@@ -23,8 +23,8 @@ from pcq.qtensor import QuantizedTensor
 from pcq.recipe import Recipe, load_recipe, shipped_recipes
 
 if TYPE_CHECKING:
-    from pcq.scores import Scores
     from pcq.export import OnnxReport
+    from pcq.scores import Scores
 
 ONNX_SUFFIX = ".onnx"
 

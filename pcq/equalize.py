@@ -88,7 +88,8 @@ def reference(tape: Tape, tensors: Mapping[str, Tensor], samples: tuple[Tensor, 
     def normalize(op: Op, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
         x, weight, bias, _, _, _, _, eps = args
         mean_name, var_name = tape.name_of(op.args[3]), tape.name_of(op.args[4])
-        assert mean_name is not None and var_name is not None, op
+        assert mean_name, op
+        assert var_name, op
         mean, var = _moments(x)
         found[mean_name], found[var_name] = mean, var
         empty = x.new_empty(0)
@@ -158,7 +159,8 @@ def pairs(tape: Tape, layers: list[Layer]) -> tuple[list[Pair], dict[str, str]]:
         if reason:
             refused[layer.weight] = reason
         else:
-            assert first is not None and first.norm is not None
+            assert first is not None
+            assert first.norm is not None
             found.append(Pair(first, first.norm, layer))
     return found, refused
 
@@ -177,7 +179,8 @@ def equalize(found: list[Pair], tensors: Mapping[str, Tensor]) -> dict[str, Tens
     now = dict(tensors)
     changed: dict[str, Tensor] = {}
     for pair in found:
-        assert pair.norm.weight is not None and pair.norm.bias is not None
+        assert pair.norm.weight, pair
+        assert pair.norm.bias, pair
         gamma, beta = now[pair.norm.weight], now[pair.norm.bias]
         weight = now[pair.second.weight]
         own = pair.first.channels(tuple(now[pair.first.weight].shape)).split(now[pair.first.weight])
@@ -197,9 +200,9 @@ def equalize(found: list[Pair], tensors: Mapping[str, Tensor]) -> dict[str, Tens
 
 @dataclass(frozen=True)
 class Step:
-    """One step of care: its name, the relative squared error of the network's outputs after it, or why it was not taken.
+    """One step of care: its name, the error of the network's output after it, and why it was not taken or kept.
 
-    The error is measured on the invented samples: ``E ||y_q - y||^2 / E ||y - E y||^2``.
+    The error is ``E ||y_q - y||^2 / E ||y - E y||^2`` on invented samples other than those the steps use; None: unknown.
     """
 
     name: str
@@ -222,3 +225,99 @@ class CareResult:
     changed: dict[str, Tensor]
     steps: tuple[Step, ...]
     details: Calibrated | None
+
+
+def care(
+    module: nn.Module,
+    plan: Mapping[str, tuple[Rows, Quantizer]],
+    example: tuple[int, ...],
+    settings: Settings = CARE,
+    count: int | None = None,
+    progress: Progress = silent,
+) -> CareResult:
+    """Quantize the weights named in ``plan`` without any data.
+
+    Each step is kept if it lowers the error of the network's output on invented samples; what cannot be done here is
+    named with the reason. A network without BatchNorm, or whose forward pass cannot be replayed, is rounded to nearest.
+
+    Args:
+        module: the float network, on the CPU; it is left as it is.
+        plan: name of a weight -> how it is cut into rows, and what chooses the levels.
+        example: the shape of one sample, such as ``(3, 224, 224)``.
+        settings: of the calibration; ``batch`` does not count, for all samples go through at once.
+        count: how many samples to invent; None: as many as have 4 million numbers together, 8 to 128.
+        progress: called once a layer.
+    """
+    trained = tapes.state(module)
+    plain = {name: qtensor.quantize(quantizer, trained[name], rows) for name, (rows, quantizer) in plan.items()}
+    count = count or min(128, max(8, 2**22 // math.prod(example)))
+    samples = (synthesize(example, count, settings.seed),)
+    try:
+        tape = tapes.record(module, samples)
+    except PcqError as problem:
+        return CareResult(plain, {}, (Step("nearest levels", None), Step("data-free care", None, str(problem))), None)
+    all_norms = norms(tape)
+    if not all_norms:
+        reason = "the network has no BatchNorm, and so no record of its activations"
+        return CareResult(plain, {}, (Step("nearest levels", None), Step("data-free care", None, reason)), None)
+    teacher = {**trained, **reference(tape, trained, samples)}
+    unseen = (synthesize(example, count, settings.seed + 1),)
+    aim = _result(tape, teacher, unseen)
+
+    def error(quantized: Mapping[str, QuantizedTensor], changed: Mapping[str, Tensor]) -> float:
+        student = {**teacher, **changed, **{name: q.dequantize() for name, q in quantized.items()}}
+        return _relative(_result(tape, student, unseen), aim)
+
+    steps = [Step("nearest levels", error(plain, {}))]
+    layers, _ = find(tape, {name: rows.shape for name, (rows, _) in plan.items()})
+    best, changed, details = plain, dict[str, Tensor](), None
+    found, refused = pairs(tape, layers)
+    equalized = equalize(found, teacher)
+    if found:
+        moved = {**teacher, **equalized}
+        trial = {name: qtensor.quantize(quantizer, moved[name], rows) for name, (rows, quantizer) in plan.items()}
+        steps.append(Step(f"equalization of {len(found)} pairs", error(trial, equalized)))
+        if _last(steps) < _last(steps[:-1]):
+            teacher, best, changed = moved, trial, {n: t for n, t in equalized.items() if n not in plan}
+        else:
+            steps[-1] = replace(steps[-1], reason="not kept: the error is not lower")
+    else:
+        steps.append(Step("equalization", None, _most_common(refused)))
+    settings = replace(settings, batch=count)
+    moved_floats = changed
+    for name, trial_settings in (
+        ("moments matched through BatchNorm", replace(settings, method="nearest")),
+        ("reconstruction of each layer", settings),
+    ):
+        result = calibrate(module, plan, samples, trial_settings, teacher, progress)
+        fresh = {**moved_floats, **result.changed}
+        steps.append(Step(name, error(result.quantized, fresh)))
+        kept = [step.error for step in steps[:-1] if step.error is not None and not step.reason]
+        if _last(steps) < min(kept):
+            best, changed, details = result.quantized, fresh, result
+        else:
+            steps[-1] = replace(steps[-1], reason="not kept: the error is not lower")
+    return CareResult(best, transferred(all_norms, changed, teacher, trained), tuple(steps), details)
+
+
+def _last(steps: list[Step]) -> float:
+    error = steps[-1].error
+    assert error is not None
+    return error
+
+
+def _most_common(refused: Mapping[str, str]) -> str:
+    reasons = list(refused.values())
+    return max(sorted(set(reasons)), key=reasons.count) if reasons else "no two layers follow each other"
+
+
+def _result(tape: Tape, tensors: Mapping[str, Tensor], samples: tuple[Tensor, ...]) -> Tensor:
+    """The first floating tensor of the network's result, one row for each sample."""
+    values = tapes.run(tape, tensors, dict(zip(tape.inputs, samples, strict=True)), 0, len(tape.ops))
+    leaves = pytree.tree_leaves(tapes.output(tape, values))
+    first = next(leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point())
+    return first.float().flatten(1)
+
+
+def _relative(y: Tensor, aim: Tensor) -> float:
+    return float((y - aim).square().sum() / (aim - aim.mean(0)).square().sum().clamp(min=1e-30))

@@ -1,5 +1,6 @@
 """Whether a state dict fits a module, what to say where it does not, and loading it where it does."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -58,9 +59,9 @@ class Mismatch:
                     known = arch.startswith(("torchvision:", "timm:"))
                     how = f"add {key}={theirs} to --arch" if known else f"let --arch say so, such as ?{key}={theirs}"
                     return f"The checkpoint is for {theirs} {what} and the network for {ours}: {how}"
-        for prefix in {name.partition(".")[0] + "." for name in self.theirs}:
-            if self.missing and all(n.removeprefix(prefix) in self.ours for n in self.theirs if n.startswith(prefix)):
-                return f"All names begin with '{prefix}', which the network's do not; save the state dict without it"
+        prefix = next(iter(self.theirs), "").partition(".")[0] + "."
+        if self.theirs and all(n.startswith(prefix) and n.removeprefix(prefix) in self.ours for n in self.theirs):
+            return f"All names begin with '{prefix}', which the network's do not; save the state dict without it"
         try:
             found = recognise(self.theirs)
         except Ambiguous as error:
@@ -133,6 +134,8 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], arch: str = "") -
 def _load_otherwise(module: nn.Module, state: Mapping[str, Tensor], check: Mismatch, arch: str) -> None:
     """Some modules rename what they load, such as weight_norm: let them try before the state dict is refused."""
     try:
-        module.load_state_dict(dict(state), strict=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about meta tensors, which stand for the shapes
+            module.load_state_dict(dict(state), strict=True)
     except RuntimeError:
         raise check.error(arch) from None

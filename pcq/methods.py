@@ -29,8 +29,8 @@ class SignSwish:
     """BNN++'s smooth sign ``SS(x) = 2 sig(b x) (1 + b x (1 - sig(b x))) - 1`` (arXiv 2402.17710), b the sharpness.
 
     On more than two levels it is applied to each gap, x = -1 and 1 at the gap's ends, and the rises are summed. Its
-    slope is about 0 at the levels and negative just beyond (at sharpness 5), so as a factor it holds weights that are on
-    their levels where they are: made for binary weights that start near 0, of little use with a level at 0.
+    slope is about 0 at the levels (at sharpness 5 a little below), so as a factor it holds weights that are on their
+    levels where they are: made for binary weights that start near 0, of little use with a level at 0.
     """
 
     sharpness: float = 5.0

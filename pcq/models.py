@@ -8,6 +8,7 @@ Nothing is ever downloaded: networks are built without their pretrained weights,
 
 import copy
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -43,7 +44,8 @@ def build(arch: str, shapes: Shapes | None = None) -> nn.Module:
     """The network that ``arch`` names, in training mode, randomly initialised.
 
     Args:
-        arch: the spec. A ``file.py`` or ``package.module`` in it is imported and called: that runs its code.
+        arch: the spec. A ``file.py`` or ``package.module`` in it is imported and called: that runs its code. Under
+            ``torch.device("meta")`` the network takes no memory, unless its constructor reads values.
         shapes: the state dict's names and shapes, from which a torchvision or timm spec takes ``num_classes`` and
             ``in_chans`` where it does not say them.
 
@@ -52,6 +54,16 @@ def build(arch: str, shapes: Shapes | None = None) -> nn.Module:
             raised or returned something else than a module.
     """
     spec = parse(complete(arch, shapes) if shapes is not None else arch)
+    try:
+        return _build(spec)
+    except PcqError as error:
+        if torch.get_default_device().type != "meta" or not isinstance(error.__cause__, RuntimeError):
+            raise
+    with torch.device("cpu"):  # a constructor that reads the values of what it makes
+        return _build(spec)
+
+
+def _build(spec: Spec) -> nn.Module:
     match spec.kind:
         case "torchvision":
             return _torchvision(spec)
@@ -59,10 +71,17 @@ def build(arch: str, shapes: Shapes | None = None) -> nn.Module:
             return _timm(spec)
         case "hf":
             return _hugging_face(spec)
-        case _ if is_own(spec):
+        case _ if is_own(spec) and not _misspelt(spec):
             return _own(spec)
         case _:
-            raise PcqError("this is not an architecture", where=arch, allowed=KINDS)
+            raise PcqError("this is not an architecture", where=str(spec), allowed=KINDS, todo=_misspelt(spec))
+
+
+def _misspelt(spec: Spec) -> str:
+    """Which kind was meant by a word that is not a module either."""
+    if not spec.kind.isidentifier() or Path(f"{spec.kind}.py").exists() or importlib.util.find_spec(spec.kind):
+        return ""
+    return did_you_mean(spec.kind, ["torchvision", "timm", "hf"])
 
 
 def complete(arch: str, shapes: Shapes) -> str:
@@ -181,13 +200,7 @@ def _package(name: str, install: str, spec: Spec) -> Any:
 
 def _constructed(spec: Spec, make: Callable[[], Any]) -> nn.Module:
     try:
-        try:
-            module = make()
-        except (NotImplementedError, RuntimeError):
-            if torch.get_default_device().type != "meta":
-                raise
-            with torch.device("cpu"):  # a constructor that reads the values of what it makes
-                module = make()
+        module = make()
     except Exception as error:
         options = ", ".join(f"{key}={value!r}" for key, value in spec.options.items())
         todo = f"Check the options: {options}" if options else ""

@@ -64,21 +64,20 @@ def unpack(packed: Tensor, count: int, shape: tuple[int, ...]) -> Tensor:
         raise ValueError(
             f"{packed.numel()} bytes where {count} levels of shape {list(shape)} take {packed_size(count, numel)}"
         )
-    codes = torch.empty(numel, dtype=torch.uint8, device=packed.device)
+    codes = torch.zeros(numel, dtype=torch.uint8, device=packed.device)  # no plane's product of radices exceeds 256
     parts = _planes_of(packed, count, numel)
     for start in range(0, numel, _CHUNK):
         out = codes[start : start + _CHUNK]
-        place, total = 1, torch.zeros(out.numel(), dtype=torch.int16, device=packed.device)
+        place = 1
         for radix, part in zip(planes(count), parts, strict=True):
             per_byte = DIGITS[radix]
             values = part[start // per_byte : math.ceil((start + out.numel()) / per_byte)]
             if int(values.max()) >= radix**per_byte:
                 raise ValueError(f"a byte that is not {per_byte} digits of {radix}")
-            total.add_(_read(values, radix)[: out.numel()], alpha=place)
+            out.add_(_read(values, radix)[: out.numel()], alpha=place)
             place *= radix
-        if int(total.max()) >= count:
+        if int(out.max()) >= count:
             raise ValueError(f"a code that is not one of {count} levels")
-        out.copy_(total)
     return codes.reshape(shape)
 
 

@@ -22,8 +22,8 @@ def refit(quantizer: qtensor.Quantizer, rows: Tensor, grid: Grid) -> Grid:
     """``rows [g, n]`` float32 and the grid last used for them -> a grid of the same form, at least as good.
 
     What chooses its levels by another rule than least squares (absmax, mean, fixed levels), or quickly, or is not known
-    here, is fitted anew; zero points are kept. Rows without a nonzero code are fitted anew too, so that none stays
-    stuck at zero.
+    here, is fitted anew; zero points are kept. Rows whose weights all have one code are fitted anew too, so that none
+    stays stuck at zero.
     """
     match quantizer, grid:
         case ((Ternary() | Uniform(scale="mse")), Affine()):
@@ -37,7 +37,7 @@ def refit(quantizer: qtensor.Quantizer, rows: Tensor, grid: Grid) -> Grid:
         case KMeans(), Codebook():
             counts, sums = _cells(rows, grid)
             means = torch.where(counts > 0, sums / counts.clamp(min=1), grid.table.double())
-            moved, stuck = Codebook(means.float()), grid.table[:, 0] == grid.table[:, -1]
+            moved, stuck = Codebook(means.float()), (counts > 0).sum(1) < 2
         case LeastSquaresBinary(), Codebook():
             table, stuck = _binary_levels(grid.table.double(), *_cells(rows, grid))
             moved = Codebook(table.float())

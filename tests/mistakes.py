@@ -372,10 +372,15 @@ def document() -> str:
     for mistake in MISTAKES:
         with tempfile.TemporaryDirectory() as folder:
             code, text, _ = answer(mistake, Path(folder).resolve())
-        shown = mistake.command.replace(str(DIGITS), DIGITS.name)
-        text = re.sub(r"\s*\n\s*", "<br>", text.replace(str(HERE) + "/", "")).replace("|", "\\|")
-        lines.append(f"| {mistake.what} | `pcq {shown}` | {code} | {text} |")
+        lines.append(row(mistake, code, text))
     return "\n".join(lines) + "\n"
+
+
+def row(mistake: Mistake, code: int, text: str) -> str:
+    """One row of docs/mistakes.md."""
+    command = mistake.command.replace(str(DIGITS), DIGITS.name)
+    shown = re.sub(r"\s*\n\s*", "<br>", text.replace(str(HERE) + "/", "")).replace("|", "\\|")
+    return f"| {mistake.what} | `pcq {command}` | {code} | {shown} |"
 
 
 if __name__ == "__main__":

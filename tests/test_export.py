@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -543,6 +544,22 @@ def test_foreign_and_unpacked_files_are_recognised(tmp_path: Path, mlp: Exported
     onnx.save(scheme, tmp_path / "scheme.onnx")
     with pytest.raises(CheckFailed, match="packing scheme is unreadable"):
         read_packed(tmp_path / "scheme.onnx")
+
+
+def test_the_reader_in_the_docs_reads_every_form(tmp_path: Path, mlp: Exported) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "onnx.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) <= 30
+    names: dict[str, Any] = {}
+    exec(code, names)
+    network = nn.Sequential(*(nn.Linear(6, 6) for _ in KINDS), nn.ConvTranspose1d(6, 4, 3), nn.ConvTranspose1d(4, 3, 2))
+    weights = quantize(network, (*KINDS, "rows", "3 bit"))
+    write_onnx(network, weights, (torch.zeros(1, 6, 6),), tmp_path / "m.onnx")
+    for path, wanted in ((tmp_path / "m.onnx", weights), (mlp[2], mlp[1])):
+        read = dict(names["read"](path))
+        assert read.keys() == wanted.keys()
+        for name, weight in wanted.items():
+            np.testing.assert_array_equal(read[name], weight.dequantize().numpy())
 
 
 # Finding weights in graphs that torch did not make

@@ -1,21 +1,23 @@
 """Every mistake gets a sentence that helps and the right exit code, and leaves nothing behind."""
 
+import re
 from pathlib import Path
 
 import pytest
 
-from tests.mistakes import MISTAKES, Mistake, answer
+from tests.mistakes import MISTAKES, Mistake, answer, row
+
+DOCUMENT = (Path(__file__).parent.parent / "docs/mistakes.md").read_text().splitlines()
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.what)
 def test_mistake(mistake: Mistake, tmp_path: Path) -> None:
-    import re
-
     code, text, left = answer(mistake, tmp_path)
     assert code == mistake.code, text
     assert "Traceback" not in text
     assert re.search(mistake.says, text), text
     assert not left
+    assert row(mistake, code, text) in DOCUMENT, "run: python -m tests.mistakes > docs/mistakes.md"
 
 
 def test_there_are_at_least_forty() -> None:

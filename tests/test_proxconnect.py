@@ -166,7 +166,7 @@ def test_two_runs_are_the_same_run(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "posttraining"])
 def test_finds_a_quantized_teacher_that_rounding_does_not(name: str) -> None:
-    """Data from a linear map with ternary weights, a start far from it: each method ends at zero loss, rounding far off.
+    """Data from a linear map with ternary weights, a start far from it: each method ends near zero loss.
 
     With binary weights for BNN+ and BNN++, whose factor is nearly 0 at the levels, so weights that start there stay.
     """

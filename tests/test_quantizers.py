@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from itertools import combinations, product
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -49,6 +50,8 @@ def normal(g: int, n: int, seed: int = 0, kind: str = "normal") -> Tensor:
     rows = torch.randn(g, n, generator=generator)
     if kind == "heavy":
         rows = rows / torch.randn(g, n, 3, generator=generator).square().mean(2).sqrt()
+    if kind == "outliers":
+        rows[:, : 1 + n // 300] *= 20
     return rows * 0.05
 
 
@@ -316,7 +319,7 @@ def test_the_uniform_scale_of_short_rows_is_the_best_of_all(bits: int) -> None:
     assert bool((squared_error(grid, rows) <= finest_scale(rows, table) * TIGHT + 1e-12).all())
 
 
-@pytest.mark.parametrize("kind", ["normal", "heavy"])
+@pytest.mark.parametrize("kind", ["normal", "heavy", "outliers"])
 @pytest.mark.parametrize(("bits", "slack"), [(2, 1e-4), (3, 1e-3), (4, 2e-3), (6, 2e-2), (8, 4e-2)])
 def test_the_scale_of_longer_rows_is_nearly_the_best(bits: int, slack: float, kind: str) -> None:
     """What the scan leaves on the table, against the exact sweep, which is too slow to be used there."""
@@ -362,6 +365,15 @@ def test_absmax_clips_nothing(bits: int, symmetric: bool) -> None:
     if symmetric:
         touched = torch.maximum(rows.amax(1) / levels[:, -1], rows.amin(1) / levels[:, 0])
         assert torch.allclose(touched, torch.ones(20))
+
+
+@pytest.mark.parametrize("scale", ["mse", "absmax"])
+def test_the_zero_point_is_that_of_the_range(scale: Literal["mse", "absmax"]) -> None:
+    rows = torch.stack([torch.zeros(16), torch.arange(16.0), torch.arange(16.0) - 5, -torch.arange(16.0)])
+    grid = Uniform(4, symmetric=False, scale=scale).fit(rows)
+    assert isinstance(grid.zero_point, Tensor)
+    assert grid.zero_point.tolist() == [0, 0, 5, 15]
+    assert grid.scale.tolist() == [0, 1, 1, 1]
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -412,6 +424,20 @@ def test_least_squares_binary_levels_are_sums_of_signed_values(bits: int) -> Non
         if all(math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-7) for a, b in zip(sums, levels, strict=True)):
             return
     pytest.fail(f"no {bits} values give {levels}")
+
+
+@pytest.mark.parametrize("values", [(3.0, 1.0, 0.4), (1.0, 0.8, 0.7), (0.5, 0.1, -0.9)])
+def test_one_alternation_of_least_squares_binary_is_its_slow_twin(values: tuple[float, ...]) -> None:
+    """Also where the values are so close that their signed sums change places."""
+    rows = normal(1, 80) * 40
+    signs = torch.tensor([(1.0, *rest) for rest in product((1.0, -1.0), repeat=2)]).double()
+    magnitudes = leastsquares.sort_rows(rows.abs())
+    error, refit = quantizers._judge_binary(magnitudes, signs, torch.tensor([values]).double())
+    choices = torch.cat([signs, -signs])
+    levels = choices @ torch.tensor(values).double()
+    nearest = (rows.double().T - levels).abs().argmin(1)
+    assert torch.allclose(error, (rows[0].double() - levels[nearest]).square().sum())
+    assert torch.allclose(refit[0], torch.linalg.lstsq(choices[nearest], rows[0].double()).solution)
 
 
 def test_powers_of_two_golden() -> None:
@@ -588,9 +614,12 @@ def test_what_they_are_called() -> None:
     assert [quantizer.text for quantizer in (
         Binary(), Ternary(), LeastSquaresBinary(1), LeastSquaresBinary(2), Uniform(4),
         Uniform(8, symmetric=False, scale="absmax"), KMeans(16), AdditivePowersOfTwo(4, 1), AdditivePowersOfTwo(4),
+        AdditivePowersOfTwo(3), AdditivePowersOfTwo(5), AdditivePowersOfTwo(8),
         Fixed((1.0, -0.3)), Fixed("nf4", "absmax"),
     )] == [
         "binary", "ternary", "least-squares binary, 1 bit", "least-squares binary, 2 bits",
         "uniform 4-bit symmetric, mse scale", "uniform 8-bit affine, absmax scale", "k-means, 16 levels",
-        "powers of two, 4 bits", "sums of 2 powers of two, 4 bits", "fixed {-0.3, 1}", "fixed nf4, absmax scale",
+        "powers of two, 4 bits", "sums of 2 powers of two, 4 bits",
+        "powers of two, 3 bits", "sums of 2 powers of two, 5 bits", "sums of 4 powers of two, 8 bits",
+        "fixed {-0.3, 1}", "fixed nf4, absmax scale",
     ]  # fmt: skip

@@ -76,19 +76,27 @@ class Layer:
         return Rows(shape)
 
 
-def _norm(tape: Tape, number: int, channels: int) -> Norm | None:
-    """The BatchNorm that alone reads ``number``."""
-    user = tape.sole_user(number)
-    if user is None:
-        return None
-    op = tape.ops[user]
+def norms(tape: Tape) -> list[Norm]:
+    """Every BatchNorm in evaluation mode whose tensors nothing else reads."""
+    found = (_norm(tape, index) for index in range(len(tape.ops)))
+    return [norm for norm in found if norm is not None]
+
+
+def _norm(tape: Tape, index: int) -> Norm | None:
+    op = tape.ops[index]
     if op.name != "native_batch_norm" or op.args[5] is not False:
         return None
     weight, bias, mean, var = (tape.name_of(argument) for argument in op.args[1:5])
     shared = [name for name in (weight, bias, mean, var) if name and _uses(tape, name) != 1]
     if mean is None or var is None or shared:
         return None
-    return Norm(user, weight, bias, mean, var, op.args[7])
+    return Norm(index, weight, bias, mean, var, op.args[7])
+
+
+def _norm_after(tape: Tape, number: int) -> Norm | None:
+    """The BatchNorm that alone reads ``number``."""
+    user = tape.sole_user(number)
+    return None if user is None else _norm(tape, user)
 
 
 def _uses(tape: Tape, name: str) -> int:
@@ -128,15 +136,14 @@ def _convolution(tape: Tape, index: int, op: Op, weight: str, shape: tuple[int, 
     d = len(shape) - 2
     wide = [tuple(v) if len(v) == d else tuple(v) * d for v in (stride, padding, dilation, output_padding)]
     geometry = Convolution(shape[2:], wide[0], wide[1], wide[2], transposed, wide[3], groups)
-    channels = shape[1] * groups if transposed else shape[0]
     y = op.outputs[0]
-    return Layer(weight, index, op.args[0].number, y, tape.name_of(bias), _norm(tape, y, channels), geometry)
+    return Layer(weight, index, op.args[0].number, y, tape.name_of(bias), _norm_after(tape, y), geometry)
 
 
 def _linear(tape: Tape, index: int, op: Op, weight: str, shape: tuple[int, ...]) -> Layer:
     x = op.args[1] if op.name == "addmm" else op.args[0]
     bias, y = (tape.name_of(op.args[0]), op.outputs[0]) if op.name == "addmm" else _added_bias(tape, op.outputs[0])
-    return Layer(weight, index, x.number, y, bias, _norm(tape, op.outputs[0], shape[0]), None)
+    return Layer(weight, index, x.number, y, bias, _norm_after(tape, op.outputs[0]), None)
 
 
 def find(tape: Tape, weights: dict[str, tuple[int, ...]]) -> tuple[list[Layer], dict[str, str]]:

@@ -53,8 +53,8 @@ def checkpoint() -> Path:
 
 def main() -> None:
     from pcq.data import open_data
-    from pcq.scores import evaluate, module_predictor
     from pcq.models import build, load_state
+    from pcq.scores import evaluate, module_predictor
 
     module = build(f"{__file__}:network")
     load_state(module, torch.load(checkpoint(), weights_only=True))

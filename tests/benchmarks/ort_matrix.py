@@ -2,8 +2,8 @@
 
 Run by hand: ``python tests/benchmarks/ort_matrix.py --envs DIR [--only PATTERN]``. Files are made once with the
 installed torch: for every way rows lie one that holds nothing but unpacking calls, one for each form of grid, and whole
-networks with torch's outputs beside them. Each ONNX Runtime then runs all of them in an environment of its own under ``--envs``
-(made there with pip if it is missing; 1.17 needs numpy < 2), with and without graph optimisations:
+networks with torch's outputs beside them. Each ONNX Runtime then runs all of them in an environment of its own under
+``--envs`` (made there with pip if it is missing; 1.17 needs numpy < 2), with and without graph optimisations:
 
     unpack   the very bits of ``QuantizedTensor.dequantize()``
     network  outputs within 1e-4 of their scale at batches 1 and 3, and nothing left to unpack in the optimised graph

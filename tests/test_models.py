@@ -1,0 +1,538 @@
+"""Architectures: built from specs without downloads, recognised from names and shapes, filled with weights."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pcq import models
+from pcq.errors import PcqError
+from pcq.inventory import inventory
+from pcq.recognition import Slot, read_index, recognise, signature, tree_hash
+from pcq.spec import parse
+from pcq.torchvision_compat import import_torchvision
+
+CLASSIFIERS = import_torchvision().models.list_models(module=import_torchvision().models)
+COMPARED = "resnet18", "mobilenet_v2", "mobilenet_v3_small", "convnext_tiny", "vit_b_32", "swin_t", "densenet121"
+
+
+class WithoutInit(TorchDispatchMode):
+    """Random numbers take seconds even where no memory is."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        random = func.overloadpacket in (torch.ops.aten.normal_, torch.ops.aten.uniform_)
+        return args[0] if random else func(*args, **(kwargs or {}))
+
+
+def on_meta(arch: str) -> nn.Module:
+    with torch.device("meta"), WithoutInit():
+        return models.build(arch)
+
+
+def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+@cache
+def known(arch: str) -> dict[str, tuple[int, ...]]:
+    return shapes_of(on_meta(arch))
+
+
+# -- specs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "name", "options"),
+    [
+        ("torchvision:resnet18?num_classes=10", "torchvision", "resnet18", {"num_classes": 10}),
+        ("a/b.py:f?x=[1, 2]&y=hey&z=0.5&w=True", "a/b.py", "f", {"x": [1, 2], "y": "hey", "z": 0.5, "w": True}),
+        ("C:\\x\\f.py:g.h", "C:\\x\\f.py", "g.h", {}),
+        ("folder:/data/a:b?mean=0.5,0.5", "folder", "/data/a:b", {"mean": (0.5, 0.5)}),
+        ("digits", "digits", "", {}),
+        ("hf:org/name", "hf", "org/name", {}),
+        ("m:f?path=/a=b", "m", "f", {"path": "/a=b"}),
+    ],
+)
+def test_specs_come_apart_and_together(text: str, kind: str, name: str, options: dict[str, object]) -> None:
+    spec = parse(text)
+    assert (spec.kind, spec.name, spec.options) == (kind, name, options)
+    assert parse(str(spec)) == spec
+
+
+@given(
+    st.dictionaries(
+        st.from_regex(r"[a-z_]{1,8}", fullmatch=True),
+        st.integers() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False) | st.tuples(st.integers()),
+    )
+)
+@settings(deadline=None, max_examples=50)
+def test_specs_keep_every_value(options: dict[str, object]) -> None:
+    spec = parse("torchvision:net?" + "&".join(f"{key}={value}" for key, value in options.items()))
+    assert spec.options == options
+    assert parse(str(spec)) == spec
+
+
+# -- torchvision beside any torch -----------------------------------------------------------------------------------
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_torchvision_runs_here() -> None:
+    assert models.build("torchvision:squeezenet1_1")(torch.zeros(1, 3, 64, 64)).shape == (1, 1000)
+
+
+def test_only_what_is_missing_is_declared_and_nothing_where_the_compiled_half_loads() -> None:
+    code = (
+        "import torch, pcq.torchvision_compat as c\n"
+        "def there(): return [hasattr(torch.ops.torchvision, name) for name in ('nms', 'qnms')]\n"
+        "truly = c._compiled_half_loads; c._compiled_half_loads = lambda folders: True\n"
+        "print(c.declare_operators(), there())\n"
+        "c._compiled_half_loads = lambda folders: False\n"
+        "first = torch.library.Library('torchvision', 'DEF'); first.define(c.SCHEMAS[0])\n"
+        "print(c.declare_operators(), there(), c.declare_operators())"
+    )
+    assert run(code).splitlines() == ["True [False, False]", "True [True, True] True"]
+
+
+def test_without_torchvision_the_rest_runs_and_the_error_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text("raise AttributeError('of another year')")
+    code = (
+        "import sys; sys.modules['torchvision'] = None\n"
+        "from pcq import models; from pcq.data import open_data; from pcq.errors import PcqError\n"
+        "m = models.build('pcq.demo.nets:resnet8'); open_data('digits')\n"
+        "print(models.recognise({n: tuple(t.shape) for n, t in m.state_dict().items()}))\n"
+        "try: models.build('torchvision:resnet18')\n"
+        "except PcqError as error: print(error)\n"
+        f"del sys.modules['torchvision']; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "try: models.build('torchvision:resnet18')\n"
+        "except PcqError as error: print(error)"
+    )
+    nothing, absent, misfit = run(code).splitlines()
+    assert nothing == "None"
+    assert absent == "this needs torchvision, which is not installed. Run `pip install torchvision --no-deps`"
+    assert "does not import beside torch" in misfit
+    assert "of another year" in misfit
+
+
+# -- recognition ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_every_torchvision_classifier_is_recognised_or_asked_about(name: str) -> None:
+    arch = f"torchvision:{name}?num_classes=7"
+    shapes = known(arch)
+    if name in ("resnet18", "resnet50", "googlenet", "inception_v3"):
+        with pytest.raises(models.Ambiguous) as caught:
+            recognise(shapes)
+        assert caught.value.candidates[0] == arch
+        assert all(f"`--arch '{candidate}'`" in str(caught.value) for candidate in caught.value.candidates)
+        return
+    found = recognise(shapes)
+    assert found is not None
+    assert found.arch == arch
+    assert found.sentence == f"torchvision {name}, 7 classes, from its {len(shapes)} names and shapes"
+    assert models.example_shape(found.arch) == found.input_shape
+
+
+@given(st.sampled_from(COMPARED[1:]), st.integers(1, 30000), st.sampled_from([1, 2, 3, 4, 13]))
+@settings(deadline=None, max_examples=15)
+def test_the_head_and_the_stem_are_read_off(name: str, classes: int, channels: int) -> None:
+    arch = f"torchvision:{name}?num_classes={classes}" + (f"&in_chans={channels}" if channels != 3 else "")
+    shapes = shapes_of(on_meta(arch))
+    found = recognise(shapes)
+    assert found is not None
+    assert (found.num_classes, found.input_shape[0]) == (classes, channels)
+    if found.arch.startswith("torchvision:"):
+        assert found.arch == arch
+        spec = parse(models.complete(f"torchvision:{name}", shapes))
+        expected = {"num_classes": classes, "in_chans": channels}
+        assert spec.options == {k: v for k, v in expected.items() if v != {"num_classes": 1000, "in_chans": 3}[k]}
+    else:
+        assert found.arch == arch.replace("torchvision:", "timm:")  # timm's own constructor takes in_chans
+
+
+@given(st.data(), st.sampled_from(COMPARED))
+@settings(deadline=None, max_examples=40)
+def test_one_tensor_more_less_or_larger_is_another_network(data: st.DataObject, name: str) -> None:
+    shapes = dict(known(f"torchvision:{name}"))
+    chosen = data.draw(st.sampled_from([n for n in shapes if not n.endswith("num_batches_tracked")]))
+    shape = shapes.pop(chosen)
+    assert recognise(shapes) is None
+    assert recognise({**shapes, chosen: shape, "extra": (1,)}) is None
+    assert recognise({**shapes, chosen: (*shape, 2)}) is None
+    if not chosen.startswith(("fc", "head", "classifier", "heads")) and len(shape) == 1:
+        assert recognise({**shapes, chosen: (shape[0] + 1,)}) is None
+
+
+def test_counters_and_order_do_not_matter() -> None:
+    shapes = known("torchvision:mobilenet_v2")
+    without = {n: s for n, s in reversed(shapes.items()) if not n.endswith("num_batches_tracked")}
+    found = recognise(without)
+    assert found is not None
+    assert found.arch == "torchvision:mobilenet_v2?num_classes=1000"
+
+
+def test_module_paths_tell_apart_what_names_cannot() -> None:
+    """timm's resnetblur18 has resnet18's names and shapes; a state dict of torch.save tells its module paths too."""
+    module = on_meta("torchvision:resnet18?num_classes=10")
+    shapes = shapes_of(module)
+    with pytest.raises(models.Ambiguous, match="resnetblur18") as caught:
+        recognise(shapes)
+    assert caught.value.candidates[0] == "torchvision:resnet18?num_classes=10"
+    metadata = module.state_dict()._metadata  # type: ignore[attr-defined]
+    found = recognise(shapes, metadata)
+    assert found is not None
+    assert found.sentence == "torchvision resnet18, 10 classes, from its 122 names and shapes"
+    with pytest.raises(models.Ambiguous):
+        recognise(shapes, [*metadata, "something.else"])
+
+
+def test_pretrained_and_scratch_inception_differ_in_what_they_do_to_the_input() -> None:
+    with pytest.raises(models.Ambiguous) as caught:
+        recognise(known("torchvision:inception_v3"))
+    assert caught.value.candidates == (
+        "torchvision:inception_v3?num_classes=1000",
+        "torchvision:inception_v3?transform_input=True&num_classes=1000",
+    )
+    assert all(shapes_of(on_meta(arch)) == known("torchvision:inception_v3") for arch in caught.value.candidates)
+
+
+@pytest.mark.parametrize("shapes", [{}, {"weight": (3, 4)}, {"fc.weight": (10,), "fc.bias": ()}, {"x": (0, 0)}])
+def test_other_state_dicts_are_nothing(shapes: dict[str, tuple[int, ...]]) -> None:
+    assert recognise(shapes) is None
+
+
+def test_signature_is_a_hash_of_names_shapes_and_open_axes() -> None:
+    shapes = {"b": (1000, 2), "a": (3,)}
+    free = [Slot("b", 0)]
+    assert signature(shapes, free) == signature({"a": (3,), "b": (7, 2)}, free)
+    assert len({signature(shapes, free), signature(shapes, []), signature(shapes, [Slot("b", 1)])}) == 3
+    assert signature(shapes, free) == hashlib.sha256(b"a 3\nb 1* 2\n").hexdigest()[:12]
+    assert tree_hash(["b", "a"]) == tree_hash(["a", "b"]) != tree_hash(["a"])
+
+
+def test_the_index_is_small_sound_and_complete() -> None:
+    file = Path(models.__file__).with_name("architectures.json")
+    assert file.stat().st_size < 200_000
+    text = json.loads(file.read_text())
+    networks = [network for entries in read_index(text).values() for found in entries.values() for network in found]
+    specs = {spec for network in networks for spec in network.specs}
+    assert len(networks) > 1300
+    assert {f"torchvision:{name}" for name in CLASSIFIERS} - specs == set()
+    assert not [spec for spec in specs if spec.startswith("timm:") and spec in text["left_out"]]
+    assert all(len(network.input) == 3 for network in networks)
+
+
+@pytest.mark.skipif(find_spec("timm") is None, reason="timm is not installed")
+@pytest.mark.parametrize("name", ["convnext_atto", "deit_tiny_patch16_224", "mobilenetv4_conv_small", "regnety_002"])
+def test_timm_networks_are_recognised(name: str) -> None:
+    arch = f"timm:{name}?num_classes=5&in_chans=1"
+    found = recognise(shapes_of(on_meta(arch)))
+    assert found is not None
+    assert shapes_of(on_meta(found.arch)) == shapes_of(on_meta(arch))
+    assert found.input_shape == models.example_shape(found.arch)
+
+
+# -- building -------------------------------------------------------------------------------------------------------
+
+OWN = """
+import torch
+from torch import nn
+def net(width=4): return nn.Sequential(nn.Linear(3, width), nn.ReLU())
+class Net(nn.Module):
+    def __init__(self, width=4):
+        super().__init__()
+        self.fc = nn.Linear(3, width)
+def nothing(): return None
+def raises():
+    raise ValueError("no weights at hand")
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> str:
+    (tmp_path / "nets.py").write_text(OWN)
+    (tmp_path / "broken.py").write_text("import nothing_of_that_name\n")
+    (tmp_path / "unread.py").write_text("def f(:\n")
+    return str(tmp_path / "nets.py")
+
+
+def test_own_functions_and_classes(own: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert models.build(f"{own}:net?width=7").state_dict()["0.weight"].shape == (7, 3)
+    assert models.build(f"{own}:Net?width=5").state_dict()["fc.weight"].shape == (5, 3)
+    monkeypatch.chdir(Path(own).parent)
+    assert models.build("nets:net").state_dict()["0.weight"].shape == (4, 3)
+    assert models.build("nets.py:net").state_dict()["0.weight"].shape == (4, 3)
+    assert models.build("pcq.demo.nets:resnet8?num_classes=3").state_dict()["fc.weight"].shape == (3, 64)
+    sys.modules.pop("nets", None)
+
+
+def test_nothing_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *a, **k: pytest.fail("a download"))
+    for name in ("fcn_resnet50", "deeplabv3_mobilenet_v3_large", "ssdlite320_mobilenet_v3_large", "raft_small"):
+        assert on_meta(f"torchvision:{name}") is not None
+
+
+@pytest.mark.parametrize(
+    ("arch", "told"),
+    [
+        ("torchvision:resnet81", "no network 'resnet81'.*Did you mean 'resnet18'"),
+        ("torchvision:", "no network ''"),
+        ("torchvision:resnet18?weights=DEFAULT", "'weights' would download weights"),
+        ("torchvision:fcn_resnet50?weights_backbone=DEFAULT", "would download weights"),
+        ("torchvision:resnet18?num_clases=3", "unexpected keyword argument 'num_clases'"),
+        ("torchvision:resnet18?num_classes=many", "Check the options: num_classes='many'"),
+        ("resnet18", "not an architecture.*Allowed: torchvision:NAME"),
+        ("torchvsion:resnet18", "not an architecture.*Did you mean 'torchvision'"),
+        ("OWN:nett", "has no 'nett'.*Did you mean 'net'"),
+        ("OWN:nothing", "returned a NoneType, not a torch.nn.Module"),
+        ("OWN:raises", r"raises\(\) raised ValueError: no weights at hand.*See line 11 of .*nets\.py"),
+        ("OWN:net?depth=3", r"net\(depth=3\) raised TypeError"),
+        ("OWN:nn", "is a module, not a function or class"),
+        ("OWN:", "no function is named"),
+        ("BROKEN:f", r"imports 'nothing_of_that_name', which is not installed.*pip install nothing_of_that_name"),
+        ("UNREAD:f", "importing it raised SyntaxError"),
+        ("/nowhere/nets.py:net", "no such file"),
+        ("pcq.demo.nets:resnet8?num_classes", "not an option"),
+    ],
+)
+def test_architectures_that_are_wrong(own: str, arch: str, told: str) -> None:
+    folder = Path(own).parent
+    for word, file in (("OWN", own), ("BROKEN", str(folder / "broken.py")), ("UNREAD", str(folder / "unread.py"))):
+        arch = arch.replace(word, file)
+    with pytest.raises(PcqError, match=told):
+        models.build(arch)
+
+
+@pytest.mark.parametrize(("arch", "install"), [("timm:resnet18", "timm"), ("hf:/tmp", "transformers")])
+def test_a_missing_package_is_named(arch: str, install: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, install, None)
+    with pytest.raises(PcqError, match=f"not installed. Run `pip install .*{install}"):
+        models.build(arch)
+
+
+@pytest.mark.skipif(find_spec("timm") is None, reason="timm is not installed")
+def test_timm_specs_that_are_wrong() -> None:
+    for arch, told in (
+        ("timm:resnet81", "Did you mean"),
+        ("timm:hf-hub:someone/net", "has no network"),
+        ("timm:resnet18?pretrained=True", "would load other weights"),
+        ("timm:resnet18?num_clases=3", "Check the options"),
+    ):
+        with pytest.raises(PcqError, match=told):
+            models.build(arch)
+    assert models.example_shape("timm:vit_base_patch16_384?in_chans=1") == (1, 384, 384)
+
+
+@pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
+def test_hugging_face_folders(tmp_path: Path) -> None:
+    config = {"architectures": ["BertForSequenceClassification"], "model_type": "bert", "hidden_size": 8}
+    config |= {"num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8, "vocab_size": 11}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    module = models.build(f"hf:{tmp_path}")
+    assert type(module).__name__ == "BertForSequenceClassification"
+    kinds = {p.name: p.kind for p in inventory(shapes_of(module), dict.fromkeys(shapes_of(module), "float32"), module)}
+    assert kinds["bert.embeddings.word_embeddings.weight"] == "embedding"
+    assert kinds["classifier.weight"] == "linear"
+    for spec, told in ((f"hf:{tmp_path / 'no'}", "nothing is downloaded"), ("hf:bert-base-uncased", "nothing is down")):
+        with pytest.raises(PcqError, match=told):
+            models.build(spec)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PcqError, match=r"no config\.json"):
+        models.build(f"hf:{tmp_path / 'empty'}")
+
+
+def test_a_constructor_that_reads_values_is_built_with_them(own: str) -> None:
+    with open(own, "a") as file:
+        file.write("def reads(): return nn.Linear(3, int(torch.linspace(1, 4, 4)[-1].item()))\n")
+    assert on_meta(f"{own}:reads").state_dict()["weight"].shape == (4, 3)
+
+
+def test_example_shapes() -> None:
+    assert models.example_shape("torchvision:inception_v3?num_classes=3") == (3, 299, 299)
+    assert models.example_shape("torchvision:vit_b_16?image_size=384&in_chans=1") == (1, 384, 384)
+    assert models.example_shape("pcq.demo.nets:resnet8") is None
+
+
+# -- loading --------------------------------------------------------------------------------------------------------
+
+
+def small(classes: int = 4) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(5, classes))
+
+
+def test_loading_is_complete_and_casts() -> None:
+    source, target = small(), small()
+    nn.init.normal_(source[1].running_mean)
+    state = {n: t.half() if t.is_floating_point() else t for n, t in source.state_dict().items()}
+    del state["1.num_batches_tracked"]
+    models.load_state(target, state)
+    for name, tensor in target.state_dict().items():
+        assert torch.equal(tensor, state[name].to(tensor.dtype) if name in state else torch.tensor(0))
+
+
+def test_tied_weights_may_come_once_or_twice() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(7, 3), nn.Linear(3, 7, bias=False)
+            self.head.weight = self.embed.weight
+
+    values = torch.randn(7, 3)
+    for names in (["embed.weight"], ["head.weight"], ["embed.weight", "head.weight"]):
+        module = Tied()
+        models.load_state(module, dict.fromkeys(names, values))
+        assert torch.equal(module.embed.weight, values)
+        assert module.embed.weight is module.head.weight
+    with pytest.raises(PcqError, match="2 tensors are missing"):
+        models.load_state(Tied(), {})
+
+
+def test_modules_that_rename_on_loading_still_load() -> None:
+    old, new = torch.nn.utils.weight_norm(nn.Linear(3, 4)), weight_norm(nn.Linear(3, 4))
+    models.load_state(new, old.state_dict())
+    assert torch.equal(new.parametrizations.weight.original1, old.weight_v)  # type: ignore[union-attr, operator]
+    with torch.device("meta"):
+        models.check_shapes(weight_norm(nn.Linear(3, 4)), shapes_of(old))
+
+
+@pytest.mark.parametrize("check", ["load_state", "check_shapes"])
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            lambda s: s | {"3.weight": torch.zeros(9, 5), "3.bias": torch.zeros(9)},
+            r"3\.weight \[9, 5\] where the network",
+        ),
+        (
+            lambda s: s | {"3.weight": torch.zeros(9, 5), "3.bias": torch.zeros(9)},
+            "for 9 outputs and the network for 4",
+        ),
+        (lambda s: s | {"0.weight": torch.zeros(5, 1, 3, 3)}, "for 1 input channels and the network for 3.*in_chans=1"),
+        (lambda s: {n: t for n, t in s.items() if n != "3.bias"}, r"1 tensor is missing \(3\.bias\)"),
+        (lambda s: s | {"4.bias": torch.zeros(2)}, r"1 tensor is not in the network \(4\.bias\)"),
+        (lambda s: {f"net.{n}": t for n, t in s.items()}, "All names begin with 'net.'"),
+        (lambda s: {"w": torch.zeros(3)}, "8 tensors are missing.*Only 0 of the checkpoint's 1 names"),
+        (lambda s: small(7)[:2].state_dict(), "A variant of the architecture"),
+    ],
+)
+def test_weights_that_do_not_fit(check: str, change, told: str) -> None:  # type: ignore[no-untyped-def]
+    state = change(dict(small().state_dict()))
+    state = {n: t for n, t in state.items() if not n.endswith("num_batches_tracked")}
+    given = state if check == "load_state" else {name: tuple(tensor.shape) for name, tensor in state.items()}
+    with pytest.raises(PcqError, match=told):
+        getattr(models, check)(small(), given, "file.py:net")
+
+
+def test_another_known_networks_weights_are_recognised() -> None:
+    with pytest.raises(PcqError, match=r"look like torchvision mobilenet_v2.*--arch 'torchvision:mobilenet_v2\?num"):
+        models.check_shapes(on_meta("torchvision:resnet34"), known("torchvision:mobilenet_v2"))
+    with pytest.raises(PcqError, match=r"look like one of torchvision:resnet18.*resnetblur18"):
+        models.check_shapes(on_meta("torchvision:resnet34"), known("torchvision:resnet18"))
+
+
+def test_complete_leaves_alone_what_is_said() -> None:
+    shapes = known("torchvision:resnet18?num_classes=10")
+    assert models.complete("torchvision:resnet18", shapes) == "torchvision:resnet18?num_classes=10"
+    assert models.complete("torchvision:resnet18?num_classes=5", shapes) == "torchvision:resnet18?num_classes=5"
+    assert models.complete("a.py:f", shapes) == "a.py:f"
+    assert models.build("torchvision:resnet18", shapes).state_dict()["fc.weight"].shape == (10, 512)
+
+
+# -- inventory ------------------------------------------------------------------------------------------------------
+
+
+class Conv(nn.Conv2d):
+    pass
+
+
+class Zoo(nn.Module):
+    """One of everything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3)
+        self.depthwise, self.grouped = Conv(4, 8, 3, groups=4, bias=False), nn.Conv1d(4, 6, 3, groups=2)
+        self.volume, self.up = nn.Conv3d(2, 3, 1), nn.ConvTranspose2d(4, 6, 2, groups=2)
+        self.up1, self.fc = nn.ConvTranspose1d(3, 5, 2), nn.Linear(3, 2)
+        self.embed, self.bag = nn.Embedding(5, 2), nn.EmbeddingBag(5, 2)
+        self.lstm = nn.LSTM(3, 4, bidirectional=True, proj_size=2)
+        self.cell = nn.GRUCell(3, 4)
+        self.attention = nn.MultiheadAttention(4, 2, add_bias_kv=True)
+        self.cross = nn.MultiheadAttention(4, 2, kdim=3, vdim=5)
+        self.bn, self.ln, self.gn = nn.BatchNorm2d(4), nn.LayerNorm((2, 3)), nn.GroupNorm(1, 4)
+        self.rms, self.prelu, self.bilinear = nn.RMSNorm(3), nn.PReLU(4), nn.Bilinear(2, 3, 4)
+        self.normed = weight_norm(nn.Conv2d(2, 3, 3))
+        self.tied = nn.Linear(2, 5)
+        self.tied.weight = self.embed.weight
+        self.position = nn.Parameter(torch.zeros(1, 3, 4))
+        self.scale = nn.Parameter(torch.tensor(1.0))
+        self.register_buffer("table", torch.zeros(3, 4))
+        self.register_buffer("index", torch.zeros(3, 4, dtype=torch.int64))
+
+
+KINDS = """stem.weight conv2d; stem.bias bias; depthwise.weight conv2d 4; grouped.weight conv1d 2; grouped.bias bias;
+volume.weight conv3d; volume.bias bias; up.weight conv_transpose2d 2; up.bias bias; up1.weight conv_transpose1d;
+up1.bias bias; fc.weight linear; fc.bias bias; embed.weight embedding; bag.weight embedding; lstm.weight_ih_l0 linear;
+lstm.weight_hh_l0 linear; lstm.bias_ih_l0 bias; lstm.bias_hh_l0 bias; lstm.weight_hr_l0 linear;
+lstm.weight_ih_l0_reverse linear; lstm.weight_hh_l0_reverse linear; lstm.bias_ih_l0_reverse bias;
+lstm.bias_hh_l0_reverse bias; lstm.weight_hr_l0_reverse linear; cell.weight_ih linear; cell.weight_hh linear;
+cell.bias_ih bias; cell.bias_hh bias; attention.in_proj_weight linear; attention.in_proj_bias bias;
+attention.bias_k other; attention.bias_v other; attention.out_proj.weight linear; attention.out_proj.bias bias;
+cross.q_proj_weight linear; cross.k_proj_weight linear; cross.v_proj_weight linear; cross.in_proj_bias bias;
+cross.out_proj.weight linear; cross.out_proj.bias bias; bn.weight norm; bn.bias norm; bn.running_mean buffer;
+bn.running_var buffer; bn.num_batches_tracked buffer; ln.weight norm; ln.bias norm; gn.weight norm; gn.bias norm;
+rms.weight norm; prelu.weight other; bilinear.weight other; bilinear.bias bias; normed.bias bias;
+normed.parametrizations.weight.original0 other; normed.parametrizations.weight.original1 other; tied.weight linear;
+tied.bias bias; position other; scale other; table buffer; index buffer"""
+WITHOUT_MODULE = {
+    "depthwise.weight": ("conv2d", 8),
+    "grouped.weight": ("conv1d", 1),
+    "bag.weight": ("linear", 1),
+    "ln.weight": ("linear", 1),
+    "ln.bias": ("other", 1),
+    "prelu.weight": ("norm", 1),
+    "bilinear.weight": ("conv1d", 1),
+    "table": ("other", 1),
+}
+"""What names and shapes cannot tell."""
+
+
+def dtypes_of(module: nn.Module) -> dict[str, str]:
+    return {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in module.state_dict().items()}
+
+
+def test_inventory_of_everything() -> None:
+    zoo = Zoo()
+    entries = [entry.split() for entry in KINDS.replace("\n", " ").split("; ")]
+    expected = {name: (kind, int(groups[0]) if groups else 1) for name, kind, *groups in entries}
+    found = inventory(shapes_of(zoo), dtypes_of(zoo), zoo)
+    assert [p.name for p in found] == list(zoo.state_dict())
+    assert {p.name: (p.kind, p.groups) for p in found} == expected
+    assert {p.name: p.tied_to for p in found if p.tied_to} == {"tied.weight": "embed.weight"}
+    by_name = inventory(shapes_of(zoo), dtypes_of(zoo), tied={"tied.weight": "embed.weight"})
+    assert {p.name: (p.kind, p.groups) for p in by_name} == expected | WITHOUT_MODULE
+    assert {p.name: p.tied_to for p in by_name if p.tied_to} == {"tied.weight": "embed.weight"}
+
+
+@pytest.mark.parametrize("name", [*COMPARED, "shufflenet_v2_x0_5", "mnasnet0_5", "maxvit_t", "efficientnet_b0"])
+def test_names_alone_say_what_the_modules_say(name: str) -> None:
+    module = on_meta(f"torchvision:{name}")
+    shapes, dtypes = shapes_of(module), dtypes_of(module)
+    assert inventory(shapes, dtypes) == inventory(shapes, dtypes, module)
