@@ -202,7 +202,7 @@ def equalize(found: list[Pair], tensors: Mapping[str, Tensor]) -> dict[str, Tens
 class Step:
     """One step of care: its name, the error of the network's output after it, and why it was not taken or kept.
 
-    The error is ``E ||y_q - y||^2 / E ||y - E y||^2`` on invented samples other than those the steps use; None: unknown.
+    The error is ``E ||y_q - y||^2 / E ||y - E y||^2`` on invented samples that the steps did not use; None: unknown.
     """
 
     name: str

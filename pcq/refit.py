@@ -37,7 +37,8 @@ def refit(quantizer: qtensor.Quantizer, rows: Tensor, grid: Grid) -> Grid:
         case KMeans(), Codebook():
             counts, sums = _cells(rows, grid)
             means = torch.where(counts > 0, sums / counts.clamp(min=1), grid.table.double())
-            moved, stuck = Codebook(means.float()), (counts > 0).sum(1) < 2
+            moved = Codebook(means.float())
+            stuck = ((counts > 0).sum(1) < 2) | (grid.table[:, 0] == grid.table[:, -1])
         case LeastSquaresBinary(), Codebook():
             table, stuck = _binary_levels(grid.table.double(), *_cells(rows, grid))
             moved = Codebook(table.float())

@@ -89,7 +89,7 @@ def test_binaryconnect_is_dual_averaging_iterate_by_iterate() -> None:
     assert flips > 20
 
 
-# -- ProxConnect is the generalized conditional gradient on the smoothed dual --------------------------------------------
+# -- ProxConnect is the generalized conditional gradient on the smoothed dual -----------------------------------------
 
 
 @pytest.mark.parametrize("exponent", [0.5, 1.0])
@@ -116,7 +116,7 @@ def test_proxconnect_is_gcg_on_the_smoothed_dual(exponent: float) -> None:
         torch.testing.assert_close(weight.double(), want, rtol=1e-5, atol=1e-5)
         dual = (1 - share) * dual - share * gradient(want, a, b)
         mu += rate
-    assert mu * first > 0.3  # the prox has grown well into its range
+    assert mu > 3.9  # the prox has grown well into its range
     assert pi == pytest.approx(1 / mu)
 
 
@@ -222,7 +222,7 @@ def test_averaged_and_best_iterate_converge_at_the_stated_rate() -> None:
 
 
 def test_proxquants_prox_flattens_with_the_step_while_proxconnects_grows() -> None:
-    """Prox-SGD applies the prox of eta_t r, whose shift is eta_t c -> 0; ProxConnect that of mu_t r, mu_t -> infinity."""
+    """Prox-SGD applies the prox of eta_t r, whose shift eta_t c goes to 0; ProxConnect that of mu_t r, mu_t growing."""
     table, c = torch.tensor([LEVELS], dtype=torch.float64), 0.02
     rows = torch.linspace(-1, 1, 201, dtype=torch.float64)[None]
     mu, moves = 1.0, []
