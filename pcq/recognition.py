@@ -40,15 +40,15 @@ class Slot:
 
 @dataclass(frozen=True)
 class Network:
-    """Constructors that compute the same function: specs without options for classes or channels, torchvision first.
+    """Constructors that compute the same function.
 
     Attributes:
-        specs: what to build, the preferred one first.
+        spec: the preferred one (torchvision's where there is one), without options for classes and channels.
         input: the channels, height and width it is usually run at.
         trees: hashes of the constructors' module paths; empty where the names alone decide.
     """
 
-    specs: tuple[str, ...]
+    spec: str
     input: tuple[int, int, int]
     trees: frozenset[str] = frozenset()
 
@@ -100,17 +100,14 @@ def recognise(shapes: Shapes, modules: Iterable[str] | None = None) -> Recognise
             networks = tuple(network for network in networks if tree in network.trees) or networks
         options = {"num_classes": classes} | ({} if channels == networks[0].input[0] else {"in_chans": channels})
         if len(networks) > 1:
-            raise Ambiguous(tuple(_with(network.specs[0], options) for network in networks), len(shapes))
+            raise Ambiguous(tuple(_with(network.spec, options) for network in networks), len(shapes))
         network = networks[0]
-        spec = network.specs[0]
-        if "in_chans" in options:
-            spec = next((s for s in network.specs if s.startswith("timm:")), spec)
-        kind, _, name = spec.partition(":")
+        kind, _, name = network.spec.partition(":")
         assert classes is not None
         assert channels is not None
         other = f", {channels} input channel{'s' * (channels != 1)}" if "in_chans" in options else ""
         sentence = f"{kind} {name}, {classes} classes{other}, from its {len(shapes)} names and shapes"
-        return Recognised(_with(spec, options), classes, (channels, *network.input[1:]), sentence)
+        return Recognised(_with(network.spec, options), classes, (channels, *network.input[1:]), sentence)
     return None
 
 
@@ -158,6 +155,6 @@ def read_index(text: dict[str, Any]) -> Index:
     slots = [tuple(Slot(*slot) for slot in group) for group in text["slots"]]
     index: Index = {}
     for key, (head, stem, *networks) in text["networks"].items():
-        entry = tuple(Network(tuple(specs), tuple(size), frozenset(trees)) for specs, size, trees in networks)
+        entry = tuple(Network(spec, tuple(size), frozenset(trees)) for spec, size, trees in networks)
         index.setdefault((slots[head], slots[stem]), {})[key] = entry
     return index

@@ -158,13 +158,10 @@ def test_the_head_and_the_stem_are_read_off(name: str, classes: int, channels: i
     found = recognise(shapes)
     assert found is not None
     assert (found.num_classes, found.input_shape[0]) == (classes, channels)
-    if found.arch.startswith("torchvision:"):
-        assert found.arch == arch
-        spec = parse(models.complete(f"torchvision:{name}", shapes))
-        expected = {"num_classes": classes, "in_chans": channels}
-        assert spec.options == {k: v for k, v in expected.items() if v != {"num_classes": 1000, "in_chans": 3}[k]}
-    else:
-        assert found.arch == arch.replace("torchvision:", "timm:")  # timm's own constructor takes in_chans
+    assert found.arch == arch
+    spec = parse(models.complete(f"torchvision:{name}", shapes))
+    expected = {"num_classes": classes, "in_chans": channels}
+    assert spec.options == {k: v for k, v in expected.items() if v != {"num_classes": 1000, "in_chans": 3}[k]}
 
 
 @given(st.data(), st.sampled_from(COMPARED))
@@ -232,7 +229,7 @@ def test_the_index_is_small_sound_and_complete() -> None:
     assert file.stat().st_size < 200_000
     text = json.loads(file.read_text())
     networks = [network for entries in read_index(text).values() for found in entries.values() for network in found]
-    specs = {spec for network in networks for spec in network.specs}
+    specs = {network.spec for network in networks}
     assert len(networks) > 1300
     assert {f"torchvision:{name}" for name in CLASSIFIERS} - specs == set()
     assert not [spec for spec in specs if spec.startswith("timm:") and spec in text["left_out"]]

@@ -216,7 +216,7 @@ def classes_of(group: list[Built], limit: int) -> tuple[list[list[Built]], str]:
         state, results = outputs(built.constructor, state, sizes)
         if not alive(results[0]):
             found.append(([built], None))
-            note += f"{built.constructor.spec} gave nothing to compare at {sizes[0]}; "
+            note += f"{'; ' * bool(note)}{built.constructor.spec} gave nothing to compare at {sizes[0]}"
             continue
         for members, known in found:
             if known is not None and same(known, results):
@@ -270,10 +270,8 @@ def main() -> None:
                 slots.append(pair)
             entry.append(slots.index(pair))
         for members in functions:
-            specs = [members[0].constructor.spec]
-            specs += [b.constructor.spec for b in members[1:] if specs[0].startswith("torchvision:")][:1]
             trees = sorted({b.tree for b in members}) if len(functions) > 1 else []
-            entry.append([specs, list(members[0].constructor.input), trees])
+            entry.append([members[0].constructor.spec, list(members[0].constructor.input), trees])
         assert key not in networks
         networks[key] = entry
     versions = {"torch": torch.__version__, "torchvision": torchvision.__version__, "timm": timm.__version__}
