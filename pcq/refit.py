@@ -127,7 +127,7 @@ def _binary_levels(table: Tensor, counts: Tensor, sums: Tensor) -> tuple[Tensor,
         values.append(sums_of_some[:, 2])
     if bits > 3:
         third, pair = sums_of_some[:, 3], values[0] + values[1]
-        values.append(torch.where((third - pair).abs() <= 1e-5 * pair, sums_of_some[:, 4], third))
+        values.append(torch.where((third - pair).abs() <= 1e-6 * table[:, -1], sums_of_some[:, 4], third))
     values.append(-table[:, 0] - sum(values, torch.zeros_like(table[:, 0])))
     signs = table.new_tensor(list(itertools.product((-1.0, 1.0), repeat=bits)))
     order = (torch.stack(values, 1) @ signs.T).sort(dim=1, stable=True).indices

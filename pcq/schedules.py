@@ -132,7 +132,7 @@ def _sigmoid(x: float) -> float:
 
 def _within(progress: float, start: float, end: float) -> float:
     """How far ``progress`` is on the way from ``start`` to ``end``, in [0, 1]."""
-    return 1.0 if progress >= end else max(0.0, (progress - start) / (end - start))
+    return 1.0 if progress >= end else 0.0 if progress <= start else (progress - start) / (end - start)
 
 
 def _check(start: float, end: float) -> None:
