@@ -39,6 +39,7 @@ from pcq.checkpoint import (
     refuse_overwrite,
     write_artifact,
 )
+from pcq.checkpoint.stream import non_finite
 from pcq.errors import CheckFailed, PcqError
 from pcq.plan import Kept, Parameter, Plan, Quantized
 from pcq.qtensor import QuantizedTensor
@@ -348,10 +349,24 @@ def test_nan_and_infinity_are_named_all_at_once(tmp_path: Path) -> None:
         f"d: 4 of its 4 values are NaN or infinite. {repair}",
     ]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.pt"]
+    assert all(not non_finite(torch.ones(5, dtype=kind)) for kind in (torch.int8, torch.float16, torch.float8_e4m3fn))
+    assert non_finite(torch.empty(0, 3)) == 0
     refuse_non_finite("a", tensors["a"])
     refuse_non_finite("n", torch.ones(2, dtype=torch.int64))
     with pytest.raises(PcqError):
         refuse_non_finite("b", tensors["b"])
+    with pytest.raises(PcqError, match="e: 1 of its 2 values are NaN or infinite in float32"):
+        refuse_non_finite("e", torch.tensor([1e300, 1.0], dtype=torch.float64))
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    values=st.lists(st.sampled_from([0.0, -3.5, 448.0, math.nan, math.inf, -math.inf]), max_size=12),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e5m2]),
+)
+def test_values_that_are_not_finite_are_counted(values: list[float], dtype: torch.dtype) -> None:
+    tensor = torch.tensor(values).to(dtype)
+    assert non_finite(tensor) == sum(not math.isfinite(value) for value in values)
 
 
 def test_an_exported_program_travels_along(tmp_path: Path) -> None:

@@ -116,37 +116,34 @@ def stack(grids: list[Grid], form: Grid) -> Grid:
 
 
 def refuse_non_finite(name: str, tensor: Tensor) -> None:
-    """Let pass only a weight without NaN and infinity.
+    """Let pass only a weight that is finite in float32, which is what levels are fitted in.
 
     Raises:
-        PcqError: how many of its values are not finite.
+        PcqError: how many of its values are not.
     """
-    bad = non_finite(tensor)
-    if bad:
-        raise not_finite(name, bad, tensor.numel())
+    if bad := non_finite(tensor):
+        where = " in float32" if tensor.dtype == torch.float64 else ""
+        what = f"{bad:,} of its {tensor.numel():,} values are NaN or infinite{where}"
+        todo = "Repair the checkpoint, or keep this weight in float by a rule of the recipe"
+        raise PcqError(what, where=name, todo=todo)
 
 
 def non_finite(tensor: Tensor) -> int:
-    """How many values are NaN or infinite, without a copy of a large tensor."""
-    if not tensor.is_floating_point():
+    """How many values are NaN or infinite in float32, without a copy of a large tensor."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return 0
+    if tensor.itemsize > 1 and all(bool(torch.isfinite(end.float())) for end in torch.aminmax(tensor)):
         return 0
     flat, step = tensor.reshape(-1), 1 << 22
-    return sum(int((~torch.isfinite(flat[i : i + step])).sum()) for i in range(0, flat.numel(), step))
-
-
-def not_finite(name: str, bad: int, numel: int) -> PcqError:
-    """The sentence for a weight that no levels fit."""
-    what = f"{bad:,} of its {numel:,} values are NaN or infinite"
-    return PcqError(
-        what, where=name, todo="Repair the checkpoint, or keep this weight in float by a rule of the recipe"
-    )
+    return sum(int((~torch.isfinite(flat[i : i + step].float())).sum()) for i in range(0, flat.numel(), step))
 
 
 def non_finite_problems(source: Source, names: list[str]) -> list[PcqError]:
-    """The sentence for each of ``names`` that holds NaN or infinity."""
+    """The sentence for each of ``names`` that is not finite."""
     problems = []
     for name in names:
-        weight = source.tensor(name)
-        if bad := non_finite(weight):
-            problems.append(not_finite(name, bad, weight.numel()))
+        try:
+            refuse_non_finite(name, source.tensor(name))
+        except PcqError as problem:
+            problems.append(problem)
     return problems
