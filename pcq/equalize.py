@@ -51,7 +51,7 @@ def synthesize(example: tuple[int, ...], count: int, seed: int) -> Tensor:
     longest = max(plane)
     axes = torch.meshgrid(*(torch.arange(length, dtype=torch.float32) for length in plane), indexing="ij")
     smallest, largest = min(2.0, longest / 2), max(longest / 2, 1.0)
-    leaves = 800
+    leaves = min(2000, max(16, math.prod(plane) // 64))
     images = torch.empty(count, channels, *plane)
     for image in images:
         spot = torch.rand(leaves, generator=generator)

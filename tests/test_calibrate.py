@@ -1,0 +1,375 @@
+"""Calibration: the tape, the layers' patches, the quadratic's solvers against slow twins, and the whole."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from pcq import tape as tapes
+from pcq.calibrate.layers import find, patches
+from pcq.calibrate.oneshot import Settings, View, calibrate, moments
+from pcq.calibrate.quadratic import Codes, Quadratic, descend, gptq, nearest, refit
+from pcq.calibrate.streams import Streams
+from pcq.demo.nets import resnet8
+from pcq.errors import PcqError
+from pcq.grids import Codebook
+from pcq.quantizers import AdditivePowersOfTwo, Binary, Fixed, KMeans, LeastSquaresBinary, Quantizer, Ternary, Uniform
+from pcq.rows import Rows
+
+QUANTIZERS: list[Quantizer] = [
+    Binary(), Ternary(), Uniform(2), Uniform(3, symmetric=False), KMeans(4), LeastSquaresBinary(2),
+    AdditivePowersOfTwo(4), Fixed((-1.0, -0.3, 0.3, 1.0)), Fixed("nf4", scale="absmax"),
+]  # fmt: skip
+LAYERS = {
+    "conv1d": (nn.Conv1d(4, 6, 3, padding=1), (4, 9)),
+    "conv2d strided": (nn.Conv2d(4, 6, 3, 2, 1), (4, 7, 8)),
+    "conv2d dilated": (nn.Conv2d(4, 6, (3, 2), dilation=(2, 1), padding=(0, 1)), (4, 7, 8)),
+    "conv2d grouped": (nn.Conv2d(4, 6, 3, groups=2, bias=False), (4, 7, 8)),
+    "conv2d depthwise": (nn.Conv2d(4, 8, 3, groups=4, padding="same"), (4, 7, 8)),
+    "conv2d reflecting": (nn.Conv2d(4, 8, 3, padding=1, padding_mode="reflect"), (4, 7, 8)),
+    "conv3d": (nn.Conv3d(2, 3, (1, 2, 3), padding=1), (2, 4, 5, 6)),
+    "transposed1d": (nn.ConvTranspose1d(4, 6, 3, 2), (4, 5)),
+    "transposed2d": (nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, groups=2), (4, 5, 6)),
+    "transposed2d dilated": (nn.ConvTranspose2d(4, 6, (3, 2), (1, 3), (2, 0), 0, dilation=(2, 1)), (4, 5, 6)),
+    "transposed3d": (nn.ConvTranspose3d(2, 3, 2, 2), (2, 3, 2, 3)),
+    "linear": (nn.Linear(5, 3), (5,)),
+    "linear of sequences": (nn.Linear(5, 3, bias=False), (7, 5)),
+}
+
+
+def _plan(module: nn.Module, quantizer: Quantizer) -> dict[str, tuple[Rows, Quantizer]]:
+    weights = {name: p for name, p in module.named_parameters() if p.ndim > 1}
+    return {name: (Rows(tuple(weight.shape)), quantizer) for name, weight in weights.items()}
+
+
+def _layer(module: nn.Module, x: Tensor) -> tuple[tapes.Tape, object]:
+    tape = tapes.record(module, (x,))
+    layers, refused = find(tape, {"weight": tuple(module.weight.shape)})
+    assert not refused
+    return tape, layers[0]
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_patches_times_rows_are_the_layers_output(kind):
+    module, shape = LAYERS[kind]
+    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))
+    tape, layer = _layer(module, x)
+    values = tapes.run(tape, tapes.state(module), {tape.inputs[0]: x}, 0, layer.op)
+    seen = patches(layer, values[layer.x])
+    rows = layer.channels(tuple(module.weight.shape)).split(module.weight.detach())
+    weight = rows.reshape(layer.groups, -1, rows.shape[1])
+    y = (seen @ weight.transpose(1, 2)).permute(1, 0, 2).flatten(1)  # [m, c]
+    if module.bias is not None:
+        y = y + module.bias.detach()
+        assert layer.bias == "bias"
+    expected = module(x).detach()
+    if layer.geometry is not None:
+        expected = expected.movedim(1, -1)
+    torch.testing.assert_close(y, expected.reshape(len(y), -1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_moments_against_a_brute_force_twin(kind):
+    """Gram matrices from the layer's response to unit weights: no unfolding on the twin's side."""
+    module, shape = LAYERS[kind]
+    module = nn.Sequential(module)[0]
+    x = torch.randn(4, *shape, generator=torch.Generator().manual_seed(2))
+    tape, layer = _layer(module, x[:2])
+    tensors = tapes.state(module)
+    streams = Streams(tape, [(x[:2],), (x[2:],)], tensors, tensors, 2**20)
+    view = View.of(layer, Rows(tuple(module.weight.shape)))
+    weight = view.split(tensors["weight"])
+    found = moments(layer, weight, streams, Settings(positions=10**9))
+    groups, r, n = weight.shape
+    response = torch.empty(groups, n, 0)
+    columns = []
+    for j in range(n):
+        unit = torch.zeros(groups, r, n)
+        unit[:, 0, j] = 1
+        with torch.no_grad():
+            bare = {
+                "weight": view.weight(unit),
+                **({"bias": torch.zeros_like(module.bias)} if module.bias is not None else {}),
+            }
+            y = torch.func.functional_call(module, bare, (x,))
+        y = y.movedim(1, -1) if layer.geometry is not None else y
+        columns.append(y.reshape(-1, groups, r)[:, :, 0].T)
+    response = torch.stack(columns, 2).double()  # [G, m, n]
+    mean = response.mean(1, keepdim=True)
+    cov = (response - mean).transpose(1, 2) @ (response - mean) / response.shape[1]
+    y = response @ weight.transpose(1, 2).double()
+    if layer.geometry is None:  # positions are drawn with replacement only where there are more than asked for
+        assert response.shape[1] == x.numel() // n
+    torch.testing.assert_close(found.mean.double(), mean[:, 0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.cov.double(), cov, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.cross.double(), cov, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.y_mean.double(), y.mean(1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.y_var.double(), y.var(1, unbiased=False), rtol=1e-4, atol=1e-5)
+
+
+def _problem(seed: int, groups: int = 2, r: int = 3, n: int = 5) -> Quadratic:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(groups, 4 * n, n, generator=g) @ torch.randn(groups, n, n, generator=g)
+    return Quadratic(torch.randn(groups, r, n, generator=g), x.transpose(1, 2) @ x / (4 * n) + 0.01 * torch.eye(n))
+
+
+def _per_channel(q: Quadratic) -> Tensor:
+    groups, r, n = q.target.shape
+    return torch.arange(groups * r).reshape(groups, r, 1).expand(groups, r, n).contiguous()
+
+
+def _slow_gptq(q: Quadratic, start: Codes) -> Tensor:
+    """After each rounding the open columns get the least-squares values, solved anew every time."""
+    out = torch.empty_like(q.target)
+    levels = start.grid.levels()
+    for group, channel in itertools.product(range(q.target.shape[0]), range(q.target.shape[1])):
+        h = q.h[group].double()
+        order = h.diagonal().float().sort(descending=True, stable=True).indices.tolist()
+        target, now = q.target[group, channel].double(), q.target[group, channel].double().clone()
+        for step, j in enumerate(order):
+            own = levels[start.row[group, channel, j]].double()
+            now[j] = own[(own - now[j]).abs().argmin()]
+            rest, done = order[step + 1 :], order[: step + 1]
+            if rest:
+                pull = h[rest][:, done] @ (now[done] - target[done])
+                now[rest] = target[rest] - torch.linalg.solve(h[rest][:, rest], pull)
+        out[group, channel] = now.float()
+    return out
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda q: q.text)
+@given(seed=st.integers(0, 10**6), block=st.sampled_from([1, 2, 64]))
+@settings(deadline=None, max_examples=15)
+def test_gptq_is_its_slow_twin(quantizer, seed, block):
+    q = _problem(seed)
+    grid = quantizer.fit(q.target.flatten(0, 1))
+    row = _per_channel(q) if grid.g > 1 else torch.zeros_like(_per_channel(q))
+    fast = gptq(q, grid, row, block=block)
+    torch.testing.assert_close(fast.decode(), _slow_gptq(q, fast), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda q: q.text)
+@given(seed=st.integers(0, 10**6), block=st.sampled_from([1, 2, 64]))
+@settings(deadline=None, max_examples=15)
+def test_descent_ends_where_no_single_change_of_a_code_helps(quantizer, seed, block):
+    q = _problem(seed)
+    grid = quantizer.fit(q.target.flatten(0, 1))
+    row = _per_channel(q) if grid.g > 1 else torch.zeros_like(_per_channel(q))
+    start = nearest(grid, row, q.target)
+    losses = [q.loss(start.decode())]
+    found = start
+    for _ in range(50):
+        found, changes = descend(q, found, 1, block=block)
+        losses.append(q.loss(found.decode()))
+        assert (losses[-1] <= losses[-2] * (1 + 1e-5) + 1e-7).all()
+        if not changes:
+            break
+    else:
+        pytest.fail("50 sweeps did not do")
+    base = losses[-1]
+    for j in range(q.target.shape[2]):
+        for code in range(grid.count):
+            other = found.codes.clone()
+            other[..., j] = code
+            loss = q.loss(Codes(other, grid, row).decode())
+            assert (loss >= base * (1 - 1e-4) - 1e-6).all(), (j, code)
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda q: q.text)
+@pytest.mark.parametrize("per", ["channel", "tensor", "group"])
+def test_refit_is_the_least_squares_solution(quantizer, per):
+    """Against float64 least squares over the levels' parameters, all at once."""
+    q = _problem(7, groups=1, r=4, n=8)
+    rows = {"channel": Rows((4, 8)), "tensor": Rows((4, 8), axis=None), "group": Rows((4, 8), group=4)}[per]
+    grid = quantizer.fit(rows.split(q.target[0]))
+    if isinstance(grid, Codebook) and grid.scale is None and grid.g != rows.g:
+        return  # levels that are given cannot be refitted
+    index = rows.merge(torch.arange(rows.g)[:, None].expand(rows.g, rows.width).contiguous())[None]
+    start = gptq(q, grid, index)
+    found = refit(q, start, steps=60)
+    before, after = q.loss(start.decode()).sum(), q.loss(found.decode()).sum()
+    assert after <= before
+    root = torch.linalg.cholesky(q.h[0].double())
+    if isinstance(grid, Codebook) and grid.scale is None:
+        slots, width, base = index[0] * grid.count + start.codes[0].long(), rows.g * grid.count, torch.ones(4, 8)
+    else:
+        ones = grid.map(lambda t: t)
+        unit = type(grid)(**{**ones.__dict__, "scale": torch.ones(rows.g)})
+        slots, width, base = index[0], rows.g, Codes(start.codes, unit, index).decode()[0]
+    design = torch.zeros(4, 8, width, dtype=torch.float64).scatter_(2, slots[..., None], base[..., None].double())
+    a = torch.einsum("rnw,nm->rmw", design, root).reshape(32, width)
+    b = (q.target[0].double() @ root).reshape(32)
+    best = (a @ torch.linalg.lstsq(a, b, driver="gelsd").solution - b).square().sum()
+    assert after >= best * (1 - 1e-3) - 1e-6
+    kept = torch.equal(found.decode(), start.decode())
+    assert kept or after <= best * (1 + 1e-2) + 1e-6 or per != "tensor"
+
+
+def test_refit_refuses_levels_out_of_order():
+    q = Quadratic(torch.tensor([[[5.0, -5.0]]]), torch.eye(2)[None])
+    grid = Codebook(torch.tensor([[-1.0, 1.0]]))
+    start = Codes(torch.tensor([[[0, 1]]], dtype=torch.uint8), grid, torch.zeros(1, 1, 2, dtype=torch.long))
+    assert torch.equal(refit(q, start).grid.table, grid.table)
+    right = Codes(torch.tensor([[[1, 0]]], dtype=torch.uint8), grid, torch.zeros(1, 1, 2, dtype=torch.long))
+    torch.testing.assert_close(refit(q, right).grid.table, torch.tensor([[-5.0, 5.0]]))
+
+
+class _Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.e = nn.Bilinear(4, 4, 2)
+
+    def forward(self, x):
+        return self.e(self.b(self.a(self.a(x))).relu_(), x)
+
+
+def test_what_cannot_be_calibrated_is_named():
+    module = _Twice()
+    tape = tapes.record(module, (torch.randn(3, 4),))
+    layers, refused = find(tape, {n: tuple(p.shape) for n, p in module.named_parameters() if p.ndim > 1})
+    assert [layer.weight for layer in layers] == ["b.weight"]
+    assert refused["a.weight"] == "it is used more than once"
+    assert "does not use it" in refused["c.weight"]
+    assert "does not know" in refused["e.weight"]
+
+
+class _Random(nn.Module):
+    def forward(self, x):
+        return x + torch.rand_like(x)
+
+
+class _Branching(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+@pytest.mark.parametrize("module", [_Random(), _Branching()])
+def test_a_forward_pass_that_cannot_be_replayed_is_refused(module):
+    with pytest.raises(PcqError):
+        tapes.record(module, (torch.randn(3, 4),))
+
+
+def test_a_transformer_is_replayed_and_all_its_linears_found():
+    module = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    tape = tapes.record(module, (torch.randn(2, 5, 8),))
+    weights = {n: tuple(p.shape) for n, p in module.named_parameters() if p.ndim > 1}
+    layers, refused = find(tape, weights)
+    assert not refused
+    assert {layer.weight: layer.bias for layer in layers} == {name: name.replace("weight", "bias") for name in weights}
+    assert module.training
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def _net() -> nn.Module:
+    torch.manual_seed(0)
+    net = resnet8()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.3)
+            module.momentum = None
+    net.train()
+    with torch.no_grad():
+        net(torch.randn(64, 1, 8, 8))
+    return net.eval()
+
+
+def _apply(net: nn.Module, result, x: Tensor) -> Tensor:
+    tensors = {**{n: q.dequantize() for n, q in result.quantized.items()}, **result.changed}
+    with torch.no_grad():
+        return torch.func.functional_call(net, tensors, (x,))
+
+
+def test_calibration_is_deterministic_streams_and_beats_rounding():
+    net, x = _net(), torch.randn(200, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    plan = _plan(net, Uniform(2))
+    before = {n: t.clone() for n, t in net.state_dict().items()}
+    whole = calibrate(net, plan, (x,), Settings(batch=40))
+    again = calibrate(net, plan, (x,), Settings(batch=40, memory=0))  # nothing kept: every stretch computed again
+    for name in plan:
+        assert torch.equal(whole.quantized[name].codes, again.quantized[name].codes)
+        assert torch.equal(whole.quantized[name].dequantize(), again.quantized[name].dequantize())
+    assert whole.changed.keys() == again.changed.keys()
+    assert all(torch.equal(whole.changed[name], again.changed[name]) for name in whole.changed)
+    assert all(torch.equal(before[n], t) for n, t in net.state_dict().items())
+    assert not whole.plain
+    plain = calibrate(net, plan, (x,), Settings(method="nearest", corrected=False, match="none"))
+    fresh = torch.randn(200, 1, 8, 8, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        y = net(fresh)
+    errors = [float((_apply(net, r, fresh) - y).square().mean()) for r in (whole, plain)]
+    assert errors[0] < errors[1] / 2, errors
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda q: q.text)
+@pytest.mark.parametrize("axis", [0, None, "group"])
+def test_every_kind_of_levels_and_rows_is_calibrated(quantizer, axis):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(2, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.ConvTranspose2d(6, 4, 3, groups=2)
+    )
+    net.eval()
+    x = torch.randn(16, 2, 6, 6)
+    plan = {}
+    for name, p in net.named_parameters():
+        if p.ndim > 1:
+            layout = {"axis": 1, "blocks": 2} if name.startswith("3") else {"axis": 0}
+            layout = {"axis": None} if axis is None else layout
+            plan[name] = (Rows(tuple(p.shape), **layout, group=5 if axis == "group" else None), quantizer)
+    result = calibrate(net, plan, (x,), Settings(rounds=2))
+    assert not result.plain
+    for name, (rows, _) in plan.items():
+        found = result.quantized[name]
+        assert found.rows == rows
+        assert found.grid.g in (1, rows.g)
+        assert found.dequantize().isfinite().all()
+    assert all(report.solved <= report.nearest * 1.0001 for report in result.layers)
+
+
+def test_matching_gives_every_channel_the_float_moments():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 5, bias=False), nn.BatchNorm1d(5, eps=1e-12)).eval()
+    nn.init.uniform_(net[1].weight, 0.5, 2)
+    nn.init.normal_(net[1].bias)
+    net[1].running_mean.normal_()
+    net[1].running_var.uniform_(0.5, 2)
+    x = torch.randn(64, 6) @ torch.randn(6, 6)
+    for chosen in (Settings(method="nearest", corrected=False), Settings()):
+        result = calibrate(net, _plan(net, Ternary()), (x,), chosen)
+        with torch.no_grad():
+            y, y_q = net(x), _apply(net, result, x)
+        torch.testing.assert_close(y_q.mean(0), y.mean(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(y_q.std(0), y.std(0), rtol=1e-4, atol=1e-5)
+
+
+def test_a_bias_alone_takes_the_mean():
+    torch.manual_seed(0)
+    net, x = nn.Linear(6, 5), torch.randn(64, 6) + 1
+    result = calibrate(net, _plan(net, Binary()), (x,))
+    with torch.no_grad():
+        torch.testing.assert_close(_apply(net, result, x).mean(0), net(x).mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_no_samples_is_said():
+    with pytest.raises(PcqError, match="no calibration samples"):
+        calibrate(nn.Linear(2, 2), {}, (torch.empty(0, 2),))
+
+
+def test_padding_is_part_of_the_samples_path():
+    """A convolution that pads inside its own forward is seen with what really enters it."""
+
+    class Padded(nn.Conv2d):
+        def forward(self, x):
+            return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias, self.stride)
+
+    torch.manual_seed(0)
+    net, x = Padded(2, 3, 3, stride=2), torch.randn(4, 2, 6, 6) + 3
+    result = calibrate(net, _plan(net, Ternary()), (x,))
+    with torch.no_grad():
+        y, y_q = net(x), _apply(net, result, x)
+    torch.testing.assert_close(y_q.mean((0, 2, 3)), y.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
