@@ -28,9 +28,9 @@ def each(work: Callable[[Piece], Result], pieces: Sequence[Piece], device: torch
     if device.type != "cpu" or threads == 1:
         return [alone(piece) for piece in pieces]
     try:
-        if len(pieces) == 1:
+        if len(pieces) <= 1:
             torch.set_num_threads(1)
-            return [alone(pieces[0])]
+            return [alone(piece) for piece in pieces]
         with ThreadPoolExecutor(min(threads, len(pieces)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return list(pool.map(alone, pieces))
     finally:

@@ -121,6 +121,13 @@ def test_neighbouring_floats() -> None:
     assert Codebook(after).encode(after).tolist() == [[0, 1]]
 
 
+def test_no_rows_have_no_codes(grid: Grid) -> None:
+    none = grid.map(lambda tensor: tensor[:0])
+    assert none.encode(torch.zeros(0, 4)).shape == (0, 4)
+    assert none.decode(torch.zeros(0, 4, dtype=torch.uint8)).shape == (0, 4)
+    assert grid.encode(torch.zeros(3, 0)).shape == (3, 0)
+
+
 def test_levels_whose_sum_is_no_float_have_a_middle() -> None:
     rows = torch.tensor([[3.1e38, 3.2e38, -3.4e38]])
     assert Codebook(torch.tensor([[3e38, 3.3e38]])).encode(rows).tolist() == [[0, 1, 0]]

@@ -257,6 +257,13 @@ def test_kmeans_meets_rows_of_few_different_weights_exactly(k: int, n: int) -> N
     assert torch.equal(grid.decode(grid.encode(rows)), rows)
 
 
+@pytest.mark.parametrize("n", [3, 200, 3000])
+def test_kmeans_repeats_a_level_rather_than_invent_one(n: int) -> None:
+    rows = torch.full((2, n), 0.7)
+    rows[1, n // 2 :] = 2
+    assert KMeans(5).fit(rows).levels().unique(dim=1).unique().tolist() == torch.tensor([0.7, 2.0]).tolist()
+
+
 @pytest.mark.parametrize("kind", ["normal", "heavy"])
 @pytest.mark.parametrize(("k", "slack"), [(4, 1e-3), (16, 3e-3), (64, 5e-2)])
 def test_kmeans_of_longer_rows_is_nearly_optimal(
