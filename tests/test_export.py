@@ -242,6 +242,7 @@ def test_weights_of_equal_value_stay_apart(tmp_path: Path) -> None:
     network = Twins()
     weights = quantize(network, ("ternary",))
     network.b.weight.data.copy_(network.a.weight.data)
+    network.b.weight.data[network.b.weight == 0] = -0.0
     weights["b.weight"] = weights["a.weight"]
     report = write_onnx(network, weights, (torch.zeros(1, 4),), tmp_path / "t.onnx")
     names = [tensor.name for tensor in onnx.load(report.path).graph.initializer if "/" in tensor.name]
@@ -286,18 +287,22 @@ def test_large_models_have_external_data_that_is_replaced_as_one(
     before = session(path).run(None, {"input": ones})
 
     other = quantize(network)
-    replace = os.replace
+    for moved in (0, 1):  # interrupted before its data has its name, and after
+        names: list[Path] = []
 
-    def interrupted(source: Path, target: Path) -> None:
-        if target == path:
-            raise KeyboardInterrupt
-        replace(source, target)
+        def interrupted(source: Path, target: Path, names: list[Path] = names, moved: int = moved) -> None:
+            names += [target] if Path(target).parent == tmp_path else []
+            if len(names) > moved:
+                raise KeyboardInterrupt
+            os.rename(source, target)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            write_onnx(network, other, example, path, external_above=100)
-    np.testing.assert_array_equal(session(path).run(None, {"input": ones})[0], before[0])
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                write_onnx(network, other, example, path, external_above=100)
+        assert len(names) == moved + 1
+        assert not list(tmp_path.glob(".*"))
+        np.testing.assert_array_equal(session(path).run(None, {"input": ones})[0], before[0])
 
     hidden = report.data_path.rename(tmp_path / "hidden")
     with pytest.raises(CheckFailed, match="cannot be read"):
