@@ -200,6 +200,15 @@ def test_module_paths_tell_apart_what_names_cannot() -> None:
         recognise(shapes, [*metadata, "something.else"])
 
 
+def test_torchvisions_own_resnet50_is_told_by_its_modules() -> None:
+    module = on_meta("torchvision:resnet50")
+    with pytest.raises(models.Ambiguous, match="resnetaa50"):
+        recognise(shapes_of(module))
+    found = recognise(shapes_of(module), module.state_dict()._metadata)  # type: ignore[attr-defined]
+    assert found is not None
+    assert found.arch == "torchvision:resnet50?num_classes=1000"
+
+
 def test_pretrained_and_scratch_inception_differ_in_what_they_do_to_the_input() -> None:
     with pytest.raises(models.Ambiguous) as caught:
         recognise(known("torchvision:inception_v3"))

@@ -142,7 +142,7 @@ def survey(constructor: Constructor) -> Built:
         head, stem = open_axes(shapes, shapes_of(constructor, OTHER_CLASSES, CHANNELS)[1])
     if not head:
         raise ValueError("it has no classification head")
-    tree = tree_hash(name for name, _ in module.named_modules())
+    tree = tree_hash(module.state_dict()._metadata)
     return Built(constructor, shapes, head, stem, tree, sum(p.numel() for p in module.parameters()))
 
 
