@@ -158,17 +158,18 @@ def proximal(rows: Tensor, levels: Tensor | Grid, shifts: Shifts, *, out: Tensor
         kernel = _ramps(table, shifts)
     else:
         kernel = _search(table, shifts)
-    aliased = out.data_ptr() == rows.data_ptr()
+    in_place = out.data_ptr() == rows.data_ptr()
+    buffered = in_place and (overhang or not isinstance(levels, Affine))
     size = min(CHUNK, rows.numel()) if rows.device.type == "cpu" else rows.numel()
     scratch = rows.new_empty(3, size)
     for block in blocks(rows, size):
         weights = rows[block]
         one, two, three = (buffer[: weights.numel()].view_as(weights) for buffer in scratch)
-        mapped = kernel(weights, block[0], one if aliased else out[block], two)
+        mapped = kernel(weights, block[0], one if buffered else out[block], two)
         if overhang:
             rest = torch.sub(weights, clip(weights, block[0], three, two), out=three)
             mapped.add_(rest, alpha=shifts.outside)
-        if aliased:
+        if buffered:
             weights.copy_(mapped)
     return out
 
@@ -202,28 +203,31 @@ def _clip(low: Tensor, high: Tensor) -> Kernel:
 def _even(grid: Affine, shifts: Shifts, clipped: bool) -> Kernel:
     """In units of the step, L is the nearest code plus the shrunk rest: one scalar function for all rows and gaps.
 
-    Monotone to the last bit: every operation is, and the shrunk rest never passes 1/2.
+    A map without jumps is rather taken as the nearest middle of a gap plus a ramp, which needs no shrinking. Monotone
+    to the last bit: every operation is, and the rest never passes 1/2.
     """
     r, v = min(1.0, shifts.rho), min(1.0, shifts.varrho)
     hard = max(r, v) == 1
     slope = 0.0 if hard else (1 - v) / (1 - r)
     step = torch.where(grid.scale > 0, grid.scale, 1.0)[:, None]
     scale = grid.scale[:, None]
-    zero = grid.zero_point.float()[:, None] if isinstance(grid.zero_point, Tensor) else None
+    ramps = v == 0 and not hard
+    aside = 0.5 if ramps else 0.0
+    zero = grid.zero_point.float()[:, None] - aside if isinstance(grid.zero_point, Tensor) else grid.zero_point - aside
 
     def shift(x: Tensor, which: slice, sign: int) -> Tensor:
-        return x.add_(_of(zero, which) if zero is not None else grid.zero_point, alpha=sign)
+        return x.add_(_of(zero, which) if isinstance(zero, Tensor) else zero, alpha=sign)
 
     def kernel(weights: Tensor, which: slice, result: Tensor, scratch: Tensor) -> Tensor:
         rest = shift(torch.div(weights, _of(step, which), out=scratch), which, 1)
         if clipped:
-            rest.clamp_(0, grid.count - 1)
+            rest.clamp_(-aside, grid.count - 1 - aside)
         code = torch.round(rest, out=result)
         if not clipped:
             code.clamp_(0, grid.count - 1)
         if not hard:
             rest.sub_(code)
-            if r > 0:
+            if r > 0 and not ramps:
                 torch.ops.aten.softshrink.out(rest, r / 2, out=rest)
             if slope > 1:
                 code.add_(rest.mul_(slope).clamp_(-(1 - v) / 2, (1 - v) / 2))

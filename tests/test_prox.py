@@ -241,8 +241,8 @@ def test_ramps_so_steep_that_rounding_shows_still_rise_from_level_to_level(dista
         rows = (middles[0, :, None] * (1 + torch.linspace(-1e-5, 1e-5, 401))).reshape(1, -1).sort(1).values
         mapped = proximal(rows, grid, Parq().shifts(1 - distance))
         assert (mapped[:, 1:] >= mapped[:, :-1]).all()
-        nearest = grid.encode(rows).float()
-        assert ((mapped - (nearest - zero) * scale).abs() <= scale * 0.500001).all()
+        # Every weight here is within 1e-5 of a middle, so the ends of its gap are half a gap away.
+        assert ((mapped - rows).abs() <= scale * 0.5 + 2e-5 * rows.abs()).all()
 
 
 @laws
