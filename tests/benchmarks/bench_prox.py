@@ -9,6 +9,7 @@ the median over the rounds of (map / copy of the same round). The goal is at mos
 import argparse
 import datetime
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -91,6 +92,7 @@ def main() -> None:
         "copies": {name: round(statistics.median(values), 2) for name, values in ratios.items()},
         "hardware": processor(),
         "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
         "torch": torch.__version__,
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

@@ -9,6 +9,7 @@ reported is the median over the rounds of the ratio. The goal is at most 3.
 import argparse
 import datetime
 import json
+import os
 import platform
 import statistics
 import time
@@ -105,6 +106,7 @@ def main() -> None:
         "hardware": processor(),
         "platform": platform.system(),
         "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
         "torch": torch.__version__,
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
