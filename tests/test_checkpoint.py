@@ -382,7 +382,9 @@ def test_an_exported_program_travels_along(tmp_path: Path) -> None:
     assert found.names == tuple(source.names)
     net.load_state_dict(found.state_dict())
     x = torch.randn(2, 6)
-    assert torch.equal(found.program_module()(x), net(x))
+    assert torch.equal(found.program_module().eval()(x), net(x))
+    assert [tuple(tensor.shape) for tensor in found.example_inputs()] == [(2, 6)]
+    assert replace(found, program=None).example_inputs() == ()
     with pytest.raises(PcqError, match="holds no exported program"):
         replace(found, program=None).program_module()
 

@@ -16,7 +16,8 @@ from pcq.grids import Affine, Codebook, Grid
 from pcq.packing import planes, unpack
 from pcq.qtensor import QuantizedTensor
 from pcq.rows import Rows
-from pcq.sources import ARTIFACT_KEY, revive
+from pcq.sources import ARTIFACT_KEY
+from pcq.sources.pt2 import example_inputs, runnable
 from pcq.sources.safetensors import DTYPES, Header, read_header, read_slot
 from pcq.sources.source import unreadable
 
@@ -77,7 +78,11 @@ class Artifact:
         """
         if self.program is None:
             raise PcqError("the artifact holds no exported program", todo="Give the architecture with --arch")
-        return revive(self.program, self.state_dict()).module()
+        return runnable(self.program, self.state_dict())
+
+    def example_inputs(self) -> tuple[Tensor, ...]:
+        """The exported program's inputs, as zeros of the shapes it was exported with; empty without a program."""
+        return () if self.program is None else example_inputs(self.program)
 
 
 def is_artifact(path: str | Path) -> bool:

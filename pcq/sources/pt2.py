@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree
 
 from pcq.errors import CheckFailed, PcqError
@@ -283,6 +283,26 @@ def revive(program: bytes, state: Mapping[str, Tensor]) -> "ExportedProgram":
     except Exception as error:  # whatever another version of torch trips over
         what = f"the exported program inside does not load ({type(error).__name__}: {error})"
         raise CheckFailed(what, todo="Export it again with this torch, or give the architecture with --arch") from error
+
+
+def runnable(program: bytes, state: Mapping[str, Tensor]) -> nn.Module:
+    """A stripped program with weights as a module; ``eval()`` does nothing, for the mode was fixed by the export.
+
+    Raises:
+        CheckFailed, PcqError: as :func:`revive`.
+    """
+    module: nn.Module = revive(program, state).module()
+    module.eval = lambda: module  # type: ignore[method-assign]
+    return module
+
+
+def example_inputs(program: bytes) -> tuple[Tensor, ...]:
+    """The positional inputs that a stripped program was exported with, as zeros; empty if it does not say."""
+    with zipfile.ZipFile(io.BytesIO(program)) as archive:
+        data = zero_inputs(archive.read(INPUTS))
+    loaded = torch.load(io.BytesIO(data), weights_only=True) if data else ((), {})
+    args = loaded[0] if isinstance(loaded, tuple) and loaded else ()
+    return tuple(args) if all(isinstance(arg, Tensor) for arg in args) else ()
 
 
 def place(payload: dict[str, Any], name: str, record: str, state: Mapping[str, Tensor]) -> None:
