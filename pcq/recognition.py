@@ -87,7 +87,8 @@ def recognise(shapes: Shapes, modules: Iterable[str] | None = None) -> Recognise
 
     Args:
         shapes: the state dict's names and shapes; counters of BatchNorm may be missing.
-        modules: paths of the network's modules (the keys of the state dict's ``_metadata``), where they are known.
+        modules: paths of the network's modules, where they are known: the keys of ``_metadata``, an attribute of the
+            state dict that ``torch.save`` keeps. A prefix that all have does not matter.
 
     Raises:
         Ambiguous: more than one function fits.
@@ -137,8 +138,11 @@ def signature(shapes: Shapes, free: Iterable[Slot]) -> str:
 
 
 def tree_hash(modules: Iterable[str]) -> str:
-    """8 hex digits of the sorted module paths."""
-    return hashlib.sha256("\n".join(sorted(modules)).encode()).hexdigest()[:8]
+    """8 hex digits of the sorted module paths, without what wraps the whole network (``module.`` and the like)."""
+    paths = set(modules) - {""}
+    while len({path.partition(".")[0] for path in paths}) == 1:
+        paths = {path.partition(".")[2] for path in paths} - {""}
+    return hashlib.sha256("\n".join(sorted(paths | {""})).encode()).hexdigest()[:8]
 
 
 Index = dict[tuple[tuple[Slot, ...], tuple[Slot, ...]], dict[str, tuple[Network, ...]]]

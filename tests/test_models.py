@@ -196,6 +196,7 @@ def test_module_paths_tell_apart_what_names_cannot() -> None:
     found = recognise(shapes, metadata)
     assert found is not None
     assert found.sentence == "torchvision resnet18, 10 classes, from its 122 names and shapes"
+    assert recognise(shapes, ["", "module", *(f"module.{path}" for path in metadata if path)]) == found
     with pytest.raises(models.Ambiguous):
         recognise(shapes, [*metadata, "something.else"])
 
@@ -230,7 +231,8 @@ def test_signature_is_a_hash_of_names_shapes_and_open_axes() -> None:
     assert signature(shapes, free) == signature({"a": (3,), "b": (7, 2)}, free)
     assert len({signature(shapes, free), signature(shapes, []), signature(shapes, [Slot("b", 1)])}) == 3
     assert signature(shapes, free) == hashlib.sha256(b"a 3\nb 1* 2\n").hexdigest()[:12]
-    assert tree_hash(["b", "a"]) == tree_hash(["a", "b"]) != tree_hash(["a"])
+    assert tree_hash(["b", "a"]) == tree_hash(["", "a", "b"]) == tree_hash(["x.y.a", "x.y.b"]) != tree_hash(["b", "c"])
+    assert tree_hash(["a"]) == tree_hash([]) == hashlib.sha256(b"").hexdigest()[:8]
 
 
 def test_the_index_is_small_sound_and_complete() -> None:
