@@ -47,12 +47,14 @@ def kmeans(rows: SortedRows, k: int) -> Tensor:
 def _bins(values: Tensor, bins: int) -> Tensor:
     """Edges of the bins as positions in the sorted row: int64 ``[g, bins + 1]``, the last bins may be empty."""
     n = values.shape[1]
-    gaps = values.diff(dim=1)
-    few = (gaps > 0).sum(1, keepdim=True) < bins
-    spread = gaps.pow(2 / 3)
-    spread = spread.div_(spread.sum(1, keepdim=True)).add_(1 / n)
-    measure = torch.where(few, gaps > 0, spread).cumsum(1, dtype=torch.float64)
-    marks = torch.arange(1, bins, dtype=torch.float64, device=values.device)
+    spread = values.diff(dim=1)
+    new = spread > 0
+    few = new.sum(1, keepdim=True) < bins
+    spread.pow_(2 / 3)
+    spread.div_(spread.sum(1, keepdim=True)).add_(1 / n)
+    spread[few[:, 0]] = new[few[:, 0]].float()
+    measure = spread.cumsum_(1)
+    marks = torch.arange(1, bins, dtype=torch.float32, device=values.device)
     marks = torch.where(few, marks, marks * measure[:, -1:] / bins)
     return F.pad(F.pad(torch.searchsorted(measure, marks) + 1, (1, 0)), (0, 1), value=n)
 

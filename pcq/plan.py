@@ -121,12 +121,13 @@ def make_plan(recipe: Rules, parameters: Sequence[Parameter]) -> Plan:
     the one given. A tied parameter follows the one it is tied to, whatever the rules say about its name.
 
     Raises:
-        PcqError: rules that match nothing, or only what earlier rules took; all of them together.
+        PcqError: rules that match nothing, or only what earlier rules took, or that go by position where the order of
+            ``parameters`` is not a model's; all of them together.
     """
     rules = recipe.rules
-    ordered = [p.name for p in parameters if p.unfit is None and p.kind != "embedding"]
+    layers = [p.name for p in parameters if p.unfit is None and p.kind != "embedding"]
     positions: dict[str, list[str]] = {}
-    for name, position in zip([*ordered[:1], *ordered[-1:]], ("first", "last"), strict=False):
+    for name, position in zip([*layers[:1], *layers[-1:]], ("first", "last"), strict=False):
         positions.setdefault(name, []).append(position)
 
     meant = [
@@ -145,10 +146,19 @@ def make_plan(recipe: Rules, parameters: Sequence[Parameter]) -> Plan:
             entries.append(Kept(parameter, rules[usable[0]].keep or ""))
         else:
             entries.append(Quantized(parameter, rules[usable[0]].rows(parameter), levels, usable[0]))
-    idle = [i for i, rule in enumerate(rules) if i not in deciding and not rule.optional]
-    raise_all([_idle(recipe, i, parameters, meant, deciding) for i in idle])
+    problems: list[PcqError] = []
+    for i, rule in enumerate(rules):
+        if any(match.position for match in rule.match) and _sorted_by_name(parameters):
+            what = f"rule {i + 1} ({_matches(rule)}) goes by position, but the file lists its tensors by name"
+            todo = (
+                "Give --arch, which tells the order of the layers, or write their names instead of `first` and `last`"
+            )
+            problems.append(PcqError(what, where=recipe.where(i), todo=todo))
+        elif i not in deciding and not rule.optional:
+            problems.append(_idle(recipe, i, parameters, meant, deciding))
+    raise_all(problems)
     plan = Plan(tuple(entries))
-    return Plan(plan.entries, tuple(_notes(plan, rules, parameters, ordered)))
+    return Plan(plan.entries, tuple(_grown(plan)))
 
 
 def _idle(
@@ -204,21 +214,26 @@ def _near(rule: Rule, parameters: Sequence[Parameter]) -> str:
     return ", ".join(found)
 
 
-def _notes(plan: Plan, rules: Sequence[Rule], parameters: Sequence[Parameter], ordered: Sequence[str]) -> Iterator[str]:
-    if ordered and any(match.position for rule in rules for match in rule.match) and _alphabetical(parameters):
-        yield (
-            f"The file lists its tensors by name, not in the model's order: `first` was taken to be {ordered[0]} and "
-            f"`last` {ordered[-1]}. If they are not, give --arch or name them in the recipe."
-        )
-    grown = [e.parameter.name for e in plan.quantized if e.nbytes >= e.parameter.nbytes]
-    if grown:
-        verb = "takes" if len(grown) == 1 else "take"
-        yield f"{_few(iter(grown))} {verb} no fewer bytes than before: the scales and tables outweigh what is saved."
+def _grown(plan: Plan) -> Iterator[str]:
+    names = [e.parameter.name for e in plan.quantized if e.nbytes >= e.parameter.nbytes]
+    if names:
+        verb = "takes" if len(names) == 1 else "take"
+        yield f"{_few(iter(names))} {verb} no fewer bytes than before: the scales and tables outweigh what is saved."
 
 
-def _alphabetical(parameters: Sequence[Parameter]) -> bool:
-    """Whether the order is that of the names and certainly not the model's: every layer defines weight before bias."""
-    names = [p.name for p in parameters]
-    biases = {name.removesuffix("bias") for name in names if name.endswith(".bias")}
-    weights = {name.removesuffix("weight") for name in names if name.endswith(".weight")}
-    return names == sorted(names) and not biases.isdisjoint(weights)
+def _sorted_by_name(parameters: Sequence[Parameter]) -> bool:
+    """Whether the order is certainly not a model's but that of the names, by which safetensors files are sorted.
+
+    A model defines a layer's weight before its bias, and the second of a list of modules before the tenth.
+    """
+    places = {p.name: i for i, p in enumerate(parameters)}
+    layers = [name.removesuffix("bias") for name in places if name.rpartition(".")[2] == "bias"]
+    biased = [layer for layer in layers if f"{layer}weight" in places]
+    if biased and all(places[f"{layer}bias"] < places[f"{layer}weight"] for layer in biased):
+        return True
+    numbers: dict[tuple[str, str], dict[str, None]] = {}
+    for p in parameters:  # such a file holds one dtype after the other
+        parts = p.name.split(".")
+        for i in (i for i, part in enumerate(parts) if part.isdecimal()):
+            numbers.setdefault((p.dtype, ".".join(parts[:i])), {})[parts[i]] = None
+    return any(list(seen) == sorted(seen) != sorted(seen, key=int) for seen in numbers.values())

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pcq.grids import Affine, Codebook
 from pcq.kmeans import kmeans
-from pcq.leastsquares import SortedRows, best_affine, best_scale, sort_rows
+from pcq.leastsquares import PIECE, SortedRows, best_affine, best_scale, power_sum, sort_rows
 from pcq.threads import each
 
 NF4 = (
@@ -48,7 +48,7 @@ class Binary:
         return "binary"
 
     def fit(self, rows: Tensor) -> Affine:
-        (scale,) = _by_chunk(rows, lambda chunk: (chunk.abs_().mean(1, dtype=torch.float64) * 2,))
+        (scale,) = _by_chunk(rows, lambda chunk: (_mean_magnitude(chunk) * 2,))
         return Affine(scale, 0.5, 2)
 
 
@@ -136,16 +136,16 @@ class Uniform:
         zero_point = (count - 1) / 2 if self.bits <= 4 else count / 2
         table = torch.arange(count, dtype=torch.float64, device=rows.device) - zero_point
         kernels: dict[str, Kernel] = {
-            "mse": lambda chunk: (_least_squares_scale(chunk, table, self._step(chunk.abs())),),
+            "mse": lambda chunk: (_least_squares_scale(chunk, table, self._step(chunk)),),
             "absmax": lambda chunk: (torch.maximum(chunk.amax(1) / table[-1], chunk.amin(1) / table[0]),),
-            "mean": lambda chunk: (self._step(chunk.abs_()),),
+            "mean": lambda chunk: (self._step(chunk),),
         }
         (scale,) = _by_chunk(rows, kernels[self.scale], reach=count / 2)
         return Affine(scale, zero_point, count)
 
-    def _step(self, magnitudes: Tensor) -> Tensor:
-        """The step that suits Gaussian weights of these magnitudes ``[c, n]``: float64 ``[c]``."""
-        return magnitudes.mean(1, dtype=torch.float64) * (GAUSSIAN_STEP[self.bits - 1] * math.sqrt(math.pi / 2))
+    def _step(self, rows: Tensor) -> Tensor:
+        """The step that suits Gaussian weights of the mean magnitude of ``rows``: float64 ``[c]``."""
+        return _mean_magnitude(rows) * (GAUSSIAN_STEP[self.bits - 1] * math.sqrt(math.pi / 2))
 
     def _affine(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         top = 2**self.bits - 1
@@ -154,8 +154,8 @@ class Uniform:
             scale = (high - low) / top
             zero = -low / scale
         else:
-            center = rows.mean(1, dtype=torch.float64)
-            scale = self._step((rows - center[:, None]).abs_())
+            center = rows.mean(1).double()
+            scale = self._step(rows - center[:, None])
             zero = top / 2 - center / scale
         zero = zero.nan_to_num(nan=0.0).round().clamp(0, top)
         if self.scale == "mse":
@@ -288,11 +288,20 @@ def _by_chunk(rows: Tensor, kernel: Kernel, reach: float = 1.0) -> tuple[Tensor,
     return tuple(torch.cat(columns) for columns in zip(*done, strict=True))
 
 
+def _mean_magnitude(rows: Tensor) -> Tensor:
+    return power_sum(rows, 1) / rows.shape[1]
+
+
 def _ternary(rows: Tensor) -> tuple[Tensor]:
-    sums = sort_rows(rows.abs_().neg_()).sums[:, 1:]
-    k = torch.arange(1, rows.shape[1] + 1, dtype=torch.float64, device=rows.device)
-    best = (sums.square() / k).argmax(1, keepdim=True)
-    return ((-sums / k).gather(1, best)[:, 0],)
+    sums = sort_rows(rows.abs_().neg_()).sums
+    best, scale = rows.new_zeros(2, rows.shape[0], dtype=torch.float64)
+    for start in range(1, sums.shape[1], PIECE):
+        part = sums[:, start : start + PIECE]
+        k = torch.arange(start, start + part.shape[1], dtype=torch.float64, device=rows.device)
+        gain, at = (part.square() / k).max(1)
+        mean = -part.gather(1, at[:, None])[:, 0] / k[at]
+        best, scale = best.maximum(gain), mean.where(gain > best, scale)
+    return (scale,)
 
 
 def _least_squares_scale(rows: Tensor, table: Tensor, rule: Tensor | None = None) -> Tensor:
@@ -337,8 +346,9 @@ def _least_squares_binary(rows: Tensor, bits: int, refine: int) -> Tensor:
     """Levels float64 ``[c, 2**bits]``. By symmetry the magnitudes and the nonnegative levels do."""
     rest, greedy = rows.abs(), []
     for _ in range(bits):
-        greedy.append(rest.mean(1, dtype=torch.float64))
+        greedy.append(_mean_magnitude(rest))
         rest = rest.sub_(greedy[-1][:, None]).abs_()
+    del rest
     magnitudes = sort_rows(rows.abs_())
     signs = torch.tensor([(1.0, *rest) for rest in product((1.0, -1.0), repeat=bits - 1)]).to(rows.device).double()
     error, best = torch.full_like(magnitudes.square, torch.inf), torch.stack(greedy, 1)

@@ -31,13 +31,13 @@ class Recipe:
 
     Attributes:
         name: the file's name without ``.yaml``, unless the file says otherwise.
-        description: the comment that the file begins with.
+        description: the comment that the file begins with; not compared.
         rules: the first that matches a weight decides.
         places: file and line of each rule, as far as known.
     """
 
     name: str
-    description: str
+    description: str = field(compare=False)
     rules: tuple[Rule, ...]
     places: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
@@ -46,11 +46,10 @@ class Recipe:
         return self.places[rule] if rule < len(self.places) else self.name
 
     def to_json(self) -> dict[str, Any]:
-        """The resolved recipe, defaults written out, as plain data: itself a recipe file."""
+        """What is done, defaults written out, as plain data: itself a recipe file (the description is not in it)."""
         return {
             "pcq": FORMAT,
             "name": self.name,
-            "description": self.description,
             "rules": [_rule_to_json(rule) for rule in self.rules],
         }
 
@@ -89,9 +88,13 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
         PcqError: there is no such recipe, or there are mistakes in it; all of them, each with file and line.
     """
     path = Path(path_or_name)
-    if path.is_dir():
+    try:
+        is_folder, exists = path.is_dir(), path.exists()
+    except (OSError, ValueError):  # not even a possible name
+        is_folder = exists = False
+    if is_folder:
         raise PcqError("this is a folder, not a recipe", where=str(path_or_name))
-    if path.exists():
+    if exists:
         return parse_recipe(read(path), str(path_or_name), overrides)
     if path.parent != Path():
         raise PcqError("there is no such file", where=str(path_or_name))
@@ -109,19 +112,19 @@ def parse_recipe(text: str, file: str, overrides: Sequence[str] = ()) -> Recipe:
         raise_all([*document.problems, PcqError("a recipe is a mapping with the keys `pcq` and `rules`", where=file)])
     wheres, problems = override(document.data, overrides)
     stem = Path(file).name.removesuffix(".yaml").removesuffix(".yml")
-    named = {"name": re.sub(r"[^\w.+-]+", "-", stem) or "recipe", "description": header(text)}
-    return _resolve(document, wheres, problems, named)
+    return _resolve(document, wheres, problems, re.sub(r"[^\w.+-]+", "-", stem) or "recipe", header(text))
 
 
 def _resolve(
-    document: Document, wheres: dict[Place, str], problems: Sequence[PcqError] = (), named: Mapping[str, str] = {}
+    document: Document,
+    wheres: dict[Place, str],
+    problems: Sequence[PcqError] = (),
+    name: str = "recipe",
+    description: str = "",
 ) -> Recipe:
-    """Check everything and build the recipe; ``named`` is what holds where the file does not say."""
+    """Check everything and build the recipe; ``name`` holds where the file does not say."""
     file, places = check(document, wheres, problems)
-    said = {key: getattr(file, key) for key in ("name", "description") if getattr(file, key) is not None}
-    named = {"name": "recipe", "description": "", **named, **said}
-    rules = tuple(Rule(**vars(rule)) for rule in file.rules)
-    return Recipe(named["name"], named["description"], rules, places)
+    return Recipe(file.name or name, description, tuple(Rule(**vars(rule)) for rule in file.rules), places)
 
 
 def override(data: Data, overrides: Sequence[str]) -> tuple[dict[Place, str], list[PcqError]]:

@@ -78,7 +78,6 @@ class RecipeFile(BaseModel):
 
     pcq: Literal[1]
     name: Annotated[str, StringConstraints(pattern=r"^[\w.+-]+$")] | None = None
-    description: str | None = None
     rules: tuple[_Rule, ...]
 
 

@@ -380,6 +380,7 @@ def row(mistake: Mistake, code: int, text: str) -> str:
     """One row of docs/mistakes.md."""
     command = mistake.command.replace(str(DIGITS), DIGITS.name)
     shown = re.sub(r"\s*\n\s*", "<br>", text.replace(str(HERE) + "/", "")).replace("|", "\\|")
+    shown = re.sub(r"\d{1,3}(,\d{3})+", "N", shown)  # sizes: version numbers make a header longer or shorter
     return f"| {mistake.what} | `pcq {command}` | {code} | {shown} |"
 
 

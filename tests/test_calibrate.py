@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pcq import tape as tapes
 from pcq.calibrate.layers import find, patches
 from pcq.calibrate.oneshot import Settings, View, calibrate, moments
-from pcq.calibrate.quadratic import Codes, Quadratic, descend, gptq, nearest, refit
+from pcq.calibrate.quadratic import Codes, Quadratic, descend, gptq, nearest, proxconnect, refit
 from pcq.calibrate.streams import Streams
 from pcq.demo.nets import resnet8
 from pcq.errors import PcqError
@@ -207,6 +207,33 @@ def test_refit_is_the_least_squares_solution(quantizer, per):
     assert after >= best * (1 - 1e-3) - 1e-6
     kept = torch.equal(found.decode(), start.decode())
     assert kept or after <= best * (1 + 1e-2) + 1e-6 or per != "tensor"
+
+
+@given(seed=st.integers(0, 10**6), free=st.booleans())
+@settings(deadline=None, max_examples=10)
+def test_proxconnect_is_its_slow_twin(seed, free):
+    """The same iteration written out for one channel in float64; and it never ends above where it started."""
+    q = _problem(seed, groups=1, r=1, n=4)
+    q = Quadratic(q.target.double(), q.h.double())
+    start = nearest(Ternary().fit(q.target[0].float()), _per_channel(q), q.target)
+    found = proxconnect(q, start, 40, free=False)
+    t, h = q.target[0, 0], q.h[0]
+    levels = start.grid.levels()[0].double()
+    d = h.diagonal()
+    top = 1.05 * torch.linalg.eigvalsh(h / (d.sqrt()[:, None] * d.sqrt()))[-1]
+    latent, best, least = t.clone(), None, float("inf")
+    for step in range(40):
+        s = min(1.0, step / 12)
+        point = levels[(latent[:, None] - levels).abs().argmin(1)]
+        loss = float((point - t) @ h @ (point - t))
+        if (s == 1 or step % 10 == 0) and loss < least:
+            best, least = point, loss
+        latent = latent - ((1 - s) * latent + s * point - t) @ h / (top * d)
+    reached = float(q.loss(found.decode().double()).sum())
+    assert reached == pytest.approx(least, rel=1e-3), (found.decode(), best)
+    single = Quadratic(q.target.float(), q.h.float())
+    moved = proxconnect(single, start, 40, free=free)
+    assert single.loss(moved.decode()).sum() <= single.loss(start.decode()).sum()
 
 
 def test_refit_refuses_levels_out_of_order():

@@ -262,17 +262,30 @@ def test_all_idle_rules_are_told_together_and_optional_ones_not_at_all() -> None
     assert [line.split(" (")[0] for line in told] == ["r.yaml:3: rule 1", "r.yaml:8: rule 3"]
 
 
-def test_the_order_of_the_names_is_noticed_where_first_or_last_depends_on_it() -> None:
-    names = ["conv1.bias", "conv1.weight", "fc.bias", "fc.weight", "layer1.weight"]
-    net = [
-        linear(name, 4, 4) if name.endswith("weight") else Parameter(name, (4,), "float32", "bias") for name in names
+def test_positions_are_refused_where_the_file_has_lost_the_order() -> None:
+    """safetensors sorts by name, within each dtype: its last tensor is not the last layer."""
+    names = ["conv1.weight", "conv1.bias", "layer1.0.weight", "layer1.0.bias", "fc.weight", "fc.bias"]
+    model = [linear(n, 4, 4) if n.endswith("weight") else Parameter(n, (4,), "float32", "bias") for n in names]
+    counters = [Parameter("layer1.1.num_batches_tracked", (), "int64", "buffer")]
+    by_name = counters + sorted(model, key=lambda p: p.name)
+    lines = ['- match: "layer1.*"', "  levels: ternary", "- match: [first, last]", "  levels: binary"]
+    assert len(plan(model + counters, *lines).quantized) == 3
+    assert complaint(by_name, *lines) == [
+        "r.yaml:5: rule 2 (first, last) goes by position, but the file lists its tensors by name. "
+        "Give --arch, which tells the order of the layers, or write their names instead of `first` and `last`"
     ]
-    (note,) = plan(net, "- match: last", "  levels: ternary").notes
-    assert "`first` was taken to be conv1.weight and `last` layer1.weight" in note
-    assert plan(net, '- match: "*"', "  levels: ternary").notes == ()
-    natural = [net[i] for i in (1, 0, 4, 3, 2)]
-    assert plan(natural, "- match: last", "  levels: ternary").notes == ()
-    assert plan(net[1::2], "- match: last", "  levels: ternary").notes == ()
+    assert len(plan(by_name, '- match: "*"', "  levels: ternary").quantized) == 3
+
+
+def test_the_order_is_lost_where_the_tenth_of_a_list_comes_before_the_second() -> None:
+    model = [linear(f"layers.{i}.{name}_proj.weight", 4, 4) for i in range(12) for name in "qkvo"]
+    by_name = sorted(model, key=lambda p: p.name)
+    halves = [replace(p, dtype="bfloat16") for p in by_name[::2]] + by_name[1::2]
+    assert plan(model, "- match: last", "  levels: ternary").quantized[0].parameter.name == "layers.11.o_proj.weight"
+    for lost in (by_name, halves):
+        assert "rule 1 (last) goes by position" in complaint(lost, "- match: last", "  levels: ternary")[0]
+    few = sorted(model[:40], key=lambda p: p.name)
+    assert plan(few, "- match: last", "  levels: ternary").quantized[0].parameter.name == "layers.9.v_proj.weight"
 
 
 def test_weights_that_do_not_become_smaller_are_noticed() -> None:
@@ -291,7 +304,8 @@ NAMES = st.sampled_from(["stem", "a.conv", "a.b.conv", "a.b.fc", "fc", "words", 
 @st.composite
 def parameters(draw: st.DrawFn) -> list[Parameter]:
     made = []
-    for name in draw(st.lists(NAMES, min_size=1, max_size=8, unique=True)):
+    names = draw(st.lists(NAMES, min_size=1, max_size=8, unique=True))
+    for name in sorted(names, key=lambda name: name.endswith("bias")):
         kind = draw(
             st.sampled_from([*(k for k in get_args(Kind) if k not in ("conv", "conv_transpose")), "bias", "other"])
         )

@@ -187,7 +187,7 @@ BAD: dict[str, tuple[str, list[str]]] = {
     "rule a word": (rules("- ternary"), ["r.yaml:3: a rule has to be a mapping, not 'ternary'."]),
     "unknown section": (
         rules("- match: first", "  levels: binary") + "rule: 3\n",
-        ["r.yaml:5: there is no `rule` in a recipe. Allowed: pcq, name, description, rules. Did you mean 'rules'?"],
+        ["r.yaml:5: there is no `rule` in a recipe. Allowed: pcq, name, rules. Did you mean 'rules'?"],
     ),
     "hostile name": (
         "name: ../../x\n" + rules("- match: first", "  levels: binary"),
@@ -461,17 +461,19 @@ def test_what_cannot_be_opened_is_told(tmp_path: Path) -> None:
     assert told("ternery").endswith("Did you mean 'ternary'?")
     assert told("xyz.yaml").endswith("`pcq recipes list` says what each is for.")
     assert told(tmp_path / "r.yaml") == f"{tmp_path}/r.yaml: there is no such file."
+    assert told("x" * 5000).startswith("there is no recipe 'xxx")
+    assert told("a/" + "x" * 5000).endswith("x: there is no such file.")
     assert told(tmp_path) == f"{tmp_path}: this is a folder, not a recipe."
 
 
-def test_name_and_description_come_from_the_file_unless_it_says() -> None:
+def test_name_and_description_come_from_the_file() -> None:
     text = "# First line,\n# second.\n#\n# yaml-language-server: $schema=x\n" + rules(
         "- match: first", "  levels: binary"
     )
     recipe = parse_recipe(text, "some/my recipe.yaml")
     assert (recipe.name, recipe.description) == ("my-recipe", "First line,\nsecond.")
-    recipe = parse_recipe("name: other\ndescription: What it is.\n" + text, "r.yaml")
-    assert (recipe.name, recipe.description) == ("other", "What it is.")
+    assert parse_recipe(text + "name: other\n", "r.yaml").name == "other"
+    assert parse_recipe(text, ".yaml").name == "recipe"
 
 
 def test_each_rule_knows_its_line() -> None:
@@ -590,7 +592,6 @@ def test_json_pins_the_defaults() -> None:
     assert recipe.to_json() == {
         "pcq": 1,
         "name": "r",
-        "description": "",
         "rules": [
             {
                 "match": [{"position": ["first"]}],
@@ -704,7 +705,7 @@ def test_overrides_work_on_a_recipe_that_json_wrote() -> None:
         ("rules.1.levels.bits.x=3", "rules.1.levels.bits is a single value, so there is no 'x' in it."),
         (
             "ruls.0.group=3",
-            "there is no `ruls` in a recipe. Allowed: pcq, name, description, rules. Did you mean 'rules'?",
+            "there is no `ruls` in a recipe. Allowed: pcq, name, rules. Did you mean 'rules'?",
         ),
         (
             "rules.1.levles.bits=3",

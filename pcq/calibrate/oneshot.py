@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pcq import qtensor
 from pcq import tape as tapes
 from pcq.calibrate.layers import Layer, Norm, find, patches
-from pcq.calibrate.quadratic import Codes, Quadratic, descend, gptq, nearest, refit
+from pcq.calibrate.quadratic import Codes, Quadratic, descend, gptq, nearest, proxconnect, refit
 from pcq.calibrate.streams import Streams
 from pcq.errors import PcqError
 from pcq.progress import Progress, silent
@@ -35,6 +35,7 @@ class Settings:
     Attributes:
         method: ``nearest``: levels and codes of the weights alone; ``gptq``; ``proxconnect``.
         corrected: aim at the float network's output from the quantized network's input; else at the layer's own.
+        steps: of ``proxconnect``.
         rounds: how many times coordinate descent and the refit of the levels alternate.
         match: what of every channel's output is made equal to the float network's.
         shrink: part of the covariance between different weights that is not believed, 0 to 1.
@@ -48,6 +49,7 @@ class Settings:
 
     method: Literal["nearest", "gptq", "proxconnect"] = "gptq"
     corrected: bool = True
+    steps: int = 60
     rounds: int = 4
     match: Literal["none", "mean", "deviation"] = "deviation"
     shrink: float = 0.0
@@ -161,7 +163,9 @@ def solve(q: Quadratic, rows: Rows, quantizer: Quantizer, view: "View", settings
     """Codes and levels for one layer."""
     grid = qtensor.fit(quantizer, view.weight(q.target), rows)
     free = not (isinstance(quantizer, Fixed) and quantizer.scale == "none")
-    codes = nearest(grid, view.row, q.target) if settings.method == "nearest" else gptq(q, grid, view.row)
+    codes = gptq(q, grid, view.row) if settings.method == "gptq" else nearest(grid, view.row, q.target)
+    if settings.method == "proxconnect":
+        codes = proxconnect(q, codes, settings.steps, free)
     for _ in range(settings.rounds if settings.method != "nearest" else 0):
         if free:
             codes = refit(q, codes)

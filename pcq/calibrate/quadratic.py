@@ -11,6 +11,7 @@ the row of the grid that the weight belongs to, so that levels per tensor, chann
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pcq.grids import Affine, Codebook, Grid
@@ -260,3 +261,38 @@ def _with_parameters(grid: Grid, parameters: Tensor) -> Grid:
     if grid.scale is None:
         return Codebook(parameters.contiguous())
     return replace(grid, scale=parameters[:, 0].contiguous())
+
+
+def proxconnect(
+    quadratic: Quadratic, start: Codes, steps: int, free: bool, hard: float = 0.7, every: int = 10
+) -> Codes:
+    """ProxConnect on the quadratic, with its exact gradient (arXiv 2110.13220, Algorithm 1).
+
+    ``w* <- w* - eta D^-1 (w - T) H``, then ``w = P_t(w*)``: the gradient is taken at the quantized point, the step at
+    the latent one. ``P_t(w*) = (1 - s) w* + s nearest(w*)`` with s growing from 0 to 1 and staying there for the last
+    ``hard`` part of the steps; D is H's diagonal (nearest levels are the same in any separable metric) and eta one over
+    the largest eigenvalue of ``D^-1/2 H D^-1/2`` (three times that diverges). If ``free``, the levels are refitted
+    every ``every`` steps.
+    Returns the best hard point met, the nearest levels of the target included.
+    """
+    scale = torch.diagonal(quadratic.h, dim1=1, dim2=2).sqrt()
+    unit = quadratic.h / (scale[:, :, None] * scale[:, None, :])
+    vector = torch.ones_like(scale)[:, :, None]
+    for _ in range(30):
+        vector = F.normalize(unit @ vector, dim=1)
+    top = 1.05 * (unit @ vector).norm(dim=1)[:, None]
+    step = 1 / (top * scale.square()[:, None, :])
+    latent, grid = quadratic.target.clone(), start.grid
+    best, best_loss = start, quadratic.loss(start.decode())
+    for t in range(steps):
+        strength = min(1.0, t / max(1.0, (1 - hard) * steps))
+        codes = nearest(grid, start.row, latent)
+        point = codes.decode()
+        if strength == 1.0 or t % every == 0:
+            loss = quadratic.loss(point)
+            if loss.sum() < best_loss.sum():
+                best, best_loss = codes, loss
+        if free and t % every == every - 1:
+            grid = refit(quadratic, codes).grid
+        latent = latent - quadratic.gradient(latent + strength * (point - latent)) * step
+    return best
