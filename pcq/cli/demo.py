@@ -1,0 +1,25 @@
+"""``pcq demo``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pcq.cli.app import app
+from pcq.cli.frame import answers, bar, emit
+from pcq.cli.options import Json
+
+
+@app.command()
+@answers
+def demo(
+    data: Annotated[str, typer.Option(help="digits, or fashion-mnist[:DIR].")] = "digits",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the files go.")] = Path("pcq-demo"),
+    as_json: Json = False,
+) -> None:
+    """Quantize a small pretrained network, export it, check it in ONNX Runtime, and say what to type next."""
+    from pcq import demo as rooms
+
+    with bar("demo") as progress:
+        result = rooms.run(data, out, progress=progress)
+    emit(result, as_json)

@@ -1,0 +1,112 @@
+"""What every command shares: the console, progress, one message and an exit code for what went wrong.
+
+Exit codes: 0 it worked; 2 the input is wrong; 3 the work failed a check; 130 interrupted; 1 a bug, with a traceback.
+Results go to standard output (``--json`` for machines), everything else to standard error.
+"""
+
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, ParamSpec
+
+import typer
+
+from pcq.errors import PcqError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pcq.progress import Progress
+
+INTERRUPTED = 130
+
+LOG_SECONDS = 5
+
+P = ParamSpec("P")
+
+
+def console(*, stderr: bool = False) -> "Console":
+    """A rich console; wide where nobody is looking, so that tables in logs and pipes are not folded."""
+    from rich.console import Console
+
+    shown = Console(stderr=stderr, highlight=False)
+    return shown if shown.is_terminal else Console(stderr=stderr, highlight=False, width=max(shown.width, 160))
+
+
+def say(message: str) -> None:
+    """One line on standard error."""
+    console(stderr=True).print(message, markup=False, soft_wrap=True)
+
+
+def answers(command: Callable[P, None]) -> Callable[P, None]:
+    """Turn what a command raises into one message and the exit code."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except PcqError as error:
+            if kwargs.get("as_json"):
+                print(json.dumps({"error": str(error), "exit_code": error.exit_code}))
+            say(f"pcq: {error}")
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            say("pcq: interrupted; no output file was changed.")
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            sys.stderr.close()
+            raise typer.Exit(0) from None
+
+    return wrapped
+
+
+def emit(result: object, as_json: bool) -> None:
+    """Print a result on standard output."""
+    from pcq import report
+
+    if as_json:
+        print(json.dumps(report.to_json(result), indent=1))
+    else:
+        console().print(report.render(result))
+
+
+@contextmanager
+def bar(label: str) -> Iterator["Progress"]:
+    """Progress on standard error: a bar with the time left in a terminal, elsewhere a line every few seconds."""
+    shown = console(stderr=True)
+    if not shown.is_terminal:
+        yield lines()
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bars(*columns, console=shown, transient=True, redirect_stdout=False) as bars:
+        task = bars.add_task(label, total=None)
+
+        def progress(stage: str, done: int, total: int) -> None:
+            bars.update(task, description=stage, completed=done, total=total or None)
+
+        yield progress
+
+
+def lines() -> "Progress":
+    """Progress for logs: at most one line every five seconds, none for what is quicker."""
+    last = time.monotonic()
+
+    def progress(stage: str, done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > LOG_SECONDS:
+            last = time.monotonic()
+            say(f"{stage} ({done:,} of {total:,})" if total else stage)
+
+    return progress

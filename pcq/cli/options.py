@@ -1,0 +1,56 @@
+"""The options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pcq.errors import PcqError
+
+Model = Annotated[
+    Path,
+    typer.Argument(
+        help="A checkpoint: .pt .pth .bin .ckpt .safetensors .pt2, an index of shards, or a folder.", show_default=False
+    ),
+]
+
+Arch = Annotated[
+    str | None,
+    typer.Option(
+        help="The architecture: torchvision:NAME, timm:NAME, hf:FOLDER, file.py:function or package.module:function, "
+        "with ?key=value arguments.",
+        show_default=False,
+    ),
+]
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+Force = Annotated[bool, typer.Option("--force", "-f", help="Replace a file that pcq did not write.")]
+
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Change the recipe, as in rules.0.levels.bits=4; repeatable."),
+]
+
+AllowGlobal = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PKG.CLASS", help="Let a pickled model load this class; repeatable."),
+]
+
+UnsafePickle = Annotated[
+    bool, typer.Option("--unsafe-pickle", help="Load a pickle that can run code. Only for files you trust.")
+]
+
+Input = Annotated[
+    str | None, typer.Option("--input", metavar="SHAPE", help="One sample's shape without the batch, as in 3x224x224.")
+]
+
+
+def shape_of(text: str | None) -> tuple[int, ...] | None:
+    """``3x224x224 -> (3, 224, 224)``."""
+    if text is None:
+        return None
+    sizes = text.lower().replace(",", "x").split("x")
+    if not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
+        raise PcqError(f"'{text}' is not a shape", where="--input", allowed="sizes joined by x, such as 3x224x224")
+    return tuple(int(size) for size in sizes)

@@ -1,0 +1,109 @@
+"""The network that a file holds or names: recognised, built, loaded."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pcq import checkpoint, models, sources
+from pcq.errors import PcqError
+
+ONNX_SUFFIX = ".onnx"
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network with its weights, ready to run: ``module`` in eval mode, its spec, one sample's shape if known."""
+
+    module: nn.Module
+    arch: str
+    input_shape: tuple[int, ...] | None
+
+
+def load_network(stored: "checkpoint.Artifact", path: Path, arch: str | None = None) -> Network:
+    """Build the artifact's architecture (or ``arch``) and load its dequantized weights.
+
+    Raises:
+        PcqError: no architecture is recorded or given, or the weights do not fit it.
+    """
+    if arch is None and stored.program is not None:
+        return Network(stored.program_module(), "the exported program", None)
+    spec = arch or stored.arch
+    if spec is None:
+        raise PcqError(
+            "the artifact does not record an architecture",
+            where=str(path),
+            todo="Name it: --arch torchvision:resnet18, --arch timm:NAME, or --arch file.py:function",
+        )
+    module = models.build(spec)
+    models.load_state(module, stored.state_dict(), spec)
+    return Network(module.eval(), spec, models.example_shape(spec))
+
+
+def open_network(
+    path: str | Path, arch: str | None = None, *, allow_globals: Sequence[str] = (), unsafe_pickle: bool = False
+) -> Network:
+    """The network in a float checkpoint or an artifact, with its weights loaded, in eval mode.
+
+    Raises:
+        PcqError: the architecture is not known, or the weights do not fit it.
+    """
+    path = Path(path)
+    if checkpoint.is_artifact(path):
+        return load_network(checkpoint.read_artifact(path), path, arch)
+    source = sources.open_source(path, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle)
+    ready = source.module() if arch is None else None
+    if ready is not None:
+        return Network(ready, str(path), None)
+    shapes = {name: source.shape(name) for name in source.names}
+    spec = arch or source.arch
+    if spec is None:
+        recognised = models.recognise(shapes)
+        if recognised is None:
+            raise PcqError(
+                "the architecture was not recognised",
+                where=str(path),
+                todo="Name it: --arch torchvision:resnet18, --arch timm:NAME, or --arch file.py:function",
+            )
+        spec = recognised.arch
+    spec = models.complete(spec, shapes)
+    module = models.build(spec)
+    models.load_state(module, {name: source.tensor(name) for name in source.names}, spec)
+    return Network(module.eval(), spec, models.example_shape(spec))
+
+
+def architecture(
+    source: sources.Source, shapes: dict[str, tuple[int, ...]], arch: str | None, notes: list[str]
+) -> tuple[nn.Module | None, str | None]:
+    """The network without weights, where it is known, and its spec; what was recognised goes into ``notes``."""
+    given = arch or source.arch
+    if given:
+        spec = models.complete(given, shapes)
+        module = skeleton(spec)
+        models.check_shapes(module, shapes, spec)
+        return module, spec
+    if source.make_module is not None:
+        return source.module(), None
+    try:
+        recognised = models.recognise(shapes)
+    except models.Ambiguous as error:
+        notes.append(f"The architecture is open: {error}")
+        return None, None
+    if recognised is None:
+        notes.append("The architecture was not recognised; eval and export will need --arch.")
+        return None, None
+    notes.append(f"Recognised: {recognised.sentence}.")
+    return skeleton(recognised.arch), recognised.arch
+
+
+def skeleton(spec: str) -> nn.Module:
+    """The network without memory for its weights, where it can be built so."""
+    if not spec.startswith(("torchvision:", "timm:", "hf:")):
+        return models.build(spec)
+    try:
+        with torch.device("meta"):
+            return models.build(spec)
+    except NotImplementedError:  # a constructor that reads values while it builds
+        return models.build(spec)

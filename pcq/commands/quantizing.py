@@ -1,0 +1,201 @@
+"""``quantize(model, recipe)`` is ``run(plan(model, recipe))``: planning reads names and shapes only, running writes."""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from pcq import checkpoint, models, sources
+from pcq.commands.networks import architecture
+from pcq.errors import CheckFailed
+from pcq.plan import Plan, Quantized, make_plan
+from pcq.progress import Progress, silent
+from pcq.qtensor import QuantizedTensor
+from pcq.recipe import Recipe, load_recipe
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A quantization that is ready to run; nothing has been computed or written yet.
+
+    Attributes:
+        model: the file or folder the weights come from.
+        source: the opened weights.
+        recipe: the resolved recipe.
+        plan: what will happen to each tensor, and why.
+        arch: the architecture spec, if it was given or recognised.
+        notes: what was found and done on the way, one sentence each.
+    """
+
+    model: Path
+    source: sources.Source
+    recipe: Recipe
+    plan: Plan
+    arch: str | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """One quantized weight: its levels in words, what it costs and what it loses.
+
+    ``bits`` are stored bits per weight including scales and tables, ``sqnr`` is
+    ``10 log10(sum w^2 / sum (w - dequantized)^2)`` in dB (``inf`` when exact).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    levels: str
+    rows: int
+    bits: float
+    sqnr: float
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """What :func:`run` wrote.
+
+    Attributes:
+        path: the artifact.
+        planned: what was asked for.
+        ledger: one row for each quantized weight.
+        bytes_before: bytes of all tensors of the input.
+        bytes_after: size of the artifact on disk.
+        predicted: the size that was predicted before anything ran; equal to ``bytes_after``, or the run failed.
+        bits: stored bits per quantized weight, scales and tables included.
+        seconds: compute and writing, without imports.
+    """
+
+    path: Path
+    planned: Planned
+    ledger: tuple[LedgerRow, ...]
+    bytes_before: int
+    bytes_after: int
+    predicted: int
+    bits: float
+    seconds: float
+
+
+def plan(
+    model: str | Path,
+    recipe: str | Path | Recipe,
+    *,
+    arch: str | None = None,
+    overrides: Sequence[str] = (),
+    allow_globals: Sequence[str] = (),
+    unsafe_pickle: bool = False,
+) -> Planned:
+    """Open ``model``, read ``recipe``, and settle what happens to each tensor, without reading the weights' values.
+
+    Args:
+        model: a checkpoint in any form of the README's table.
+        recipe: a recipe file, the name of a shipped one, or a loaded one.
+        arch: the architecture, such as ``torchvision:resnet18``; needed only where it is not recognised and a later
+            step runs the network.
+        overrides: ``path=value`` changes of the recipe, such as ``rules.0.levels.bits=4``.
+        allow_globals: ``package.Class`` names that a pickled model may load.
+        unsafe_pickle: load a pickle that can execute code. Only for files you trust.
+
+    Raises:
+        PcqError: the model, the recipe or the architecture is not usable; the message says what to do.
+    """
+    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    source = sources.open_source(Path(model), allow_globals=allow_globals, unsafe_pickle=unsafe_pickle)
+    notes = list(source.notes)
+    shapes = {name: source.shape(name) for name in source.names}
+    dtypes = {name: source.dtype(name) for name in source.names}
+    module, spec = architecture(source, shapes, arch, notes)
+    if module is not None:  # `first` and `last` mean the network's order, not the file's
+        ordered = [name for name in module.state_dict() if name in shapes]
+        shapes = {name: shapes[name] for name in dict.fromkeys([*ordered, *shapes])}
+    parameters = models.inventory(shapes, dtypes, module, source.tied)
+    made = make_plan(loaded, parameters)
+    return Planned(Path(model), source, loaded, made, spec, (*notes, *made.notes))
+
+
+def run(
+    planned: Planned, out: str | Path | None = None, *, force: bool = False, progress: Progress = silent
+) -> QuantizeResult:
+    """Quantize as planned and write the artifact, one tensor at a time; nothing is left behind unless all went well.
+
+    Args:
+        planned: from :func:`plan`.
+        out: the artifact's path; default ``<model>.<recipe>.safetensors`` beside the model.
+        force: replace a file at ``out`` that pcq did not write.
+        progress: called after each tensor.
+
+    Raises:
+        PcqError: a weight holds NaN or infinity, or ``out`` cannot be written.
+        CheckFailed: the file on disk is not what was predicted.
+    """
+    path = Path(out) if out is not None else default_path(planned.model, planned.recipe.name)
+    checkpoint.refuse_overwrite(path, inputs=[planned.model], force=force)
+    start = time.perf_counter()
+    source = planned.source
+    header = checkpoint.make_header(planned.plan, arch=planned.arch, recipe=planned.recipe.to_json(), source=source)
+    predicted = checkpoint.predicted_size(header)
+    ledger: list[LedgerRow] = []
+
+    def tensors() -> Iterator[tuple[str, QuantizedTensor | Tensor]]:
+        for done in checkpoint.quantize_source(source, planned.plan, progress):
+            if isinstance(done.entry, Quantized):
+                ledger.append(ledger_row(done))
+            yield done.name, done.value
+
+    checkpoint.write_artifact(path, header, tensors())
+    size = path.stat().st_size
+    if size != predicted:
+        path.unlink()
+        raise CheckFailed(f"the artifact took {size:,} bytes where {predicted:,} were predicted", where=str(path))
+    weights = sum(math.prod(row.shape) for row in ledger)
+    bits = 8 * sum(row.nbytes for row in ledger) / weights if weights else 0.0
+    seconds = time.perf_counter() - start
+    return QuantizeResult(path, planned, tuple(ledger), source.nbytes, size, predicted, bits, seconds)
+
+
+def ledger_row(done: checkpoint.Done) -> LedgerRow:
+    """What one weight costs and loses."""
+    entry, value = done.entry, done.value
+    assert isinstance(entry, Quantized), entry
+    assert isinstance(value, QuantizedTensor), entry
+    lossy = done.noise > 0 and done.signal > 0
+    return LedgerRow(
+        done.name,
+        entry.parameter.shape,
+        entry.text,
+        entry.rows.g,
+        8 * value.nbytes / value.numel,
+        10 * math.log10(done.signal / done.noise) if lossy else math.inf,
+        value.nbytes,
+    )
+
+
+def default_path(model: Path, recipe: str) -> Path:
+    """``model.pt`` with recipe ``ternary`` -> ``model.ternary.safetensors`` beside it."""
+    name = model.name
+    for suffix in (".json", ".index", ".safetensors", ".pt2", ".pt", ".pth", ".bin", ".ckpt"):
+        name = name.removesuffix(suffix)
+    return model.parent / f"{name or 'model'}.{recipe}.safetensors"
+
+
+def quantize(
+    model: str | Path,
+    recipe: str | Path | Recipe,
+    *,
+    out: str | Path | None = None,
+    arch: str | None = None,
+    overrides: Sequence[str] = (),
+    allow_globals: Sequence[str] = (),
+    unsafe_pickle: bool = False,
+    force: bool = False,
+    progress: Progress = silent,
+) -> QuantizeResult:
+    """One-shot quantization of a checkpoint to an artifact: :func:`plan`, then :func:`run`, with their arguments."""
+    planned = plan(
+        model, recipe, arch=arch, overrides=overrides, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle
+    )
+    return run(planned, out, force=force, progress=progress)

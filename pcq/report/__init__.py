@@ -1,0 +1,9 @@
+"""Results as rich tables for people and as plain dicts for machines: ``render(result)`` and ``to_json(result)``.
+
+Adding a result means adding one function to each of the two dispatchers.
+"""
+
+from pcq.report import exporting, inspecting, quantizing, scoring  # noqa: F401  (they register)
+from pcq.report.forms import render, to_json
+
+__all__ = ["render", "to_json"]

@@ -1,0 +1,113 @@
+"""Plans and ledgers."""
+
+from collections import Counter
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from pcq import commands
+from pcq.plan import Kept, Quantized
+from pcq.report.forms import decibels, finite, render, shape, size, table, to_json
+
+
+@render.register
+def _(result: commands.Planned) -> RenderableType:
+    made = table(
+        f"Plan: {result.model} with recipe {result.recipe.name}",
+        "weight",
+        "shape",
+        "levels",
+        "rule",
+        "bytes",
+        right=("rule", "bytes"),
+    )
+    kept: Counter[str] = Counter()
+    for entry in result.plan.entries:
+        name = entry.parameter.name
+        if isinstance(entry, Quantized):
+            made.add_row(name, shape(entry.parameter.shape), entry.text, str(entry.rule + 1), size(entry.nbytes))
+        elif entry.parameter.kind in ("norm", "bias", "buffer") or entry.parameter.tied_to:
+            kept[entry.reason] += 1
+        else:
+            made.add_row(name, shape(entry.parameter.shape), f"float: {entry.reason}", "", size(entry.nbytes))
+    rest = ", ".join(f"{count} {reason}" for reason, count in kept.items())
+    return Group(made, Text(f"Left float as well: {rest}." if rest else "No other tensors."))
+
+
+@to_json.register
+def _(result: commands.Planned) -> dict[str, Any]:
+    return {
+        "model": str(result.model),
+        "arch": result.arch,
+        "recipe": result.recipe.to_json(),
+        "notes": list(result.notes),
+        "entries": [
+            {
+                "name": entry.parameter.name,
+                "shape": list(entry.parameter.shape),
+                "kind": entry.parameter.kind,
+                "levels": entry.text if isinstance(entry, Quantized) else None,
+                "rule": entry.rule + 1 if isinstance(entry, Quantized) else None,
+                "reason": entry.reason if isinstance(entry, Kept) else None,
+                "bytes": entry.nbytes,
+            }
+            for entry in result.plan.entries
+        ],
+    }
+
+
+@render.register
+def _(result: commands.QuantizeResult) -> RenderableType:
+    made = table(
+        f"Ledger: {result.path}",
+        "weight",
+        "shape",
+        "levels",
+        "rows",
+        "bits/weight",
+        "SQNR dB",
+        "bytes",
+        right=("rows", "bits/weight", "SQNR dB", "bytes"),
+    )
+    for row in result.ledger:
+        made.add_row(
+            row.name,
+            shape(row.shape),
+            row.levels,
+            f"{row.rows:,}",
+            f"{row.bits:.3f}",
+            decibels(row.sqnr),
+            f"{row.nbytes:,}",
+        )
+    total = (
+        f"{size(result.bytes_before)} of tensors -> {size(result.bytes_after)} on disk "
+        f"({result.bytes_before / result.bytes_after:.1f}x smaller), {result.bits:.3f} bits per quantized weight with "
+        f"scales and tables; size as predicted to the byte; {result.seconds:.1f} s."
+    )
+    return Group(made, Text(total))
+
+
+@to_json.register
+def _(result: commands.QuantizeResult) -> dict[str, Any]:
+    return {
+        "path": str(result.path),
+        "plan": to_json(result.planned),
+        "ledger": [
+            {
+                "name": row.name,
+                "shape": list(row.shape),
+                "levels": row.levels,
+                "rows": row.rows,
+                "bits": row.bits,
+                "sqnr_db": finite(row.sqnr),
+                "bytes": row.nbytes,
+            }
+            for row in result.ledger
+        ],
+        "bytes_before": result.bytes_before,
+        "bytes_after": result.bytes_after,
+        "bytes_predicted": result.predicted,
+        "bits": result.bits,
+        "seconds": result.seconds,
+    }
