@@ -71,8 +71,9 @@ def unwritable(error: OSError, path: str | Path) -> PcqError:
     """The sentence for an output that the system refuses."""
     if error.errno in FULL:
         return PcqError("no room left to write it", where=str(path), todo="Free some space, or choose another disk")
-    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+    if error.errno in (errno.ENOENT, errno.ENOTDIR) and not Path(path).parent.is_dir():
         what = f"cannot be written: there is no folder {Path(path).parent}"
         return PcqError(what, where=str(path), todo="Make the folder, or choose another")
-    reason = error.strerror or type(error).__name__
+    missing = error.errno == errno.ENOENT  # of a system folder that takes no files
+    reason = "its folder takes no files" if missing else error.strerror or type(error).__name__
     return PcqError(f"cannot be written: {reason.lower()}", where=str(path), todo="Choose another place")

@@ -7,13 +7,18 @@ import io
 import os
 import pickle
 import re
+import resource
+import signal
 import struct
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -36,13 +41,18 @@ class Hostile:
 
 @dataclass(frozen=True)
 class Mistake:
-    """``prepare`` sets the folder up; ``command``, run in it, must end with ``code`` and leave nothing new there."""
+    """``prepare`` sets the folder up; ``command``, run in it, must end with ``code`` and leave nothing new there.
+
+    What ``happens`` meanwhile happens to a process of its own: no file of it may grow beyond 10,000 bytes, or it gets
+    a signal as soon as its draft is there.
+    """
 
     what: str
     command: str
     prepare: Callable[[], None]
     says: str
     code: int = 2
+    happens: Literal["", "the disk is full", "Ctrl-C", "kill"] = ""
 
 
 def net() -> dict[str, torch.Tensor]:
@@ -61,6 +71,12 @@ def saved(change: Callable[[dict[str, torch.Tensor]], object] = lambda state: No
         torch.save(state if changed is None else changed, "model.pt")
 
     return prepare
+
+
+def big() -> None:
+    """Writes model.pt with weights that take some time: 64 tensors of a quarter million each."""
+    torch.manual_seed(0)
+    torch.save({f"{i}.weight": torch.randn(512, 512) for i in range(64)}, "model.pt")
 
 
 def written(name: str, content: bytes | str) -> Callable[[], None]:
@@ -293,6 +309,11 @@ MISTAKES = (
     Mistake(
         "the input as the output", "quantize model.pt -r ternary -o model.pt --force", saved(), r"model\.pt.*input"
     ),
+    Mistake("an output that is a folder", Q + " -o .", saved(), r"\. is a folder|folder"),
+    Mistake("a place where nobody may write", Q + " -o /proc/x.safetensors", saved(), "its folder takes no files"),
+    Mistake("a full disk", Q, big, "no room left", happens="the disk is full"),
+    Mistake("Ctrl-C while it writes", Q, big, "interrupted; no output file was changed", 130, happens="Ctrl-C"),
+    Mistake("a kill while it writes", Q, big, "interrupted; no output file was changed", 130, happens="kill"),
     # --- artifacts and ONNX
     Mistake("a float checkpoint to export", "export model.pt", saved(), "pcq quantize"),
     Mistake(
@@ -343,6 +364,29 @@ def quietly(arguments: list[str]) -> tuple[int, str, str]:
     return code, out.getvalue(), err.getvalue()
 
 
+def apart(mistake: Mistake) -> tuple[int, str]:
+    """Run pcq in a process that something happens to: exit code, standard error."""
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+
+    before = set(os.listdir())
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pcq", *mistake.command.split()],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=limit if mistake.happens == "the disk is full" else None,
+    )
+    if mistake.happens in ("Ctrl-C", "kill"):
+        while process.poll() is None and not set(os.listdir()) - before:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGINT if mistake.happens == "Ctrl-C" else signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    return process.returncode, err
+
+
 def answer(mistake: Mistake, folder: Path) -> tuple[int, str, set[str]]:
     """Prepare and run in ``folder``: exit code, message, and what is there that was not there before."""
     here = Path.cwd()
@@ -350,7 +394,10 @@ def answer(mistake: Mistake, folder: Path) -> tuple[int, str, set[str]]:
     try:
         mistake.prepare()
         before = set(os.listdir())
-        code, _, err = quietly(mistake.command.split())
+        if mistake.happens:
+            code, err = apart(mistake)
+        else:
+            code, _, err = quietly(mistake.command.split())
         lines = [line for line in err.strip().splitlines() if line]
         start = next((i for i, line in enumerate(lines) if line.startswith("pcq: ")), 0)
         text = "\n".join(lines[start:]).replace(str(folder) + "/", "").replace(str(folder), ".")
@@ -381,6 +428,7 @@ def row(mistake: Mistake, code: int, text: str) -> str:
     command = mistake.command.replace(str(DIGITS), DIGITS.name)
     shown = re.sub(r"\s*\n\s*", "<br>", text.replace(str(HERE) + "/", "")).replace("|", "\\|")
     shown = re.sub(r"\d{1,3}(,\d{3})+", "N", shown)  # sizes: version numbers make a header longer or shorter
+    command += f" ({mistake.happens})" if mistake.happens else ""
     return f"| {mistake.what} | `pcq {command}` | {code} | {shown} |"
 
 
