@@ -9,19 +9,19 @@ trained ones. Before that :func:`equalize` moves scale between layers where that
 """
 
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from pcq import qtensor
 from pcq import tape as tapes
+from pcq.calibrate.batchnorm import reestimate
 from pcq.calibrate.layers import Layer, Norm, find, norms
-from pcq.calibrate.oneshot import Calibrated, Settings, calibrate
+from pcq.calibrate.oneshot import Settings, calibrate
+from pcq.calibrate.steps import Outcome, Step, better, compared, outputs
 from pcq.errors import PcqError
 from pcq.progress import Progress, silent
 from pcq.qtensor import QuantizedTensor, Quantizer
@@ -72,32 +72,9 @@ def synthesize(example: tuple[int, ...], count: int, seed: int) -> Tensor:
     return (images - images.mean()) / images.std()
 
 
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    var, mean = torch.var_mean(x.float().transpose(0, 1).flatten(1), 1, unbiased=False)
-    return mean, var
-
-
 def reference(tape: Tape, tensors: Mapping[str, Tensor], samples: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """The statistics each BatchNorm sees on ``samples`` when all before it have been given theirs; name -> tensor.
-
-    With them the float network puts out, at every BatchNorm, exactly the moments (mean its bias, deviation its weight,
-    but for epsilon) that it has on its training data.
-    """
-    found: dict[str, Tensor] = {}
-
-    def normalize(op: Op, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        x, weight, bias, _, _, _, _, eps = args
-        mean_name, var_name = tape.name_of(op.args[3]), tape.name_of(op.args[4])
-        assert mean_name, op
-        assert var_name, op
-        mean, var = _moments(x)
-        found[mean_name], found[var_name] = mean, var
-        empty = x.new_empty(0)
-        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps), empty, empty
-
-    values = dict(zip(tape.inputs, samples, strict=True))
-    tapes.run(tape, tensors, values, 0, len(tape.ops), {"native_batch_norm": normalize})
-    return found
+    """The statistics each BatchNorm sees on ``samples`` when all before it have been given theirs; name -> tensor."""
+    return reestimate(tape, tensors, [samples])
 
 
 def transferred(
@@ -198,35 +175,6 @@ def equalize(found: list[Pair], tensors: Mapping[str, Tensor]) -> dict[str, Tens
     return changed
 
 
-@dataclass(frozen=True)
-class Step:
-    """One step of care: its name, the error of the network's output after it, and why it was not taken or kept.
-
-    The error is ``E ||y_q - y||^2 / E ||y - E y||^2`` on invented samples that the steps did not use; None: unknown.
-    """
-
-    name: str
-    error: float | None
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class CareResult:
-    """What :func:`care` found.
-
-    Attributes:
-        quantized: name -> quantized weight, for all of the plan.
-        changed: name -> new tensor: BatchNorm weights, biases and statistics, biases of layers.
-        steps: what each step bought, in order.
-        details: the calibration's own account, or None if it was not taken.
-    """
-
-    quantized: dict[str, QuantizedTensor]
-    changed: dict[str, Tensor]
-    steps: tuple[Step, ...]
-    details: Calibrated | None
-
-
 def care(
     module: nn.Module,
     plan: Mapping[str, tuple[Rows, Quantizer]],
@@ -234,11 +182,12 @@ def care(
     settings: Settings = CARE,
     count: int | None = None,
     progress: Progress = silent,
-) -> CareResult:
+) -> Outcome:
     """Quantize the weights named in ``plan`` without any data.
 
-    Each step is kept if it lowers the error of the network's output on invented samples; what cannot be done here is
-    named with the reason. A network without BatchNorm, or whose forward pass cannot be replayed, is rounded to nearest.
+    Each step is kept if it lowers the error of the network's output on invented samples that the steps did not use;
+    what cannot be done here is named with the reason. A network without BatchNorm, or whose forward pass cannot be
+    replayed, is rounded to nearest.
 
     Args:
         module: the float network, on the CPU; it is left as it is.
@@ -247,77 +196,78 @@ def care(
         settings: of the calibration; ``batch`` does not count, for all samples go through at once.
         count: how many samples to invent; None: as many as have 4 million numbers together, 8 to 128.
         progress: called once a layer.
+
+    Raises:
+        PcqError: the network does not take samples of that shape.
     """
     trained = tapes.state(module)
     plain = {name: qtensor.quantize(quantizer, trained[name], rows) for name, (rows, quantizer) in plan.items()}
     count = count or min(128, max(8, 2**22 // math.prod(example)))
-    samples = (synthesize(example, count, settings.seed),)
+    progress("inventing samples", 0, 2)
+    samples = synthesize(example, count, settings.seed)
+    progress("inventing samples", 1, 2)
+    unseen = synthesize(example, count, settings.seed + 1)
+    outcome = Outcome(plain, {}, {}, (), (), {}, count, len(unseen))
+    outputs(module, {}, unseen, count)
     try:
-        tape = tapes.record(module, samples)
+        tape = tapes.record(module, (samples,))
+        all_norms = norms(tape)
+        reason = "" if all_norms else "the network has no BatchNorm, and so no record of its activations"
     except PcqError as problem:
-        return CareResult(plain, {}, (Step("nearest levels", None), Step("data-free care", None, str(problem))), None)
-    all_norms = norms(tape)
-    if not all_norms:
-        reason = "the network has no BatchNorm, and so no record of its activations"
-        return CareResult(plain, {}, (Step("nearest levels", None), Step("data-free care", None, reason)), None)
-    teacher = {**trained, **reference(tape, trained, samples)}
-    unseen = (synthesize(example, count, settings.seed + 1),)
-    aim = _result(tape, teacher, unseen)
+        reason = str(problem)
+    if reason:
+        nothing = (Step("nearest levels", None), Step("data-free care", None, reason=reason))
+        return replace(outcome, steps=nothing)
+    teacher = {**trained, **reference(tape, trained, (samples,))}
+    aim = outputs(module, teacher, unseen, count)
 
-    def error(quantized: Mapping[str, QuantizedTensor], changed: Mapping[str, Tensor]) -> float:
+    def measure(name: str, quantized: Mapping[str, QuantizedTensor], changed: Mapping[str, Tensor]) -> Step:
         student = {**teacher, **changed, **{name: q.dequantize() for name, q in quantized.items()}}
-        return _relative(_result(tape, student, unseen), aim)
+        return compared(name, outputs(module, student, unseen, count), aim, time.perf_counter() - start)
 
-    steps = [Step("nearest levels", error(plain, {}))]
-    layers, _ = find(tape, {name: rows.shape for name, (rows, _) in plan.items()})
-    best, changed, details = plain, dict[str, Tensor](), None
-    found, refused = pairs(tape, layers)
-    equalized = equalize(found, teacher)
+    start = time.perf_counter()
+    steps = [measure("nearest levels", plain, {})]
+    layers, refused = find(tape, {name: rows.shape for name, (rows, _) in plan.items()})
+    best, changed, moved = plain, dict[str, Tensor](), dict[str, Tensor]()
+    found, unpaired = pairs(tape, layers)
+    start = time.perf_counter()
     if found:
-        moved = {**teacher, **equalized}
-        trial = {name: qtensor.quantize(quantizer, moved[name], rows) for name, (rows, quantizer) in plan.items()}
-        steps.append(Step(f"equalization of {len(found)} pairs", error(trial, equalized)))
-        if _last(steps) < _last(steps[:-1]):
-            teacher, best, changed = moved, trial, {n: t for n, t in equalized.items() if n not in plan}
+        equalized = equalize(found, teacher)
+        source = {**teacher, **equalized}
+        trial = {name: qtensor.quantize(quantizer, source[name], rows) for name, (rows, quantizer) in plan.items()}
+        floats = {name: tensor for name, tensor in equalized.items() if name not in plan}
+        step = measure(f"equalization of {len(found)} pairs", trial, floats)
+        if better(step, steps[0]):
+            teacher, best, changed = source, trial, floats
+            moved = {name: tensor for name, tensor in equalized.items() if name in plan}
         else:
-            steps[-1] = replace(steps[-1], reason="not kept: the error is not lower")
+            step = replace(step, reason=HIGHER)
+        steps.append(step)
     else:
-        steps.append(Step("equalization", None, _most_common(refused)))
+        steps.append(Step("equalization", None, reason=_most_common(unpaired)))
     settings = replace(settings, batch=count)
-    moved_floats = changed
+    floats = changed
     for name, trial_settings in (
         ("moments matched through BatchNorm", replace(settings, method="nearest")),
-        ("reconstruction of each layer", settings),
+        (f"reconstruction of each layer ({settings.method})", settings),
     ):
-        result = calibrate(module, plan, samples, trial_settings, teacher, progress)
-        fresh = {**moved_floats, **result.changed}
-        steps.append(Step(name, error(result.quantized, fresh)))
-        kept = [step.error for step in steps[:-1] if step.error is not None and not step.reason]
-        if _last(steps) < min(kept):
-            best, changed, details = result.quantized, fresh, result
+        start = time.perf_counter()
+        result = calibrate(module, plan, (samples,), trial_settings, teacher, progress)
+        fresh = {**floats, **result.changed}
+        step = measure(name, result.quantized, fresh)
+        if better(step, next(each for each in reversed(steps) if not each.reason)):
+            best, changed = result.quantized, fresh
+            outcome = replace(outcome, layers=result.layers)
         else:
-            steps[-1] = replace(steps[-1], reason="not kept: the error is not lower")
-    return CareResult(best, transferred(all_norms, changed, teacher, trained), tuple(steps), details)
+            step = replace(step, reason=HIGHER)
+        steps.append(step)
+    changed = transferred(all_norms, changed, teacher, trained)
+    return replace(outcome, quantized=best, changed=changed, moved=moved, steps=tuple(steps), plain=refused)
 
 
-def _last(steps: list[Step]) -> float:
-    error = steps[-1].error
-    assert error is not None
-    return error
+HIGHER = "not kept: the error is not lower"
 
 
 def _most_common(refused: Mapping[str, str]) -> str:
     reasons = list(refused.values())
     return max(sorted(set(reasons)), key=reasons.count) if reasons else "no two layers follow each other"
-
-
-def _result(tape: Tape, tensors: Mapping[str, Tensor], samples: tuple[Tensor, ...]) -> Tensor:
-    """The first floating tensor of the network's result, one row for each sample."""
-    values = tapes.run(tape, tensors, dict(zip(tape.inputs, samples, strict=True)), 0, len(tape.ops))
-    leaves = pytree.tree_leaves(tapes.output(tape, values))
-    first = next(leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point())
-    return first.float().flatten(1)
-
-
-def _relative(y: Tensor, aim: Tensor) -> float:
-    return float((y - aim).square().sum() / (aim - aim.mean(0)).square().sum().clamp(min=1e-30))

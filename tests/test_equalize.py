@@ -1,5 +1,7 @@
 """Data-free care: invented samples, the reference network, equalization and the whole."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -141,7 +143,7 @@ def test_care_takes_steps_that_help_and_says_what_they_bought():
     before = {n: t.clone() for n, t in net.state_dict().items()}
     plan = _plan(net, Uniform(2))
     first, second = (care(net, plan, (3, 12, 12), count=16) for _ in range(2))
-    assert first.steps == second.steps
+    assert [replace(step, seconds=0.0) for step in first.steps] == [replace(step, seconds=0.0) for step in second.steps]
     assert all(torch.equal(q.codes, second.quantized[n].codes) for n, q in first.quantized.items())
     assert all(torch.equal(t, second.changed[n]) for n, t in first.changed.items())
     assert all(torch.equal(before[n], t) for n, t in net.state_dict().items())
@@ -169,5 +171,5 @@ def test_care_of_a_network_that_cannot_be_replayed_says_so():
 
     net = Random()
     result = care(net, _plan(net, Uniform(4)), (4,))
-    assert result.details is None
+    assert not result.layers
     assert "run again" in result.steps[-1].reason

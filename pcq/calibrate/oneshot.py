@@ -18,12 +18,15 @@ from pcq import qtensor
 from pcq import tape as tapes
 from pcq.calibrate.layers import Layer, Norm, find, patches
 from pcq.calibrate.quadratic import Codes, Quadratic, descend, gptq, nearest, proxconnect, refit
+from pcq.calibrate.rounding import rounding
 from pcq.calibrate.streams import Streams
 from pcq.errors import PcqError
 from pcq.progress import Progress, silent
 from pcq.qtensor import QuantizedTensor, Quantizer
 from pcq.quantizers import Fixed
 from pcq.rows import Rows
+
+Method = Literal["proxconnect", "gptq", "rounding", "nearest"]
 
 _ELEMENTS = 2**25  # numbers in the patches that the moments of a layer are taken from
 
@@ -33,7 +36,7 @@ class Settings:
     """How to reconstruct.
 
     Attributes:
-        method: ``nearest``: levels and codes of the weights alone; ``gptq``; ``proxconnect``.
+        method: ``nearest``: levels and codes of the weights alone; ``gptq``; ``proxconnect``; ``rounding``: AdaRound's.
         corrected: aim at the float network's output from the quantized network's input; else at the layer's own.
         steps: of ``proxconnect``.
         rounds: how many times coordinate descent and the refit of the levels alternate.
@@ -47,7 +50,7 @@ class Settings:
         seed: of the positions drawn.
     """
 
-    method: Literal["nearest", "gptq", "proxconnect"] = "gptq"
+    method: Method = "gptq"
     corrected: bool = True
     steps: int = 60
     rounds: int = 4
@@ -163,9 +166,15 @@ def solve(q: Quadratic, rows: Rows, quantizer: Quantizer, view: "View", settings
     """Codes and levels for one layer."""
     grid = qtensor.fit(quantizer, view.weight(q.target), rows)
     free = not (isinstance(quantizer, Fixed) and quantizer.scale == "none")
-    codes = gptq(q, grid, view.row) if settings.method == "gptq" else nearest(grid, view.row, q.target)
-    if settings.method == "proxconnect":
-        codes = proxconnect(q, codes, settings.steps, free)
+    match settings.method:
+        case "gptq":
+            codes = gptq(q, grid, view.row)
+        case "rounding":
+            codes = rounding(q, grid, view.row)
+        case "proxconnect":
+            codes = proxconnect(q, nearest(grid, view.row, q.target), settings.steps, free)
+        case "nearest":
+            codes = nearest(grid, view.row, q.target)
     for _ in range(settings.rounds if settings.method != "nearest" else 0):
         if free:
             codes = refit(q, codes)

@@ -66,38 +66,63 @@ def _decode(grid: Grid, row: Tensor, codes: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Columns:
-    """Nearest levels, one column of weights at a time; what depends on the grid alone is looked up once."""
+class _Nearest:
+    """Nearest levels for weights ``values [..]`` whose rows of the grid are ``row [..]``.
+
+    What depends on the grid alone is looked up once: ``at`` gives the part for some of the rows. Ties are broken as in
+    :meth:`Grid.encode`. Codes come as float32 of evenly spaced levels, int64 of others.
+    """
 
     grid: Grid
     row: Tensor
+    scale: Tensor | None = None
+    divisor: Tensor | None = None
+    zero: Tensor | float = 0.0
 
-    def nearest(self, values: Tensor, column: int) -> tuple[Tensor, Tensor]:
-        """``values [G, r] -> codes, decoded``. Ties: as in :meth:`Grid.encode`."""
-        row = self.row[..., column]
-        if isinstance(self.grid, Affine):
-            scale = self.grid.scale[row]
-            zero = (
-                self.grid.zero_point[row].float() if isinstance(self.grid.zero_point, Tensor) else self.grid.zero_point
-            )
-            codes = values.div(torch.where(scale > 0, scale, 1.0)).add_(zero).round_().clamp_(0, self.grid.count - 1)
-            return codes.to(torch.uint8), (codes - zero).mul_(scale)
+    @staticmethod
+    def of(grid: Grid, row: Tensor) -> "_Nearest":
+        if not isinstance(grid, Affine):
+            return _Nearest(grid, row)
+        zero = grid.zero_point[row].float() if isinstance(grid.zero_point, Tensor) else grid.zero_point
+        return _Nearest(grid, row, grid.scale[row], torch.where(grid.scale > 0, grid.scale, 1.0)[row], zero)
+
+    def columns(self) -> list["_Nearest"]:
+        """One for each index of the last axis."""
+        rows = self.row.movedim(-1, 0).contiguous().unbind(0)
+        if self.scale is None or self.divisor is None:
+            return [_Nearest(self.grid, row) for row in rows]
+        scales = self.scale.movedim(-1, 0).contiguous().unbind(0)
+        divisors = self.divisor.movedim(-1, 0).contiguous().unbind(0)
+        zeros = self.zero.movedim(-1, 0).contiguous().unbind(0) if isinstance(self.zero, Tensor) else None
+        return [
+            _Nearest(self.grid, row, scale, divisor, self.zero if zeros is None else zeros[j])
+            for j, (row, scale, divisor) in enumerate(zip(rows, scales, divisors, strict=True))
+        ]
+
+    def __call__(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """``values [..] -> codes, decoded``, both ``[..]``."""
+        if self.scale is not None:
+            codes = (values / self.divisor).add_(self.zero).round_().clamp_(0, self.grid.count - 1)
+            return codes, (codes - self.zero).mul_(self.scale)
         levels = self.grid.levels()
         if levels.shape[0] == 1:
             middles = ((levels[0, 1:] + levels[0, :-1]) / 2).contiguous()
             index = torch.bucketize(values.contiguous(), middles)
-            return index.to(torch.uint8), levels[0][index]
-        own = levels[row]
+            return index, levels[0][index]
+        own = levels[self.row]
         middles = ((own[..., 1:] + own[..., :-1]) / 2).contiguous()
         index = torch.searchsorted(middles, values[..., None].contiguous())
-        return index[..., 0].to(torch.uint8), own.gather(-1, index)[..., 0]
+        return index[..., 0], own.gather(-1, index)[..., 0]
 
 
 def nearest(grid: Grid, row: Tensor, weight: Tensor) -> Codes:
     """Every weight ``[G, r, n]`` to its nearest level."""
-    columns = _Columns(grid, row)
-    codes = torch.stack([columns.nearest(weight[..., j], j)[0] for j in range(weight.shape[2])], 2)
-    return Codes(codes, grid, row)
+    step = weight.shape[2] if isinstance(grid, Affine) else max(1, 2**22 // (weight[..., 0].numel() * grid.count))
+    parts = [
+        _Nearest.of(grid, row[..., i : i + step])(weight[..., i : i + step])[0].to(torch.uint8)
+        for i in range(0, weight.shape[2], step)
+    ]
+    return Codes(parts[0] if len(parts) == 1 else torch.cat(parts, 2), grid, row)
 
 
 def _order(quadratic: Quadratic) -> Tensor:
@@ -124,7 +149,7 @@ def gptq(quadratic: Quadratic, grid: Grid, row: Tensor, block: int = 64) -> Code
     """
     order = _order(quadratic)
     turned, turned_row = _permuted(quadratic, row, order)
-    columns = _Columns(grid, turned_row)
+    columns = _Nearest.of(grid, turned_row).columns()
     factor = torch.linalg.cholesky(turned.h.double())
     factor = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float()
     open_ = turned.target.clone()
@@ -134,7 +159,7 @@ def gptq(quadratic: Quadratic, grid: Grid, row: Tensor, block: int = 64) -> Code
         stop = min(start + block, n)
         part, errors = open_[..., start:stop], torch.empty_like(open_[..., start:stop])
         for j in range(start, stop):
-            codes[..., j], decoded = columns.nearest(part[..., j - start], j)
+            codes[..., j], decoded = columns[j](part[..., j - start])
             error = (part[..., j - start] - decoded) / factor[:, j, j, None]
             part[..., j - start :] -= error[..., None] * factor[:, None, j, j:stop]
             errors[..., j - start] = error
@@ -150,32 +175,36 @@ def descend(quadratic: Quadratic, start: Codes, sweeps: int, block: int = 64) ->
     """
     order = _order(quadratic)
     turned, turned_row = _permuted(quadratic, start.row, order)
-    columns = _Columns(start.grid, turned_row)
+    columns = _Nearest.of(start.grid, turned_row).columns()
     codes = start.codes.gather(2, order[:, None, :].expand_as(start.codes)).contiguous()
-    weight = _decode(start.grid, turned_row, codes)
-    n, changes = weight.shape[2], 0
-    curvature = torch.diagonal(turned.h, dim1=1, dim2=2)
+    first_weight = _decode(start.grid, turned_row, codes)
+    n, changes = codes.shape[2], 0
+    weight = list(first_weight.unbind(2))
+    curvature = torch.diagonal(turned.h, dim1=1, dim2=2)[:, None, :].contiguous().unbind(2)
     for _ in range(sweeps):
-        gradient, changes = turned.gradient(weight), 0
+        gradient, changes = turned.gradient(torch.stack(weight, 2)), 0
         for first in range(0, n, block):
             last = min(first + block, n)
             here = gradient[..., first:last].contiguous()
-            moved = torch.zeros_like(here)
+            steps = []
             for j in range(first, last):
-                old = weight[..., j]
-                best = old - here[..., j - first] / curvature[:, j, None]
-                code, decoded = columns.nearest(best, j)
+                old = weight[j]
+                best = torch.addcdiv(old, here[..., j - first], curvature[j], value=-1)
+                _, decoded = columns[j](best)
                 # only what is an improvement beyond rounding: else two codes of one level, or a tie, would alternate
-                worth = (decoded - best).abs() < (old - best).abs() * (1 - 1e-6)
-                step = torch.where(worth, decoded - old, 0.0)
-                codes[..., j] = torch.where(worth, code, codes[..., j])
-                weight[..., j] = torch.where(worth, decoded, old)
-                moved[..., j - first] = step
-                here += step[..., None] * turned.h[:, None, j, first:last]
-                changes += int(worth.count_nonzero())
+                worth = (decoded - best).abs_() < (old - best).abs_().mul_(1 - 1e-6)
+                weight[j] = torch.where(worth, decoded, old)
+                step = weight[j] - old
+                here.addcmul_(step[..., None], turned.h[:, None, j, first:last])
+                steps.append(step)
+            moved = torch.stack(steps, 2)
             gradient += moved @ turned.h[:, first:last]
+            changes += int(moved.count_nonzero())
         if not changes:
             break
+    found = torch.stack(weight, 2)
+    # a weight is a level, so its nearest is itself; one that did not move keeps its code
+    codes = torch.where(found == first_weight, codes, nearest(start.grid, turned_row, found).codes)
     return replace(start, codes=_restored(codes, order)), changes
 
 

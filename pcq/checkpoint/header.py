@@ -56,6 +56,7 @@ class ArtifactHeader:
         recipe: the resolved recipe as JSON.
         source: what it was made from: ``file``, and ``sha256`` where it is one file of moderate size.
         program: the exported program without its weights, for ``.pt2`` inputs.
+        calibration: what it was calibrated with; empty, and then not stored, if it was not.
     """
 
     tensors: Mapping[str, Coded | Plain]
@@ -64,6 +65,7 @@ class ArtifactHeader:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     source: Mapping[str, str] = field(default_factory=dict)
     program: bytes | None = field(default=None, repr=False)
+    calibration: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def stored_as(self) -> dict[str, str]:
@@ -120,6 +122,7 @@ class ArtifactHeader:
             "arch": self.arch,
             "source": dict(self.source),
             "recipe": dict(self.recipe),
+            **({"calibration": dict(self.calibration)} if self.calibration else {}),
             "tied": dict(self.tied),
             "tensors": {
                 name: coded_to_json(form, name, self.stored_as[name])
@@ -157,7 +160,12 @@ def coded_to_json(form: Coded, name: str, prefix: str) -> dict[str, Any]:
 
 
 def make_header(
-    plan: Plan, *, arch: str | None = None, recipe: Mapping[str, Any] | None = None, source: Source | None = None
+    plan: Plan,
+    *,
+    arch: str | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    source: Source | None = None,
+    calibration: Mapping[str, Any] | None = None,
 ) -> ArtifactHeader:
     """The header of the artifact that ``plan`` will become; reads no weights.
 
@@ -181,7 +189,7 @@ def make_header(
             tensors[parameter.name] = Plain(tuple(parameter.shape), parameter.dtype)
     origin = {} if source is None else source.origin()
     program = None if source is None else source.program
-    return ArtifactHeader(tensors, tied, arch, recipe or {}, origin, program)
+    return ArtifactHeader(tensors, tied, arch, recipe or {}, origin, program, calibration or {})
 
 
 def predicted_size(header: ArtifactHeader) -> int:

@@ -47,6 +47,7 @@ class Artifact:
         versions: pcq and torch that wrote it.
         program: the exported program without its weights, for ``.pt2`` inputs.
         nbytes: size of the file.
+        calibration: data, method, samples and seed it was calibrated with; empty if it was not.
     """
 
     names: tuple[str, ...]
@@ -61,6 +62,7 @@ class Artifact:
     versions: Mapping[str, str]
     program: bytes | None = field(repr=False)
     nbytes: int
+    calibration: Mapping[str, Any] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Tensor]:
         """A plain state dict for the original network, in the original dtypes; tied names hold the same tensor."""
@@ -160,6 +162,7 @@ def assemble(path: Path, header: Header, metadata: Mapping[str, Any]) -> Artifac
         versions=metadata["versions"],
         program=bytes(read_slot(path, header.slots[PROGRAM]).numpy()) if PROGRAM in header.slots else None,
         nbytes=path.stat().st_size,
+        calibration=metadata.get("calibration", {}),
     )
 
 

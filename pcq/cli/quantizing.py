@@ -1,13 +1,14 @@
 """``pcq quantize``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from pcq.cli.app import app
 from pcq.cli.frame import answers, bar, emit, say
-from pcq.cli.options import AllowGlobal, Arch, Force, Json, Model, Set, UnsafePickle
+from pcq.cli.options import AllowGlobal, Arch, Force, Input, Json, Model, Set, UnsafePickle, shape_of
+from pcq.errors import PcqError
 
 
 @app.command()
@@ -22,12 +23,35 @@ def quantize(
     overrides: Set = None,
     allow_global: AllowGlobal = None,
     unsafe_pickle: UnsafePickle = False,
+    calib: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPEC",
+            help="Calibrate on unlabelled samples: a data spec, such as folder:DIR; or `random`: invented samples, "
+            "no data.",
+        ),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration samples (default: 512, or what is there).")] = None,
+    calib_method: Annotated[
+        Literal["proxconnect", "gptq", "rounding", "nearest"] | None,
+        typer.Option(help="How each layer is reconstructed (default: proxconnect; for random gptq)."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Which calibration samples are drawn (default: 0).")] = None,
+    input_shape: Input = None,
     force: Force = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Quantize a checkpoint in one shot: no data, no training. Writes one .safetensors artifact."""
+    """Quantize a checkpoint in one shot, without training. Writes one .safetensors artifact."""
     from pcq import commands
+
+    calibration = None
+    given = {"--samples": samples, "--calib-method": calib_method, "--seed": seed}
+    if calib is not None:
+        calibration = commands.Calibration(calib, samples, calib_method, seed or 0, shape_of(input_shape))
+    elif said := [option for option, value in given.items() if value is not None]:
+        todo = "Say on what: --calib folder:DIR, or --calib random"
+        raise PcqError("this is about calibration, which was not asked for", where=said[0], todo=todo)
 
     planned = commands.plan(
         model,
@@ -45,7 +69,7 @@ def quantize(
     if not as_json:
         emit(planned, False)
     with bar("quantizing") as progress:
-        result = commands.run(planned, out, force=force, progress=progress)
+        result = commands.run(planned, out, calibration=calibration, force=force, progress=progress)
     emit(result, as_json)
     if not as_json:
         say(f"Next: pcq export {result.path} --onnx")

@@ -1,6 +1,8 @@
 """What the command line does, as plain Python: each command is one call with a typed, frozen result."""
 
+from pcq.commands.calibrating import Calibrated, Calibration, calibrated
 from pcq.commands.exporting import ExportResult, export_onnx
+from pcq.commands.finetuning import FinetuneResult, FinetuneRow, finetune
 from pcq.commands.inspecting import (
     FileView,
     ProxPlot,
@@ -17,9 +19,13 @@ from pcq.commands.quantizing import LedgerRow, Planned, QuantizeResult, plan, qu
 from pcq.commands.scoring import EvalResult, evaluate
 
 __all__ = [
+    "Calibrated",
+    "Calibration",
     "EvalResult",
     "ExportResult",
     "FileView",
+    "FinetuneResult",
+    "FinetuneRow",
     "LedgerRow",
     "Network",
     "Planned",
@@ -28,9 +34,11 @@ __all__ = [
     "RecipeView",
     "Shipped",
     "TensorView",
+    "calibrated",
     "check",
     "evaluate",
     "export_onnx",
+    "finetune",
     "inspect",
     "load_network",
     "open_network",

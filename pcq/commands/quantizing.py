@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from pcq import checkpoint, models, sources
+from pcq.commands.calibrating import Calibrated, Calibration, calibrated, stored
 from pcq.commands.networks import architecture
 from pcq.errors import CheckFailed
 from pcq.plan import Plan, Quantized, make_plan
@@ -68,6 +69,7 @@ class QuantizeResult:
         predicted: the size that was predicted before anything ran; equal to ``bytes_after``, or the run failed.
         bits: stored bits per quantized weight, scales and tables included.
         seconds: compute and writing, without imports.
+        calibrated: what calibration found; None without.
     """
 
     path: Path
@@ -78,6 +80,7 @@ class QuantizeResult:
     predicted: int
     bits: float
     seconds: float
+    calibrated: Calibrated | None = None
 
 
 def plan(
@@ -118,30 +121,47 @@ def plan(
 
 
 def run(
-    planned: Planned, out: str | Path | None = None, *, force: bool = False, progress: Progress = silent
+    planned: Planned,
+    out: str | Path | None = None,
+    *,
+    calibration: Calibration | None = None,
+    force: bool = False,
+    progress: Progress = silent,
 ) -> QuantizeResult:
-    """Quantize as planned and write the artifact, one tensor at a time; nothing is left behind unless all went well.
+    """Quantize as planned and write the artifact; nothing is left behind unless all went well.
+
+    Without calibration one tensor at a time is in memory; with it the network and what moves through it.
 
     Args:
         planned: from :func:`plan`.
         out: the artifact's path; default ``<model>.<recipe>.safetensors`` beside the model.
+        calibration: what to calibrate with; None: every weight is rounded for itself.
         force: replace a file at ``out`` that pcq did not write.
-        progress: called after each tensor.
+        progress: called after each tensor, or each calibrated layer.
 
     Raises:
-        PcqError: a weight holds NaN or infinity, or ``out`` cannot be written.
+        PcqError: a weight holds NaN or infinity, ``out`` cannot be written, or the network or the calibration samples
+            are not usable.
         CheckFailed: the file on disk is not what was predicted.
     """
     path = Path(out) if out is not None else default_path(planned.model, planned.recipe.name)
     checkpoint.refuse_overwrite(path, inputs=[planned.model], force=force)
     start = time.perf_counter()
     source = planned.source
-    header = checkpoint.make_header(planned.plan, arch=planned.arch, recipe=planned.recipe.to_json(), source=source)
+    made = None if calibration is None else calibrated(planned, calibration, progress)
+    header = checkpoint.make_header(
+        planned.plan,
+        arch=planned.arch,
+        recipe=planned.recipe.to_json(),
+        source=source,
+        calibration=None if made is None else made.to_json(),
+    )
     predicted = checkpoint.predicted_size(header)
     ledger: list[LedgerRow] = []
 
     def tensors() -> Iterator[tuple[str, QuantizedTensor | Tensor]]:
-        for done in checkpoint.quantize_source(source, planned.plan, progress):
+        ready = checkpoint.quantize_source(source, planned.plan, progress) if made is None else stored(planned, made)
+        for done in ready:
             if isinstance(done.entry, Quantized):
                 ledger.append(ledger_row(done))
             yield done.name, done.value
@@ -154,7 +174,7 @@ def run(
     weights = sum(math.prod(row.shape) for row in ledger)
     bits = 8 * sum(row.nbytes for row in ledger) / weights if weights else 0.0
     seconds = time.perf_counter() - start
-    return QuantizeResult(path, planned, tuple(ledger), source.nbytes, size, predicted, bits, seconds)
+    return QuantizeResult(path, planned, tuple(ledger), source.nbytes, size, predicted, bits, seconds, made)
 
 
 def ledger_row(done: checkpoint.Done) -> LedgerRow:
@@ -191,11 +211,17 @@ def quantize(
     overrides: Sequence[str] = (),
     allow_globals: Sequence[str] = (),
     unsafe_pickle: bool = False,
+    calibration: Calibration | str | None = None,
     force: bool = False,
     progress: Progress = silent,
 ) -> QuantizeResult:
-    """One-shot quantization of a checkpoint to an artifact: :func:`plan`, then :func:`run`, with their arguments."""
+    """One-shot quantization of a checkpoint to an artifact: :func:`plan`, then :func:`run`, with their arguments.
+
+    ``calibration`` may be a data spec or ``random``, which stands for ``Calibration(spec)``.
+    """
     planned = plan(
         model, recipe, arch=arch, overrides=overrides, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle
     )
-    return run(planned, out, force=force, progress=progress)
+    if isinstance(calibration, str):
+        calibration = Calibration(calibration)
+    return run(planned, out, calibration=calibration, force=force, progress=progress)

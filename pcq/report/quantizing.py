@@ -85,7 +85,60 @@ def _(result: commands.QuantizeResult) -> RenderableType:
         f"({result.bytes_before / result.bytes_after:.1f}x smaller), {result.bits:.3f} bits per quantized weight with "
         f"scales and tables; size as predicted to the byte; {result.seconds:.1f} s."
     )
-    return Group(made, Text(total))
+    if result.calibrated is None:
+        return Group(made, Text(total))
+    return Group(made, render(result.calibrated), Text(total))
+
+
+@render.register
+def _(result: commands.Calibrated) -> RenderableType:
+    made = table(
+        f"Calibration on {result.data}",
+        "step",
+        "output error",
+        "agreement with float %",
+        "seconds",
+        "",
+        right=("output error", "agreement with float %", "seconds"),
+    )
+    for step in result.outcome.steps:
+        made.add_row(
+            step.name,
+            "" if step.error is None else f"{step.error:.4g}",
+            "" if step.agreement is None else f"{step.agreement:.1f}",
+            f"{step.seconds:.1f}",
+            step.reason or "kept",
+        )
+    outcome = result.outcome
+    kind = "invented " if result.asked.data == "random" else ""
+    notes = [f"Measured on {outcome.held_out:,} other {kind}samples, against the float network."]
+    if kind:
+        notes.append("What this is worth on real data is not known without any: score it with `pcq eval`.")
+    notes += [f"{name} was only rounded to its nearest levels: {why}." for name, why in outcome.plain.items()]
+    return Group(made, Text("\n".join(notes)))
+
+
+@to_json.register
+def _(result: commands.Calibrated) -> dict[str, Any]:
+    outcome = result.outcome
+    return {
+        **result.to_json(),
+        "description": result.data,
+        "held_out": outcome.held_out,
+        "steps": [
+            {
+                "name": step.name,
+                "error": step.error,
+                "agreement": step.agreement,
+                "kept": not step.reason,
+                "reason": step.reason,
+                "seconds": step.seconds,
+            }
+            for step in outcome.steps
+        ],
+        "layers": [vars(layer) for layer in outcome.layers],
+        "only_rounded": dict(outcome.plain),
+    }
 
 
 @to_json.register
@@ -110,4 +163,5 @@ def _(result: commands.QuantizeResult) -> dict[str, Any]:
         "bytes_predicted": result.predicted,
         "bits": result.bits,
         "seconds": result.seconds,
+        "calibration": None if result.calibrated is None else to_json(result.calibrated),
     }

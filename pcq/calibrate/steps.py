@@ -1,0 +1,171 @@
+"""Calibration step by step: each measured against the float network on samples it did not use, kept if it helps."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from pcq import qtensor
+from pcq import tape as tapes
+from pcq.calibrate.batchnorm import reestimate
+from pcq.calibrate.oneshot import LayerReport, Settings, batches, calibrate
+from pcq.errors import PcqError
+from pcq.progress import Progress, silent
+from pcq.qtensor import QuantizedTensor, Quantizer
+from pcq.rows import Rows
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: its name, what the network is like after it, and why it was not taken or not kept.
+
+    Attributes:
+        name: in words.
+        error: ``E ||y_q - y||^2 / E ||y - E y||^2`` of the network's output; None: unknown.
+        agreement: percent of samples with the float network's top-1; None: unknown, or fewer than two outputs.
+        reason: why it was not taken or not kept; empty if it was.
+        seconds: that it took.
+    """
+
+    name: str
+    error: float | None
+    agreement: float | None = None
+    reason: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Quantized weights and all else that changed.
+
+    Attributes:
+        quantized: name -> quantized weight, for all of the plan.
+        changed: name -> new float tensor: BatchNorm weights, biases and statistics, biases of layers.
+        moved: name -> the float weight that was quantized, where it is not the network's own.
+        steps: what each step bought, in order.
+        layers: one report for each reconstructed layer; empty if that was not kept.
+        plain: name -> why this weight was only rounded to nearest.
+        samples: how many the steps used.
+        held_out: how many others they were measured on.
+    """
+
+    quantized: Mapping[str, QuantizedTensor]
+    changed: Mapping[str, Tensor]
+    moved: Mapping[str, Tensor]
+    steps: tuple[Step, ...]
+    layers: tuple[LayerReport, ...]
+    plain: Mapping[str, str]
+    samples: int
+    held_out: int
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that differs from the float network, dequantized, by name."""
+        return {**self.changed, **{name: q.dequantize() for name, q in self.quantized.items()}}
+
+
+def outputs(module: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, batch: int = 64) -> Tensor:
+    """``module``'s first floating output with ``tensors`` in place of its own: float32 ``[n, k]``.
+
+    Raises:
+        PcqError: the module does not take the samples.
+    """
+    parts = []
+    with tapes.evaluating(module), torch.no_grad():
+        for part in x.split(batch):
+            try:
+                result = torch.func.functional_call(module, dict(tensors), (part,))
+            except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+                told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                where = f"samples of {'x'.join(map(str, x.shape[1:])) or 'one number'}"
+                todo = "Give data of the shape that the network was trained on"
+                raise PcqError(f"the network does not take them: {told}", where=where, todo=todo) from error
+            leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+            first = next((leaf for leaf in leaves if leaf.is_floating_point() and len(leaf) == len(part)), None)
+            if first is None:
+                raise PcqError("the network puts out no numbers for each sample", where=type(module).__name__)
+            parts.append(first.float().flatten(1))
+    return torch.cat(parts)
+
+
+def compared(name: str, y: Tensor, aim: Tensor, seconds: float = 0.0) -> Step:
+    """The step after which the network puts out ``y [n, k]`` where the float one puts out ``aim``."""
+    error = float((y - aim).square().sum() / (aim - aim.mean(0)).square().sum().clamp(min=1e-30))
+    agreement = 100 * float((y.argmax(1) == aim.argmax(1)).float().mean()) if aim.shape[1] > 1 else None
+    return Step(name, error, agreement, "", seconds)
+
+
+def calibrate_measured(
+    module: nn.Module,
+    plan: Mapping[str, tuple[Rows, Quantizer]],
+    samples: Tensor,
+    held_out: Tensor,
+    settings: Settings,
+    progress: Progress = silent,
+) -> Outcome:
+    """Reconstruct layer by layer on ``samples``, then try BatchNorm statistics taken anew; judge on ``held_out``.
+
+    The reconstruction stays if the network's output error on ``held_out`` is lower than that of the nearest levels;
+    BatchNorm statistics taken anew if both the error and the agreement are then no worse.
+
+    Args:
+        module: the float network; it is left as it is.
+        plan: name of a weight -> how it is cut into rows, and what chooses the levels.
+        samples: ``[N, ...]``, without labels.
+        held_out: other samples, to judge by.
+        settings: of the reconstruction.
+        progress: called once a layer.
+
+    Raises:
+        PcqError: the network does not take the samples, or its pass cannot be replayed.
+    """
+    aim = outputs(module, {}, held_out)
+    own = tapes.state(module)
+    start = time.perf_counter()
+    plain = {name: qtensor.quantize(quantizer, own[name], rows) for name, (rows, quantizer) in plan.items()}
+    seconds = time.perf_counter() - start
+    best = {name: q.dequantize() for name, q in plain.items()}
+    steps = [compared("nearest levels", outputs(module, best, held_out), aim, seconds)]
+    start = time.perf_counter()
+    result = calibrate(module, plan, (samples,), settings, progress=progress)
+    seconds = time.perf_counter() - start
+    outcome = Outcome(plain, {}, {}, (), (), result.plain, result.samples, len(held_out))
+    trial = {**result.changed, **{name: q.dequantize() for name, q in result.quantized.items()}}
+    step = compared(_described(settings), outputs(module, trial, held_out), aim, seconds)
+    if better(step, steps[0]):
+        best = trial
+        outcome = replace(outcome, quantized=result.quantized, changed=result.changed, layers=result.layers)
+    else:
+        step = replace(step, reason="not kept: the error is not lower")
+    steps.append(step)
+    start = time.perf_counter()
+    parts = batches((samples,), settings.batch)
+    tape = tapes.record(module, parts[0])
+    fresh = reestimate(tape, {**own, **best}, parts)
+    name = "BatchNorm statistics taken anew"
+    if fresh:
+        seconds = time.perf_counter() - start
+        step = compared(name, outputs(module, {**best, **fresh}, held_out), aim, seconds)
+        kept = next(each for each in reversed(steps) if not each.reason)
+        if better(step, kept) and (step.agreement or 0) >= (kept.agreement or 0):
+            outcome = replace(outcome, changed={**outcome.changed, **fresh})
+        else:
+            step = replace(step, reason="not kept: no better on the samples held out")
+        steps.append(step)
+    else:
+        steps.append(Step(name, None, None, "the network has no BatchNorm"))
+    return replace(outcome, steps=tuple(steps))
+
+
+def better(step: Step, other: Step) -> bool:
+    """Whether the output's error is lower."""
+    assert step.error is not None
+    assert other.error is not None
+    return step.error < other.error
+
+
+def _described(settings: Settings) -> str:
+    matched = {"none": "", "mean": ", means matched", "deviation": ", means and deviations matched"}
+    return f"reconstruction ({settings.method}){matched[settings.match]}"

@@ -1,0 +1,180 @@
+"""Calibration of a planned quantization: the network, the samples, and what each step bought."""
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pcq import checkpoint, models
+from pcq.errors import PcqError
+from pcq.plan import Quantized
+from pcq.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from pcq.calibrate.steps import Outcome
+    from pcq.commands.quantizing import Planned
+
+RANDOM = "random"
+SAMPLES = 512
+FEWEST = 8
+
+Method = Literal["proxconnect", "gptq", "rounding", "nearest"]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What to calibrate with.
+
+    Attributes:
+        data: a data spec, whose split ``train`` is used, without labels; or ``random``: invented samples, no data.
+        samples: how many; None: 512, or what is there. A quarter as many others are held out to judge the steps by.
+            Of ``random``: as many as have 4 million numbers together, 8 to 128.
+        method: how each layer's quadratic is minimised; None: ``gptq`` for ``random``, else ``proxconnect``.
+        seed: which samples are drawn.
+        input_shape: one sample's shape, for ``random`` where the architecture does not tell.
+    """
+
+    data: str
+    samples: int | None = None
+    method: Method | None = None
+    seed: int = 0
+    input_shape: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.samples is not None and self.samples < FEWEST:
+            raise PcqError(f"{self.samples} samples are too few", where="--samples", allowed=f"{FEWEST} or more")
+
+    @property
+    def solver(self) -> Method:
+        return self.method or ("gptq" if self.data == RANDOM else "proxconnect")
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What calibration made of a plan.
+
+    Attributes:
+        asked: what was asked for, with method and samples settled.
+        network: the float network, in eval mode.
+        data: the samples in words; invented ones are called so.
+        outcome: the new tensors, and what each step bought.
+    """
+
+    asked: Calibration
+    network: nn.Module
+    data: str
+    outcome: "Outcome"
+
+    def to_json(self) -> dict[str, object]:
+        """What an artifact records of it."""
+        return {"data": self.asked.data, "method": self.asked.solver, "samples": self.outcome.samples,
+                "seed": self.asked.seed}  # fmt: skip
+
+
+def calibrated(planned: "Planned", asked: Calibration, progress: Progress = silent) -> Calibrated:
+    """Quantize the weights of ``planned`` with a view to what enters them; nothing is written.
+
+    The result is also a starting point for a fine-tune: ``result.network`` with ``result.outcome.tensors()``.
+
+    Raises:
+        PcqError: the network is not known, does not run on the samples, or there are too few of them.
+    """
+    from pcq.calibrate.oneshot import Settings
+    from pcq.calibrate.steps import calibrate_measured
+    from pcq.equalize import CARE, care
+
+    network = float_network(planned)
+    known = dict(network.named_parameters())
+    chosen = {entry.parameter.name: (entry.rows, entry.quantizer) for entry in planned.plan.quantized}
+    for entry in planned.plan.quantized:
+        checkpoint.refuse_non_finite(entry.parameter.name, planned.source.tensor(entry.parameter.name))
+    if lost := [name for name in chosen if name not in known]:
+        todo = "Leave --calib out, or give the architecture with --arch"
+        raise PcqError(f"the network has no parameter '{lost[0]}' to calibrate", where=str(planned.model), todo=todo)
+    if asked.data == RANDOM:
+        shape = asked.input_shape or (models.example_shape(planned.arch) if planned.arch else None)
+        if shape is None:
+            todo = "Give it: --input 3x224x224 (channels, height, width)"
+            raise PcqError("to invent samples, one sample's shape has to be known", where="--calib random", todo=todo)
+        settings = replace(CARE, method=asked.solver, seed=asked.seed)
+        outcome = care(network, chosen, shape, settings, asked.samples, progress)
+        said = f"{outcome.samples} invented samples of {'x'.join(map(str, shape))}: no real data was seen"
+        return Calibrated(replace(asked, samples=outcome.samples), network, said, outcome)
+    samples, held_out, said = draw(asked)
+    settings = Settings(method=asked.solver, seed=asked.seed)
+    outcome = calibrate_measured(network, chosen, samples, held_out, settings, progress)
+    return Calibrated(replace(asked, samples=outcome.samples), network, said, outcome)
+
+
+def float_network(planned: "Planned") -> nn.Module:
+    """The network with the weights of the source, in eval mode.
+
+    Raises:
+        PcqError: its architecture is not known.
+    """
+    source = planned.source
+    if planned.arch is None:
+        ready = source.module()
+        if ready is None:
+            raise PcqError(
+                "calibration runs the network, and its architecture is not known",
+                where=str(planned.model),
+                todo="Name it: --arch torchvision:resnet18, --arch timm:NAME, or --arch file.py:function",
+            )
+        return ready.eval()
+    module = models.build(planned.arch)
+    models.load_state(module, source.state_dict(), planned.arch)
+    return module.eval()
+
+
+def draw(asked: Calibration) -> tuple[Tensor, Tensor, str]:
+    """Samples, others held out, and both in words: drawn by the seed from split ``train``, never from ``test``.
+
+    Raises:
+        PcqError: the data is not there, or there are too few samples.
+    """
+    from pcq.data import open_data
+
+    data = open_data(asked.data, "train")
+    count = min(asked.samples or SAMPLES, data.n * 4 // 5)
+    others = min(max(FEWEST, count // 4), data.n - count)
+    if count < FEWEST:
+        raise PcqError(
+            f"{data.n} samples are too few to calibrate with",
+            where=asked.data,
+            allowed=f"{FEWEST * 5 // 4} or more",
+            todo="Give more, or calibrate without data: --calib random",
+        )
+    if asked.samples is not None and count < asked.samples:
+        raise PcqError(
+            f"there are {data.n:,} samples, and {asked.samples:,} with as many as a quarter held out are more",
+            where=asked.data,
+            allowed=f"--samples {FEWEST} to {data.n * 4 // 5}",
+        )
+    order = torch.randperm(data.n, generator=torch.Generator().manual_seed(asked.seed))[: count + others].tolist()
+    taken = [data.take(order[i : i + 64]) for i in range(0, len(order), 64)]
+    x = torch.cat(taken)
+    said = f"{count:,} samples of {data.name}, {data.split}, and {len(x) - count:,} others to judge by; labels unused"
+    return x[:count], x[count:], said
+
+
+def stored(planned: "Planned", made: Calibrated, progress: Progress = silent) -> "list[checkpoint.Done]":
+    """What calibration found as what the artifact holds: every tensor once, shapes and dtypes as planned."""
+    out: list[checkpoint.Done] = []
+    outcome = made.outcome
+    for entry in planned.plan.entries:
+        name = entry.parameter.name
+        if entry.parameter.tied_to is not None:
+            continue
+        if isinstance(entry, Quantized):
+            exact = outcome.moved.get(name, planned.source.tensor(name)).float()
+            value = outcome.quantized[name]
+            noise = float((value.dequantize() - exact).square_().sum(dtype=torch.float64))
+            out.append(checkpoint.Done(entry, value, float(exact.square().sum(dtype=torch.float64)), noise))
+        else:
+            kept = planned.source.tensor(name)
+            fresh = outcome.changed.get(name)
+            out.append(checkpoint.Done(entry, kept if fresh is None else fresh.to(kept.dtype).reshape(kept.shape)))
+    progress("writing", len(out), len(out))
+    return out
