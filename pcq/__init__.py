@@ -9,6 +9,7 @@ from typing import Any
 
 _HOME = {
     "quantize": "pcq.commands",
+    "finetune": "pcq.commands",
     "export_onnx": "pcq.commands",
     "evaluate": "pcq.commands",
     "inspect": "pcq.commands",

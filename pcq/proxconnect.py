@@ -234,14 +234,17 @@ class ProxConnect:
     @contextmanager
     def quantized(self) -> Iterator[None]:
         """Within it the model has its weights on the nearest levels, to be scored as what it is going to be."""
-        kept = [weight.shown.clone() for weight in self._weights.values()]
+        kept = [(weight.shown.clone(), weight.grid) for weight in self._weights.values()]
         for weight in self._weights.values():
+            if self.method.posttraining:
+                weight.grid = qtensor.fit(weight.quantizer, weight.shown, weight.rows)
             weight.shown.copy_(weight.nearest(self._latent(weight)))
         try:
             yield
         finally:
-            for weight, before in zip(self._weights.values(), kept, strict=True):
+            for weight, (before, grid) in zip(self._weights.values(), kept, strict=True):
                 weight.shown.copy_(before)
+                weight.grid = grid
 
     @torch.no_grad()
     def telemetry(self) -> Telemetry:
@@ -322,8 +325,14 @@ class ProxConnect:
             "run": self._run(),
             "step": self.step,
             "hardened": self.hardened,
+            "asked": self._asked,
             "weights": {
-                name: {"latent": self._latent(weight), "mu": weight.mu, "grid": _grid_state(weight.grid)}
+                name: {
+                    "latent": self._latent(weight),
+                    "mu": weight.mu,
+                    "grid": _grid_state(weight.grid),
+                    "codes": weight.codes,
+                }
                 for name, weight in self._weights.items()
             },
         }
@@ -349,11 +358,11 @@ class ProxConnect:
             if got != want:
                 problems.append(PcqError(f"saved with shape {got}, here it has {want}", where=name))
         raise_all(problems)
-        self.step, self.hardened, self._asked = state["step"], state["hardened"], state["step"]
+        self.step, self.hardened, self._asked = state["step"], state["hardened"], state["asked"]
         for name, weight in self._weights.items():
             saved = state["weights"][name]
             weight.mu, weight.grid = saved["mu"], _grid_from(saved["grid"], weight.shown.device)
-            weight.codes = None
+            weight.codes = None if saved["codes"] is None else saved["codes"].to(weight.shown.device)
             self._latent(weight).copy_(saved["latent"])
             self._map_hidden(weight)
 

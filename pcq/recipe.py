@@ -10,6 +10,7 @@ from pcq.errors import PcqError, raise_all
 from pcq.recipe_check import check
 from pcq.recipe_schema import FORMAT, json_schema, kind_of, spell_out
 from pcq.rules import Match, Rule
+from pcq.settings import Finetune
 from pcq.shipped import header, shipped_recipes, shipped_text
 from pcq.strict_yaml import Data, Document, Place, parse, read, scalar
 
@@ -33,12 +34,14 @@ class Recipe:
         name: the file's name without ``.yaml``, unless the file says otherwise.
         description: the comment that the file begins with; not compared.
         rules: the first that matches a weight decides.
+        finetune: how `pcq finetune` trains; None: the file does not say, and it goes by the defaults.
         places: file and line of each rule, as far as known.
     """
 
     name: str
     description: str = field(compare=False)
     rules: tuple[Rule, ...]
+    finetune: Finetune | None = None
     places: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     def where(self, rule: int) -> str:
@@ -47,11 +50,8 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """What is done, defaults written out, as plain data: itself a recipe file (the description is not in it)."""
-        return {
-            "pcq": FORMAT,
-            "name": self.name,
-            "rules": [_rule_to_json(rule) for rule in self.rules],
-        }
+        said = {"pcq": FORMAT, "name": self.name, "rules": [_rule_to_json(rule) for rule in self.rules]}
+        return said if self.finetune is None else said | {"finetune": _without_none(asdict(self.finetune))}
 
     @staticmethod
     def from_json(data: Mapping[str, Any], where: str = "recipe") -> "Recipe":
@@ -124,7 +124,8 @@ def _resolve(
 ) -> Recipe:
     """Check everything and build the recipe; ``name`` holds where the file does not say."""
     file, places = check(document, wheres, problems)
-    return Recipe(file.name or name, description, tuple(Rule(**vars(rule)) for rule in file.rules), places)
+    rules = tuple(Rule(**vars(rule)) for rule in file.rules)
+    return Recipe(file.name or name, description, rules, file.finetune, places)
 
 
 def override(data: Data, overrides: Sequence[str]) -> tuple[dict[Place, str], list[PcqError]]:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from pcq.errors import PcqError, did_you_mean, raise_all
 from pcq.recipe_schema import FORMAT, KINDS, RecipeFile, required, spelled_out
 from pcq.rules import Match, Rule
+from pcq.settings import Finetune
 from pcq.strict_yaml import Data, Document, Place
 
 
@@ -129,6 +130,9 @@ def _sentences(errors: Sequence[Any], data: Data) -> Iterator[_Problem]:
         elif kind in _EXPECTED:
             expected.setdefault(place, []).append(_EXPECTED[kind])
             found[place] = error["input"]
+        elif kind == "value_error" and loc == ("finetune",):
+            for what in str(context["error"]).split("\n"):
+                yield _Problem((*place, what.split()[0]), what)
         elif kind != "value_error" or not (len(loc) == 2 and loc[0] == "rules"):
             yield _sentence(kind, loc, place, context, error["input"])
     for place in {**expected, **choices}:
@@ -204,6 +208,8 @@ def _sentence(kind: str, loc: Sequence[Any], place: Place, context: Mapping[str,
 def _known(loc: Sequence[Any]) -> tuple[str, list[str]]:
     """What holds the key at pydantic's location ``loc``, and the keys it may have."""
     match tuple(loc):
+        case ("finetune", _):
+            return "`finetune`", [each.name for each in fields(Finetune)]
         case (_,):
             return "a recipe", list(RecipeFile.model_fields)
         case ("rules", _, _):

@@ -24,6 +24,7 @@ from pcq.quantizers import (
     Uniform,
 )
 from pcq.rules import Match, Position, Rule
+from pcq.settings import Finetune
 from pcq.strict_yaml import Data
 
 FORMAT = 1
@@ -79,6 +80,7 @@ class RecipeFile(BaseModel):
     pcq: Literal[1]
     name: Annotated[str, StringConstraints(pattern=r"^[\w.+-]+$")] | None = None
     rules: tuple[_Rule, ...]
+    finetune: Finetune | None = None
 
 
 def spell_out(key: str, value: Data) -> Data:
@@ -126,7 +128,7 @@ def json_schema() -> dict[str, Any]:
         made = definitions[type(example).__name__]
         made["properties"] = {"kind": {"const": kind}, **made["properties"]}
         made["required"] = ["kind", *required(kind)]
-    for described in (Match, Rule, *map(type, KINDS.values())):
+    for described in (Match, Rule, Finetune, *map(type, KINDS.values())):
         _describe(definitions[described.__name__], described)
     match, rule = definitions["Match"], definitions["Rule"]
     match["minProperties"] = 1

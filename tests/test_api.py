@@ -15,6 +15,7 @@ def test_names_are_pinned() -> None:
         "PcqError",
         "evaluate",
         "export_onnx",
+        "finetune",
         "inspect",
         "load_network",
         "load_recipe",

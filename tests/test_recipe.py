@@ -187,7 +187,7 @@ BAD: dict[str, tuple[str, list[str]]] = {
     "rule a word": (rules("- ternary"), ["r.yaml:3: a rule has to be a mapping, not 'ternary'."]),
     "unknown section": (
         rules("- match: first", "  levels: binary") + "rule: 3\n",
-        ["r.yaml:5: there is no `rule` in a recipe. Allowed: pcq, name, rules. Did you mean 'rules'?"],
+        ["r.yaml:5: there is no `rule` in a recipe. Allowed: pcq, name, rules, finetune. Did you mean 'rules'?"],
     ),
     "hostile name": (
         "name: ../../x\n" + rules("- match: first", "  levels: binary"),
@@ -331,7 +331,7 @@ def test_all_mistakes_of_a_file_are_told_together_in_the_order_of_its_lines() ->
   - match: "*"
     levels: [ternary]
     keep: because
-finetune: {}
+tuning: {}
 """
     lines = complaint(text)
     assert [int(line.split(":")[1]) for line in lines] == [1, 3, 4, 5, 5, 6, 6, 6, 7, 8, 9, 10, 11, 12, 14]
@@ -705,7 +705,7 @@ def test_overrides_work_on_a_recipe_that_json_wrote() -> None:
         ("rules.1.levels.bits.x=3", "rules.1.levels.bits is a single value, so there is no 'x' in it."),
         (
             "ruls.0.group=3",
-            "there is no `ruls` in a recipe. Allowed: pcq, name, rules. Did you mean 'rules'?",
+            "there is no `ruls` in a recipe. Allowed: pcq, name, rules, finetune. Did you mean 'rules'?",
         ),
         (
             "rules.1.levles.bits=3",

@@ -53,8 +53,8 @@ def answers(command: Callable[P, None]) -> Callable[P, None]:
                 print(json.dumps({"error": str(error), "exit_code": error.exit_code}))
             say(f"pcq: {error}")
             raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
-            say("pcq: interrupted; no output file was changed.")
+        except KeyboardInterrupt as stop:
+            say(f"pcq: {stop}" if str(stop) else "pcq: interrupted; no output file was changed.")
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
             sys.stderr.close()
@@ -101,12 +101,23 @@ def bar(label: str) -> Iterator["Progress"]:
 
 def lines() -> "Progress":
     """Progress for logs: at most one line every five seconds, none for what is quicker."""
-    last = time.monotonic()
+    last = begun = time.monotonic()
+    first = None
 
     def progress(stage: str, done: int, total: int) -> None:
-        nonlocal last
+        nonlocal last, first
+        first = done if first is None else first
         if time.monotonic() - last > LOG_SECONDS:
             last = time.monotonic()
-            say(f"{stage} ({done:,} of {total:,})" if total else stage)
+            left = (last - begun) / max(1, done - first) * (total - done)
+            soon = "" if left < 2 * LOG_SECONDS or done <= first else f", about {duration(left)} left"
+            say(f"{stage} ({done:,} of {total:,}{soon})" if total else stage)
 
     return progress
+
+
+def duration(seconds: float) -> str:
+    """``40 s``, ``12 min``, ``3.5 h``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,346 @@
+"""From a float network to one on its levels that was trained there: ``pcq finetune``."""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from pcq import checkpoint, models, qtensor
+from pcq.commands.networks import load_network
+from pcq.commands.quantizing import Planned, default_path, plan
+from pcq.errors import CheckFailed, PcqError, did_you_mean, raise_all
+from pcq.plan import Kept, Quantized
+from pcq.progress import Progress, silent
+from pcq.proxconnect import Telemetry, targets
+from pcq.qtensor import QuantizedTensor
+from pcq.recipe import Recipe, load_recipe
+from pcq.settings import Finetune, changed
+from pcq.train.batches import own_randomness
+
+if TYPE_CHECKING:
+    from pcq.scores import Scores
+    from pcq.train.loop import BatchNorm, Epoch, Job
+    from pcq.train.splits import Splits
+
+
+@dataclass(frozen=True)
+class FinetuneRow:
+    """One network of the final table: its scores on the samples held out and on the test split, if there is one."""
+
+    weights: str
+    val: "Scores"
+    test: "Scores | None"
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What :func:`finetune` wrote.
+
+    Attributes:
+        path: the artifact.
+        metrics: the measurements of the run, one JSON object a line.
+        planned: what was asked for.
+        settings: how it was trained, with everything settled.
+        data: the training data in words.
+        rows: float, one-shot and fine-tuned, as far as they can be scored; the fine-tuned one is the file read back.
+        epochs: the score of the samples held out and the mean loss after each epoch.
+        batchnorm: the scores before and after its statistics were estimated anew; None where there is none.
+        telemetry: where training stood at its end.
+        warnings: what the reader should know, one sentence each.
+        steps: optimizer steps.
+        resumed_at: the step that an interrupted run went on from.
+        unquantized: for post-training quantization, the held-out score (percent) before the weights were rounded.
+        bytes_before: bytes of all tensors of the input.
+        bytes_after: size of the artifact, as predicted.
+        bits: stored bits per quantized weight, scales and tables included.
+        seconds: all of it, without imports.
+    """
+
+    path: Path
+    metrics: Path
+    planned: Planned
+    settings: Finetune
+    data: str
+    rows: tuple[FinetuneRow, ...]
+    epochs: "tuple[Epoch, ...]"
+    batchnorm: "BatchNorm | None"
+    telemetry: Telemetry
+    warnings: tuple[str, ...]
+    steps: int
+    resumed_at: int | None
+    unquantized: float | None
+    bytes_before: int
+    bytes_after: int
+    bits: float
+    seconds: float
+
+
+@own_randomness()
+def finetune(
+    model: str | Path,
+    recipe: str | Path | Recipe,
+    data: str,
+    *,
+    out: str | Path | None = None,
+    arch: str | None = None,
+    method: str | None = None,
+    epochs: float | None = None,
+    steps: int | None = None,
+    minutes: float | None = None,
+    distill: float | None = None,
+    seed: int | None = None,
+    overrides: Sequence[str] = (),
+    scratch: bool = False,
+    resume: bool = False,
+    save_every: int | None = None,
+    allow_globals: Sequence[str] = (),
+    unsafe_pickle: bool = False,
+    force: bool = False,
+    progress: Progress = silent,
+) -> FinetuneResult:
+    """Train a network whose weights are to lie on the recipe's levels, and write the artifact.
+
+    Beside the artifact ``X.safetensors`` are written ``X.metrics.jsonl`` and, while the run goes on, ``X.resume``.
+
+    Args:
+        model: a float checkpoint in any form of the README's table.
+        recipe: a recipe file, the name of a shipped one, or a loaded one; its section ``finetune`` says how to train.
+        data: a data spec; trained on is its split ``train``, looked at on the way ``val``, and once, at the end,
+            ``test``.
+        out: the artifact's path; default ``<model>.<recipe>.ft.safetensors`` beside the model.
+        arch: the architecture, where it is not recognised.
+        method, epochs, steps, minutes, distill, seed: instead of what the recipe says; see ``pcq.settings.Finetune``.
+        overrides: ``path=value`` changes of the recipe, such as ``finetune.lr=0.001``.
+        scratch: start from random weights, not from the model's.
+        resume: go on with this run where it was interrupted.
+        save_every: steps between saves of what a run can go on from; default: every two minutes.
+        allow_globals: ``package.Class`` names that a pickled model may load.
+        unsafe_pickle: load a pickle that can execute code. Only for files you trust.
+        force: replace a file at ``out`` that pcq did not write, and what an interrupted run has left.
+        progress: called after every step.
+
+    Raises:
+        PcqError: the model, the recipe or the data is not usable, or they do not fit one another.
+        CheckFailed: the loss is not a number any more, weights are off their levels, or the file is not as predicted.
+        KeyboardInterrupt: SIGINT or SIGTERM; the message says how to go on.
+    """
+    from pcq.train import loop, report
+    from pcq.train.splits import open_splits
+
+    begun = time.perf_counter()
+    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    said = {"method": method, "distill": distill, "seed": seed, "epochs": epochs, "steps": steps, "minutes": minutes}
+    given = {key: value for key, value in said.items() if value is not None}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    settings = loop.settled(changed(loaded.finetune or Finetune(), **given), data, device)
+    rules = replace(loaded, finetune=settings)
+    planned = plan(model, rules, arch=arch, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle)
+    files = Files.beside(Path(out) if out is not None else default_path(planned.model, f"{rules.name}.ft"))
+    checkpoint.refuse_overwrite(files.artifact, inputs=[planned.model], force=force)
+    if files.saved.exists() and not (resume or force):
+        todo = "Go on with it by --resume, or start over with --force"
+        raise PcqError("a run was interrupted here", where=str(files.saved), todo=todo)
+    splits = open_splits(data, settings.augment == "resized-crop")
+    if splits.train.labels is None:
+        settings = replace(settings, distill=1.0)
+        rules = replace(rules, finetune=settings)
+    original = build(planned)
+    module = original_or_new(planned, original, settings.seed if scratch else None).to(device)
+    fixed = freeze(module, planned, settings)
+    weights = targets(planned.plan, dict(module.named_parameters()))
+    job = loop.Job(
+        module,
+        original.to(device) if settings.distill else None,
+        {name: target for name, target in weights.items() if name not in fixed},
+        splits,
+        data,
+        settings,
+        files.saved,
+        files.metrics,
+        fingerprint(planned, rules, splits, data, scratch),
+        save_every,
+    )
+    trained = loop.train(job, resume=resume, progress=progress)
+    header = checkpoint.make_header(planned.plan, arch=planned.arch, recipe=rules.to_json(), source=planned.source)
+    values = stored(planned, module, {**trained.quantized, **fixed})
+    size = checkpoint.write_artifact(files.artifact, header, values)
+    if size != files.artifact.stat().st_size:
+        raise CheckFailed("the artifact does not have the size that was predicted", where=str(files.artifact))
+    files.saved.unlink(missing_ok=True)
+    rows = table(job, planned, original, files.artifact, progress)
+    return FinetuneResult(
+        files.artifact,
+        files.metrics,
+        planned,
+        settings,
+        splits.train.describe(),
+        rows,
+        trained.epochs,
+        trained.batchnorm,
+        trained.telemetry[-1],
+        (*splits.notes, *report.warnings(trained, settings)),
+        trained.steps,
+        trained.resumed_at,
+        trained.unquantized,
+        planned.source.nbytes,
+        size,
+        planned.plan.bits,
+        time.perf_counter() - begun,
+    )
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a run writes."""
+
+    artifact: Path
+    metrics: Path
+    saved: Path
+
+    @staticmethod
+    def beside(artifact: Path) -> "Files":
+        stem = artifact.name.removesuffix(".safetensors")
+        return Files(artifact, artifact.with_name(f"{stem}.metrics.jsonl"), artifact.with_name(f"{stem}.resume"))
+
+
+def build(planned: Planned) -> nn.Module:
+    """The network with the model's weights, float32, in eval mode.
+
+    Raises:
+        PcqError: the architecture is not known.
+    """
+    if planned.arch is None:
+        what = "training needs the architecture's code, and an exported program has none"
+        raise PcqError(
+            what if planned.source.make_module is not None else "the architecture is not known",
+            where=str(planned.model),
+            todo="Name it: --arch torchvision:resnet18, --arch timm:NAME, or --arch file.py:function",
+        )
+    module = models.build(planned.arch)
+    models.load_state(module, {name: planned.source.tensor(name) for name in planned.source.names}, planned.arch)
+    return module.float().eval()
+
+
+def original_or_new(planned: Planned, original: nn.Module, seed: int | None) -> nn.Module:
+    """A network of its own to train: with the model's weights, or with random ones."""
+    assert planned.arch is not None
+    with torch.random.fork_rng():
+        torch.manual_seed(0 if seed is None else seed)
+        module = models.build(planned.arch).float()
+    if seed is None:
+        module.load_state_dict(original.state_dict())
+    return module
+
+
+def freeze(module: nn.Module, planned: Planned, settings: Finetune) -> dict[str, QuantizedTensor]:
+    """Take what ``settings.freeze`` matches out of training; its weights with levels are rounded now.
+
+    Raises:
+        PcqError: a pattern matches nothing, or all is frozen.
+    """
+    parameters = dict(module.named_parameters())
+    problems = [
+        PcqError(f"'{pattern}' matches no parameter", where="finetune.freeze", todo=did_you_mean(pattern, parameters))
+        for pattern in settings.freeze
+        if not any(fnmatchcase(name, pattern) for name in parameters)
+    ]
+    raise_all(problems)
+    chosen = {name for name in parameters if any(fnmatchcase(name, pattern) for pattern in settings.freeze)}
+    fixed = {}
+    for name in chosen:
+        parameters[name].requires_grad_(False)
+    for entry in planned.plan.quantized:
+        name = entry.parameter.name
+        if name in chosen:
+            fixed[name] = qtensor.quantize(entry.quantizer, parameters[name].detach(), entry.rows)
+            parameters[name].data.copy_(fixed[name].dequantize())
+    if {entry.parameter.name for entry in planned.plan.quantized if entry.parameter.tied_to is None} <= chosen:
+        what = (
+            "no weight with levels is left to train" if planned.plan.quantized else "the recipe gives no weight levels"
+        )
+        raise PcqError(what, where="finetune.freeze" if chosen else planned.recipe.name)
+    return fixed
+
+
+def fingerprint(planned: Planned, recipe: Recipe, splits: "Splits", data: str, scratch: bool) -> dict[str, str]:
+    """What has to be the same for a run to go on."""
+    samples = hashlib.sha256()
+    for part in (splits.train, splits.val):
+        samples.update(f"{part.n} {part.shape}".encode())
+        if part.labels is not None:
+            samples.update(part.labels.numpy().tobytes())
+        samples.update(part.take([0, part.n - 1]).numpy().tobytes())
+    weights = hashlib.sha256()
+    for name in planned.source.names:
+        weights.update(name.encode())
+        weights.update(planned.source.tensor(name).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return {
+        "recipe": json.dumps(recipe.to_json(), sort_keys=True),
+        "model": f"{planned.arch}, {'random weights' if scratch else weights.hexdigest()[:16]}",
+        "data": f"{data}, {samples.hexdigest()[:16]}",
+    }
+
+
+def stored(
+    planned: Planned, module: nn.Module, quantized: Mapping[str, QuantizedTensor]
+) -> Iterator[tuple[str, QuantizedTensor | Tensor]]:
+    """The artifact's tensors: codes where there are levels, all else in the dtype it came in."""
+    state = module.state_dict()
+    for entry in planned.plan.entries:
+        name = entry.parameter.name
+        if entry.parameter.tied_to is not None:
+            continue
+        if isinstance(entry, Quantized):
+            done = quantized[name]
+            yield name, QuantizedTensor(done.codes.cpu(), done.grid.map(lambda t: t.cpu()), done.rows)
+        else:
+            assert isinstance(entry, Kept), entry
+            yield name, state[name].detach().cpu().to(getattr(torch, entry.parameter.dtype))
+
+
+def table(
+    job: "Job", planned: Planned, original: nn.Module, artifact: Path, progress: Progress
+) -> tuple[FinetuneRow, ...]:
+    """Score the float network, its one-shot quantization, and the file that was written, read back."""
+    from pcq.scores import evaluate, module_predictor
+
+    device = next(job.module.parameters()).device
+    oneshot = original_or_new(planned, original.cpu(), None)
+    parameters = dict(oneshot.named_parameters())
+    for entry in planned.plan.quantized:
+        if entry.parameter.tied_to is None:
+            data = parameters[entry.parameter.name].data
+            data.copy_(qtensor.quantize(entry.quantizer, data, entry.rows).dequantize())
+    tuned = load_network(checkpoint.read_artifact(artifact), artifact, planned.arch).module.float()
+    sets = [each for each in (job.splits.val, job.splits.test) if each is not None]
+    labelled = job.splits.val.labels is not None
+    reference = module_predictor(original.to(device))
+    rows = []
+    for name, module in (("float", original), ("one-shot", oneshot), ("fine-tuned", tuned)):
+        if name == "float" and not labelled:
+            continue
+        compared = None if name == "float" else reference
+        scores = [
+            evaluate(
+                module_predictor(module.to(device)), each, reference=compared, progress=labelled_by(name, progress)
+            )
+            for each in sets
+        ]
+        rows.append(FinetuneRow(name, scores[0], scores[1] if len(scores) > 1 else None))
+    return tuple(rows)
+
+
+def labelled_by(name: str, progress: Progress) -> Progress:
+    """``progress`` of scoring the network ``name``."""
+
+    def told(stage: str, done: int, total: int) -> None:
+        progress(f"{stage} {name}", done, total)
+
+    return told

@@ -1,0 +1,154 @@
+"""How to fine-tune: the ``finetune:`` section of a recipe, and what its words stand for."""
+
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from pcq.errors import PcqError
+from pcq.methods import METHODS, Method, SignSwish
+from pcq.prox import Hard
+from pcq.schedules import Cosine, Geometric, Linear, MirroredSigmoid, Schedule, Theory
+
+MethodName = Literal[
+    "binaryconnect", "proxconnect", "reverse", "proxquant", "binaryrelax", "parq", "bnn", "bnn+", "bnn++",
+    "posttraining",
+]  # fmt: skip
+assert set(get_args(MethodName)) == METHODS.keys()
+
+LEARNING_RATES = {"adamw": 2e-3, "sgd": 2e-2}
+"""Where the recipe does not say one."""
+
+EPOCHS = 10.0
+"""Where the recipe does not say how long."""
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """How to fine-tune on the levels that the rules give.
+
+    Attributes:
+        method: the algorithm; all of them work with the same other settings.
+        anneal: how the pull towards the levels grows; `auto`: as the method's authors have it.
+        anneal_start: share of the training before which there is no pull.
+        anneal_end: share of the training from which on every weight is on its nearest level.
+        relative: each gap between levels hardens by its own width, all together; false: narrow gaps first.
+        refit: optimizer steps between refits of the levels to the moving weights; 0: they stay as first fitted.
+        epochs: passes over the training data (10 where nothing is said).
+        steps: optimizer steps, instead of epochs.
+        minutes: time, instead of epochs; a few steps are timed first to settle how many there are.
+        batch: samples for each optimizer step.
+        optimizer: `adamw`, or `sgd` with Nesterov momentum 0.9.
+        lr: highest learning rate; 0.002 for adamw and 0.02 for sgd where nothing is said.
+        rate: `onecycle` rises over 30 % of the training and falls to 0, `cosine` falls after 5 % of warm-up, `step`
+            falls to a tenth at 50 % and again at 75 %, `constant` stays.
+        weight_decay: of weights; biases and norms have none.
+        clip: largest norm of the gradient; 0: any.
+        smoothing: label smoothing.
+        distill: share of the loss that compares with the float network's outputs; the rest compares with the labels.
+        augment: random changes of the training images; `auto`: those usual for the data set.
+        freeze: patterns of parameters that stay as they are; those with levels are rounded once.
+        precision: `bf16` computes in bfloat16 where it is safe; `auto`: where the machine is quick at it.
+        batchnorm: batches from which the statistics of BatchNorm are estimated anew at the end; 0: never.
+        seed: of everything random.
+    """
+
+    method: MethodName = "proxconnect"
+    anneal: Literal["auto", "linear", "cosine", "sigmoid", "geometric", "theory"] = "auto"
+    anneal_start: float = 0.0
+    anneal_end: float = 0.75
+    relative: bool = True
+    refit: int = 20
+    epochs: float | None = None
+    steps: int | None = None
+    minutes: float | None = None
+    batch: int = 128
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float | None = None
+    rate: Literal["onecycle", "cosine", "step", "constant"] = "onecycle"
+    weight_decay: float = 1e-4
+    clip: float = 0.0
+    smoothing: float = 0.0
+    distill: float = 0.0
+    augment: Literal["auto", "none", "crop", "crop-flip", "resized-crop"] = "auto"
+    freeze: tuple[str, ...] = ()
+    precision: Literal["auto", "bf16", "float32"] = "auto"
+    batchnorm: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("anneal_start", 0 <= self.anneal_start <= 1, "a share of the training from 0 to 1"),
+            ("anneal_end", 0 <= self.anneal_end < 1, "a share of the training below 1: the last part is for settling"),
+            ("anneal_end", self.anneal_end >= min(1.0, self.anneal_start), "a share that is not before anneal_start"),
+            ("refit", self.refit >= 0, "0 or a number of steps"),
+            ("epochs", self.epochs is None or self.epochs > 0, "a number above 0"),
+            ("steps", self.steps is None or self.steps >= 1, "1 or more"),
+            ("minutes", self.minutes is None or self.minutes > 0, "a number above 0"),
+            ("batch", self.batch >= 1, "1 or more"),
+            ("lr", self.lr is None or self.lr > 0, "a number above 0"),
+            ("weight_decay", self.weight_decay >= 0, "0 or more"),
+            ("clip", self.clip >= 0, "0 or more"),
+            ("smoothing", 0 <= self.smoothing < 1, "a number from 0 to below 1"),
+            ("distill", 0 <= self.distill <= 1, "a share of the loss from 0 to 1"),
+            ("batchnorm", self.batchnorm >= 0, "0 or a number of batches"),
+            ("seed", 0 <= self.seed < 2**31, "0 to 2147483647"),
+        )
+        problems = [
+            f"{key} is {getattr(self, key)}, which has to be {allowed}" for key, holds, allowed in checks if not holds
+        ]
+        given = [key for key in ("epochs", "steps", "minutes") if getattr(self, key) is not None]
+        if len(given) > 1:
+            problems.append(f"{given[-1]} and {given[0]} both say how long to train; keep one of them")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    @property
+    def learning_rate(self) -> float:
+        """The highest."""
+        return LEARNING_RATES[self.optimizer] if self.lr is None else self.lr
+
+
+def changed(settings: Finetune, **changes: object) -> Finetune:
+    """``settings`` with other values; a new duration replaces the old one.
+
+    Raises:
+        PcqError: a value is not allowed.
+    """
+    if {"epochs", "steps", "minutes"} & changes.keys():
+        changes = {"epochs": None, "steps": None, "minutes": None, **changes}
+    if changes.get("method", settings.method) not in METHODS:
+        from pcq.errors import did_you_mean
+
+        word = str(changes["method"])
+        raise PcqError(
+            f"there is no method '{word}'", where="method", allowed=", ".join(METHODS), todo=did_you_mean(word, METHODS)
+        )
+    try:
+        return replace(settings, **changes)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise PcqError(str(error).replace("\n", "; "), where="finetune") from None
+
+
+def method_of(settings: Finetune) -> Method:
+    """The algorithm, its prox with absolute or relative shifts."""
+    method = METHODS[settings.method]
+    if isinstance(method.prox, Hard | SignSwish):
+        return method
+    return replace(method, prox=replace(method.prox, relative=settings.relative))
+
+
+def schedule_of(settings: Finetune) -> Schedule:
+    """The strength over the training."""
+    start, end, kind = settings.anneal_start, settings.anneal_end, settings.anneal
+    if kind == "auto":
+        own: dict[str, Literal["sigmoid", "geometric"]] = {"parq": "sigmoid", "binaryrelax": "geometric"}
+        kind = own.get(settings.method, "linear")
+    match kind:
+        case "cosine":
+            return Cosine(start, end)
+        case "sigmoid":
+            return MirroredSigmoid(start, end)
+        case "geometric":
+            return Geometric(start, end)
+        case "theory":
+            return Theory(end)
+    return Linear(start, end)

@@ -1,0 +1,405 @@
+"""The fine-tune: from a float network and levels for its weights to a network on its levels.
+
+``train`` is a loop over steps whose whole state is in ``_Run``; everything else is a function of the settings and of
+the step's number. So a run goes on bit by bit from any step at which it was saved.
+"""
+
+import copy
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pcq.errors import CheckFailed, PcqError
+from pcq.progress import Progress, silent
+from pcq.proxconnect import ProxConnect, Target, Telemetry
+from pcq.qtensor import QuantizedTensor
+from pcq.scores import Scores, evaluate, module_predictor
+from pcq.settings import EPOCHS, Finetune, method_of, schedule_of
+from pcq.train import augment, batchnorm, saving
+from pcq.train.batches import Batches, own_randomness
+from pcq.train.splits import Splits
+from pcq.train.step import logits, loss_of, make_optimizer, rate, update
+from pcq.train.stopping import Interrupted, Stop, listening
+
+LINES = 100
+"""Measurements over a run."""
+
+SAVE_SECONDS = 120.0
+"""Between saves, where no number of steps is given."""
+
+LOOK_BATCHES = 10
+"""For the BatchNorm statistics of an epoch's score."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to train.
+
+    Attributes:
+        module: the network with the weights to start from, on its device; it is trained in place.
+        teacher: the float network, where its outputs are needed.
+        weights: what gets levels, by name.
+        splits: the data.
+        data: its spec.
+        settings: all else; ``augment`` and ``precision`` settled.
+        saved: where the state goes that the run can go on from.
+        metrics: where the measurements go.
+        fingerprint: of recipe, model and data: what a saved state has to agree with.
+        save_every: steps between saves; None: by the clock.
+    """
+
+    module: nn.Module
+    teacher: nn.Module | None
+    weights: Mapping[str, Target]
+    splits: Splits
+    data: str
+    settings: Finetune
+    saved: Path
+    metrics: Path
+    fingerprint: Mapping[str, str]
+    save_every: int | None = None
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One look: the score (percent) of the held-out samples with the weights on their levels, and the mean loss."""
+
+    step: int
+    epoch: float
+    loss: float
+    score: float
+
+
+@dataclass(frozen=True)
+class BatchNorm:
+    """Scores (percent) of the held-out samples with the statistics of training and with those estimated anew."""
+
+    before: float
+    after: float
+    kept: bool
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came out; the module holds it too.
+
+    Attributes:
+        quantized: codes and levels of each weight that has some.
+        epochs: one look an epoch.
+        batchnorm: None where there is nothing to estimate.
+        telemetry: the measurements over the run, the last one at its end.
+        steps: optimizer steps.
+        hard_from: the step from which on all weights were on their levels.
+        unquantized: for post-training quantization, the score before the weights were rounded.
+        resumed_at: the step that the run went on from, if it was interrupted.
+    """
+
+    quantized: dict[str, QuantizedTensor]
+    epochs: tuple[Epoch, ...]
+    batchnorm: BatchNorm | None
+    telemetry: tuple[Telemetry, ...]
+    steps: int
+    hard_from: int
+    unquantized: float | None
+    resumed_at: int | None
+
+
+@dataclass
+class _Run:
+    """All that changes from step to step."""
+
+    optimizer: torch.optim.Optimizer
+    prox: ProxConnect
+    total: int
+    losses: Tensor
+    step: int = 0
+    looked: int = 0
+    counted: int = 0
+    epochs: list[Epoch] = field(default_factory=list)
+    telemetry: list[Telemetry] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def quick_in_bf16(device: torch.device) -> bool:
+    """Whether the machine multiplies bfloat16 faster than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    flags = Path("/proc/cpuinfo")
+    return device.type == "cpu" and flags.is_file() and "avx512_bf16" in flags.read_text(errors="ignore")
+
+
+def settled(settings: Finetune, data: str, device: torch.device) -> Finetune:
+    """``settings`` with every ``auto`` made up, but for ``anneal``, which belongs to the method."""
+    precision = settings.precision
+    if precision == "auto":
+        precision = "bf16" if quick_in_bf16(device) else "float32"
+    return replace(settings, augment=augment.settle(settings.augment, data), precision=precision)
+
+
+def train(job: Job, *, resume: bool = False, progress: Progress = silent) -> Trained:
+    """Minimise the loss over weights on their levels, by the recipe's method.
+
+    Args:
+        job: what to train.
+        resume: go on with the interrupted run in ``job.saved``.
+        progress: called after every step.
+
+    Raises:
+        PcqError: the settings, the network and the data do not fit one another, or there is no such run to resume.
+        CheckFailed: the loss is not a number any more.
+        Interrupted: SIGINT or SIGTERM; the state was saved.
+    """
+    settings, module = job.settings, job.module
+    size = min(settings.batch, job.splits.train.n)
+    change = augment.make(settings.augment, job.splits.plain.shape)  # type: ignore[arg-type]
+    threads = 2 if job.data.startswith("folder:") else 0
+    batches = Batches(job.splits.train, size, settings.seed, change, threads)
+    saved = saving.load(job.saved, job.fingerprint) if resume else None
+    with own_randomness(), listening() as stop:
+        total = saved["total"] if saved else _total(job, batches)
+        optimizer = make_optimizer(settings, module.parameters())
+        prox = ProxConnect(
+            optimizer,
+            job.weights,
+            method_of(settings),
+            schedule_of(settings),
+            steps=total,
+            refit=settings.refit or None,
+        )
+        device = next(module.parameters()).device
+        run = _Run(optimizer, prox, total, torch.zeros((), dtype=torch.float64, device=device))
+        if saved:
+            _restore(run, module, saved)
+        measured = saving.Metrics(job.metrics, saved["metrics"] if saved else 0)
+        try:
+            _steps(job, run, batches, measured, stop, progress)
+            return _finished(job, run, batches, measured, stop, saved["step"] if saved else None)
+        except _ScoringStopped:
+            raise _interrupted(job, run, stop) from None
+        finally:
+            prox.detach()
+            measured.close()
+
+
+def _total(job: Job, batches: Batches) -> int:
+    """Optimizer steps, from the recipe's duration."""
+    settings = job.settings
+    if settings.steps is not None:
+        return settings.steps
+    if settings.minutes is None:
+        return max(1, round((settings.epochs or EPOCHS) * batches.an_epoch))
+    trial, limit = copy.deepcopy(job.module).train(), time.perf_counter() + 20
+    optimizer = make_optimizer(settings, trial.parameters())
+    times: list[float] = []
+    for x, y in batches.run(0, 12):
+        start = time.perf_counter()
+        update(settings, optimizer, trial, _loss(job, trial, x, y), 1e-8)
+        times.append(time.perf_counter() - start)
+        if time.perf_counter() > limit:
+            break
+    seconds = sorted(times)[len(times) // 2] * 1.1  # looks and measurements
+    return max(1, round(settings.minutes * 60 / seconds))
+
+
+def _loss(job: Job, module: nn.Module, x: Tensor, y: Tensor | None) -> Tensor:
+    device = next(module.parameters()).device
+    x = placed(x, device)
+    bf16 = job.settings.precision == "bf16"
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        wanted = None
+        if job.teacher is not None:
+            with torch.no_grad():
+                wanted = logits(job.teacher(x))
+        try:
+            out = logits(module(x))
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            told = str(error).strip().partition("\n")[0] or type(error).__name__
+            where = f"samples of {'x'.join(map(str, x.shape[1:]))}"
+            raise PcqError(f"the network does not take them: {told}", where=where) from error
+    if y is not None and int(y.max()) >= out.shape[1]:
+        raise PcqError(f"a label is {int(y.max())}", where=job.data, allowed=f"0 to {out.shape[1] - 1}, the outputs")
+    return loss_of(job.settings, out, None if y is None else y.to(device), wanted)
+
+
+def placed(x: Tensor, device: torch.device) -> Tensor:
+    """On the device; images with their channels last, which is how convolutions like them."""
+    if x.ndim == 4:
+        return x.to(device, memory_format=torch.channels_last)
+    return x.to(device)
+
+
+def _steps(job: Job, run: _Run, batches: Batches, measured: saving.Metrics, stop: Stop, progress: Progress) -> None:
+    """From wherever the run stands to its last step."""
+    settings, module, total = job.settings, job.module, run.total
+    every = max(1, total // LINES)
+    begun, first = time.perf_counter() - run.seconds, run.step
+    saved_at = time.perf_counter()
+    coming = batches.run(run.step, total)
+    while True:
+        run.seconds = time.perf_counter() - begun
+        if run.looked < run.step and (run.step % batches.an_epoch == 0 or run.step == total):
+            _look(job, run, batches, measured, _heeding(stop))
+        due = run.step % job.save_every == 0 if job.save_every else time.perf_counter() - saved_at > SAVE_SECONDS
+        if stop.wanted or (due and run.step > first) or run.step == total:
+            _save(job, run, measured)
+            saved_at = time.perf_counter()
+        if stop.wanted:
+            raise _interrupted(job, run, stop)
+        if run.step == total:
+            return
+        x, y = next(coming)
+        learning_rate = rate(settings, run.step / total)
+        module.train()
+        loss = _loss(job, module, x, y)
+        update(settings, run.optimizer, module, loss, learning_rate)
+        run.step += 1
+        run.losses += loss.detach().to(run.losses)
+        run.counted += 1
+        if run.step % every == 0 or run.step == total:
+            _refuse_nan(job, run)
+            seen = run.prox.telemetry()
+            run.telemetry.append(seen)
+            line = {"kind": "step", "epoch": round(run.step / batches.an_epoch, 4), "lr": learning_rate}
+            mean = float(run.losses / run.counted)
+            measured.write({**line, "loss": mean, **asdict(seen), "seconds": round(time.perf_counter() - begun, 2)})
+        progress(_stage(run, batches), run.step, total)
+
+
+def _stage(run: _Run, batches: Batches) -> str:
+    score = f", {run.epochs[-1].score:.2f} % held out" if run.epochs else ""
+    return f"epoch {(run.step - 1) // batches.an_epoch + 1} of {-(-run.total // batches.an_epoch)}{score}"
+
+
+def _heeding(stop: Stop) -> Progress:
+    """Scoring takes long, so a signal ends it."""
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stop.wanted:
+            raise _ScoringStopped
+
+    return progress
+
+
+class _ScoringStopped(Exception):
+    """A signal came while the held-out samples were being scored."""
+
+
+def _refuse_nan(job: Job, run: _Run) -> None:
+    if not bool(torch.isfinite(run.losses)):
+        kept = f" The last saved state is {job.saved}." if job.saved.is_file() else ""
+        raise CheckFailed(
+            f"the loss is not a number any more at step {run.step}",
+            todo=f"Lower the learning rate (--set finetune.lr={job.settings.learning_rate / 4:g}), "
+            f"or limit the gradient (--set finetune.clip=1).{kept}",
+        )
+
+
+def scored(module: nn.Module, job: Job, progress: Progress = silent) -> Scores:
+    """Of the held-out samples; without labels, agreement with the float network."""
+    reference = None if job.teacher is None or job.splits.val.labels is not None else module_predictor(job.teacher)
+    return evaluate(module_predictor(module), job.splits.val, reference=reference, progress=progress)
+
+
+def number(scores: Scores) -> float:
+    """The one to choose by: top-1, or agreement where there are no labels."""
+    value = scores.top1 if scores.top1 is not None else scores.agreement
+    assert value is not None
+    return value
+
+
+def _plain(job: Job, batches: Batches, count: int) -> Iterator[Tensor]:
+    """``count`` batches of training samples as they are, in a fixed order that mixes the classes."""
+    calm = replace(batches, data=job.splits.plain, augment=None, rank=0, world=1)
+    device = next(job.module.parameters()).device
+    for step in range(min(count, calm.an_epoch)):
+        yield placed(calm.make(step)[0], device)
+
+
+def _look(job: Job, run: _Run, batches: Batches, measured: saving.Metrics, progress: Progress) -> None:
+    """Score the held-out samples with the weights on their levels."""
+    _refuse_nan(job, run)
+    samples = _plain(job, batches, min(LOOK_BATCHES, job.settings.batchnorm))
+    try:
+        with run.prox.quantized(), batchnorm.borrowed(job.module, samples):
+            score = number(scored(job.module, job, progress))
+    except _ScoringStopped:
+        return
+    epoch = run.step / batches.an_epoch
+    mean = float(run.losses / max(1, run.counted))
+    run.epochs.append(Epoch(run.step, epoch, mean, score))
+    run.losses.zero_()
+    run.counted, run.looked = 0, run.step
+    measured.write({"kind": "epoch", "epoch": round(epoch, 4), "step": run.step, "loss": mean, "score": score})
+
+
+def _save(job: Job, run: _Run, measured: saving.Metrics) -> None:
+    _refuse_nan(job, run)
+    mine = {name: tensor for name, tensor in job.module.state_dict().items() if name not in job.weights}
+    state = {
+        "module": mine,
+        "optimizer": run.optimizer.state_dict(),
+        "prox": run.prox.state_dict(),
+        "total": run.total,
+        "step": run.step,
+        "looked": run.looked,
+        "losses": run.losses,
+        "counted": run.counted,
+        "epochs": [asdict(epoch) for epoch in run.epochs],
+        "telemetry": [asdict(seen) for seen in run.telemetry],
+        "seconds": run.seconds,
+        "metrics": measured.flushed(),
+    }
+    saving.save(job.saved, state, job.fingerprint)
+
+
+def _restore(run: _Run, module: nn.Module, saved: Mapping[str, Any]) -> None:
+    module.load_state_dict(saved["module"], strict=False)
+    run.optimizer.load_state_dict(saved["optimizer"])
+    run.prox.load_state_dict(saved["prox"])
+    run.step, run.looked, run.counted, run.seconds = (saved[k] for k in ("step", "looked", "counted", "seconds"))
+    run.losses.copy_(saved["losses"])
+    run.epochs = [Epoch(**epoch) for epoch in saved["epochs"]]
+    run.telemetry = [Telemetry(**seen) for seen in saved["telemetry"]]
+
+
+def _interrupted(job: Job, run: _Run, stop: Stop) -> Interrupted:
+    return Interrupted(
+        f"stopped by {stop.wanted} after {run.step:,} of {run.total:,} steps; the run is saved in {job.saved}. "
+        "Give the same command with --resume to go on."
+    )
+
+
+def _finished(
+    job: Job, run: _Run, batches: Batches, measured: saving.Metrics, stop: Stop, resumed_at: int | None
+) -> Trained:
+    """Round what is left, check that every weight is on its levels, settle BatchNorm."""
+    module, settings, heed = job.module, job.settings, _heeding(stop)
+    unquantized = number(scored(module, job, heed)) if run.prox.method.posttraining else None
+    quantized = run.prox.finish()
+    settled_as = None
+    if settings.batchnorm and (kept := batchnorm.statistics(module)):
+        before = number(scored(module, job, heed))
+        batchnorm.reestimate(module, _plain(job, batches, settings.batchnorm))
+        after = number(scored(module, job, heed))
+        if after <= before:
+            batchnorm.put(module, kept)
+        settled_as = BatchNorm(before, after, after > before)
+        measured.write({"kind": "batchnorm", **asdict(settled_as)})
+    module.eval()
+    strength = run.prox.schedule.strength
+    hard_from = next((t for t in range(run.total) if strength(t / run.total, 1.0) >= 1), run.total)
+    return Trained(
+        quantized,
+        tuple(run.epochs),
+        settled_as,
+        tuple(run.telemetry),
+        run.total,
+        hard_from,
+        unquantized,
+        resumed_at,
+    )

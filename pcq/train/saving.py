@@ -1,0 +1,94 @@
+"""What a run can go on from, on disk: whole or not at all, and only for the same recipe, model and data."""
+
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pcq.atomic import atomic
+from pcq.errors import CheckFailed, PcqError, raise_all
+
+FORMAT = 1
+
+
+def save(path: Path, state: Mapping[str, Any], fingerprint: Mapping[str, str]) -> None:
+    """Write ``state`` (tensors and plain values) beside ``path``, flush, rename."""
+    with atomic(path) as draft:
+        torch.save({"pcq_run": FORMAT, "fingerprint": dict(fingerprint), "state": dict(state)}, draft)
+
+
+def load(path: Path, fingerprint: Mapping[str, str]) -> dict[str, Any]:
+    """The state that :func:`save` wrote.
+
+    Raises:
+        PcqError: nothing is there, or it belongs to another run.
+        CheckFailed: the file is damaged.
+    """
+    if not path.is_file():
+        raise PcqError("there is no interrupted run to go on with", where=str(path), todo="Leave out --resume")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        version, theirs, state = saved["pcq_run"], saved["fingerprint"], saved["state"]
+    except (OSError, EOFError, RuntimeError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        told = str(error).strip().partition("\n")[0]
+        todo = "Start over with --force"
+        raise CheckFailed(f"the saved run cannot be read: {told}", where=str(path), todo=todo) from error
+    if version != FORMAT:
+        raise PcqError(f"the saved run has format {version}", where=str(path), allowed=f"format {FORMAT}")
+    raise_all(
+        [
+            PcqError(
+                f"the interrupted run had another {key} ({_difference(theirs.get(key, 'nothing'), mine)})",
+                where=str(path),
+                todo="Give the command as it was, or start over with --force instead of --resume",
+            )
+            for key, mine in fingerprint.items()
+            if theirs.get(key) != mine
+        ]
+    )
+    return dict(state)
+
+
+def _difference(theirs: str, mine: str) -> str:
+    """Both, or of two recipes the settings that differ."""
+    try:
+        a, b = (_flat(json.loads(text)) for text in (theirs, mine))
+    except ValueError:
+        return f"{theirs}, now {mine}"
+    keys = [key for key in {**a, **b} if a.get(key) != b.get(key)]
+    return ", ".join(f"{key} {a.get(key)}, now {b.get(key)}" for key in keys[:3]) or "written otherwise"
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict | list):
+        return {path: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {k: v for key, each in items for k, v in _flat(each, f"{path}.{key}" if path else str(key)).items()}
+
+
+class Metrics:
+    """``metrics.jsonl``: a line for each measurement; going on cuts off what came after the saved step."""
+
+    def __init__(self, path: Path, keep: int = 0) -> None:
+        if keep and (not path.is_file() or path.stat().st_size < keep):
+            keep = 0
+        self.path = path
+        self._file = open(path, "r+b" if keep else "wb")  # noqa: SIM115  (closed by close)
+        self._file.truncate(keep)
+        self._file.seek(keep)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(line).encode() + b"\n")
+        self._file.flush()
+
+    def flushed(self) -> int:
+        """Bytes so far, all of them on the disk."""
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()

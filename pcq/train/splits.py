@@ -1,0 +1,99 @@
+"""What is trained on, what is looked at on the way, and what is looked at once, at the end."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pcq.data import Data, open_data
+from pcq.errors import CheckFailed, PcqError
+from pcq.spec import Spec, parse
+
+HELD_OUT = 5000
+"""Samples held out of training where the data has no ``val``; at most a tenth of them."""
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Three disjoint sets.
+
+    Attributes:
+        train: what is trained on, large enough for ``augment`` to cut its crops from.
+        plain: the same samples as the network takes them, without any change.
+        val: looked at on the way, to choose by.
+        test: looked at once, at the end; None where the data has none besides what is trained on.
+        notes: what was found and done, one sentence each.
+    """
+
+    train: Data
+    plain: Data
+    val: Data
+    test: Data | None
+    notes: tuple[str, ...]
+
+
+def open_splits(spec: str, resized_crop: bool = False) -> Splits:
+    """Open a data spec for training; ``val`` is held out of ``train`` where there is none of its own.
+
+    Args:
+        spec: a data spec; see ``pcq.data``.
+        resized_crop: open a folder's training images larger than the network takes them.
+
+    Raises:
+        PcqError: the data is not there, or is too little.
+    """
+    plain = open_data(spec, "train")
+    test, val = _other(spec, "test", plain), _other(spec, "val", plain)
+    train = open_data(str(_larger(parse(spec))), "train") if resized_crop else plain
+    notes = []
+    if val is not None and test is not None and _same(val, test):
+        val = None
+    if val is None:
+        count = min(HELD_OUT, plain.n // 10)
+        if count < 1:
+            raise PcqError(f"{plain.n} samples are too few to train on", where=spec, allowed="10 or more")
+        order = torch.randperm(plain.n, generator=torch.Generator().manual_seed(0))
+        val = subset(plain, order[-count:], "val")
+        train, plain = (subset(data, order[:-count], "train") for data in (train, plain))
+        notes.append(f"{count:,} of the training samples are held out to choose by.")
+    if test is None:
+        notes.append("There is no test split: the scores are those of the samples held out.")
+    return Splits(train, plain, val, test, tuple(notes))
+
+
+def _other(spec: str, split: str, train: Data) -> Data | None:
+    """Another split, unless it is not there or is the training data itself."""
+    try:
+        found = open_data(spec, split)
+    except CheckFailed:
+        raise
+    except PcqError:
+        return None
+    return None if _same(found, train) else found
+
+
+def _same(a: Data, b: Data) -> bool:
+    """Whether two sets are one, by their labels and some samples."""
+    if a.n != b.n or a.shape != b.shape or (a.labels is None) != (b.labels is None):
+        return False
+    if a.labels is not None and b.labels is not None and not torch.equal(a.labels, b.labels):
+        return False
+    some = sorted({0, a.n // 3, a.n - 1})
+    return torch.equal(a.take(some), b.take(some))
+
+
+def subset(data: Data, numbers: Tensor, split: str) -> Data:
+    """The samples ``numbers`` of a set."""
+
+    def take(chosen: Sequence[int]) -> Tensor:
+        return data.take(numbers[torch.as_tensor(chosen)].tolist())
+
+    labels = None if data.labels is None else data.labels[numbers]
+    return replace(data, split=split, n=len(numbers), take=take, labels=labels)
+
+
+def _larger(spec: Spec) -> Spec:
+    size = spec.options.get("size", 224)
+    side = max(size, spec.options.get("resize") or round(size * 256 / 224))
+    return Spec(spec.kind, spec.name, {**spec.options, "size": side, "resize": side})

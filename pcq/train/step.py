@@ -1,0 +1,90 @@
+"""One optimizer step: learning rate, loss, backward, update. Pure functions of the settings and of how far it is."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pcq.errors import PcqError
+from pcq.settings import Finetune
+
+TEMPERATURE = 2.0
+"""By which outputs are divided before networks are compared (arXiv 1503.02531)."""
+
+
+def make_optimizer(settings: Finetune, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Weights decay, what has one axis (biases, norms) does not."""
+    trained = [p for p in parameters if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=0.9, nesterov=True)
+    return torch.optim.AdamW(groups, lr=settings.learning_rate)
+
+
+def rate(settings: Finetune, progress: float) -> float:
+    """The learning rate at ``progress`` in [0, 1) of the training."""
+    peak = settings.learning_rate
+    match settings.rate:
+        case "onecycle":
+            if progress < 0.3:
+                return peak * _cosine(1 / 25, 1.0, progress / 0.3)
+            return peak * _cosine(1.0, 0.0, (progress - 0.3) / 0.7)
+        case "cosine":
+            return peak * min(1.0, (progress + 1e-3) / 0.05) * _cosine(1.0, 0.0, progress)
+        case "step":
+            return peak * (1.0 if progress < 0.5 else 0.1 if progress < 0.75 else 0.01)
+        case "constant":
+            return peak
+
+
+def _cosine(first: float, last: float, share: float) -> float:
+    return last + (first - last) * (1 + math.cos(math.pi * min(1.0, share))) / 2
+
+
+def logits(out: Any) -> Tensor:
+    """The first output; a Hugging Face output's is its logits."""
+    out = getattr(out, "logits", out)
+    while isinstance(out, (tuple, list, dict)) and len(out):
+        out = next(iter(out.values())) if isinstance(out, dict) else out[0]
+    if not isinstance(out, Tensor) or out.ndim != 2:
+        found = f"of shape {list(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+        raise PcqError(f"its output is {found}", where="the network", allowed="a tensor [b, classes]")
+    return out
+
+
+def loss_of(settings: Finetune, out: Tensor, labels: Tensor | None, teacher: Tensor | None) -> Tensor:
+    """Cross entropy with the labels and, by the share ``distill``, divergence from the float network's outputs.
+
+    Without labels the divergence is all there is.
+    """
+    out = out.float()
+    share = settings.distill if labels is not None else 1.0
+    total = out.new_zeros(())
+    if labels is not None and share < 1:
+        total = (1 - share) * F.cross_entropy(out, labels, label_smoothing=settings.smoothing)
+    if share > 0:
+        assert teacher is not None
+        student, wanted = (F.log_softmax(t.float() / TEMPERATURE, 1) for t in (out, teacher))
+        apart = F.kl_div(student, wanted, log_target=True, reduction="batchmean")
+        total = total + share * TEMPERATURE**2 * apart
+    return total
+
+
+def update(
+    settings: Finetune, optimizer: torch.optim.Optimizer, module: nn.Module, loss: Tensor, learning_rate: float
+) -> None:
+    """Backward, clip, step."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    if settings.clip:
+        torch.nn.utils.clip_grad_norm_(module.parameters(), settings.clip)
+    optimizer.step()

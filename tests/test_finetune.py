@@ -1,0 +1,634 @@
+"""Fine-tuning: batches, loop, resuming, settings, the command."""
+
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+import torch.nn.functional as F
+import typer
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import pcq
+from pcq import cli
+from pcq.data import from_arrays, open_data
+from pcq.demo import HERE
+from pcq.errors import CheckFailed, PcqError
+from pcq.methods import METHODS
+from pcq.proxconnect import Telemetry
+from pcq.recipe import Recipe, load_recipe, parse_recipe
+from pcq.settings import Finetune, MethodName, changed, method_of, schedule_of
+from pcq.train import augment, batchnorm, loop, report, saving
+from pcq.train.batches import Batches, generator, own_randomness
+from pcq.train.splits import open_splits
+from pcq.train.step import TEMPERATURE, logits, loss_of, make_optimizer, rate
+from pcq.train.stopping import Interrupted
+
+ARCH = "pcq.demo.nets:resnet8?num_classes=10&in_channels=1"
+DIGITS = HERE / "digits-resnet8.safetensors"
+SHORT = 12
+"""Steps of a run of which only the mechanics are looked at."""
+
+
+def tune(out: Path, recipe: str = "ternary", **options: Any) -> pcq.commands.FinetuneResult:
+    return pcq.finetune(DIGITS, recipe, "digits", out=out, arch=ARCH, **{"steps": SHORT, **options})
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> pcq.commands.FinetuneResult:
+    """A short run from beginning to end."""
+    return tune(tmp_path_factory.mktemp("straight") / "x.safetensors")
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def test_it_wins_back_what_one_shot_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "x.safetensors"
+    line = f"finetune {DIGITS} -r ternary -d digits --arch {ARCH} --epochs 4 -o {path} --json"
+    assert cli.run(line.split()) == 0
+    got = json.loads(capsys.readouterr().out)
+    scores = {row["weights"]: row["test"]["top1"] for row in got["rows"]}
+    assert scores["float"] == 99.5  # pcq/demo/digits-resnet8.json
+    assert scores["one-shot"] < 50
+    assert scores["fine-tuned"] > 95
+    assert got["bytes_after"] == path.stat().st_size
+    assert got["recipe"]["finetune"]["method"] == "proxconnect"
+    assert pcq.evaluate(path, "digits").scores.top1 == scores["fine-tuned"]
+    lines = [json.loads(text) for text in (tmp_path / "x.metrics.jsonl").read_text().splitlines()]
+    assert [each["kind"] for each in lines].count("epoch") == 4 == len(got["epochs"])
+    assert lines[-1]["kind"] == "batchnorm"
+    assert not (tmp_path / "x.resume").exists()
+    exported = pcq.export_onnx(path, input_shape=(1, 8, 8))
+    assert pcq.evaluate(exported.path, "digits").scores.top1 == scores["fine-tuned"]
+
+
+def test_the_table_is_printed(straight: pcq.commands.FinetuneResult) -> None:
+    from rich.console import Console
+
+    from pcq.report import render, to_json
+
+    console = Console(width=160)
+    with console.capture() as captured:
+        console.print(render(straight))
+    text = captured.get()
+    for said in ("float", "one-shot", "fine-tuned", "BatchNorm estimated anew", "as predicted to the byte"):
+        assert said in text
+    assert json.dumps(to_json(straight))
+
+
+def test_the_file_is_what_the_result_says(straight: pcq.commands.FinetuneResult) -> None:
+    stored = pcq.read_artifact(straight.path)
+    assert Recipe.from_json(stored.recipe).finetune == straight.settings
+    assert set(stored.quantized) == {entry.parameter.name for entry in straight.planned.plan.quantized}
+    for weight in stored.quantized.values():
+        levels = weight.grid.levels()
+        rows = weight.rows.split(weight.dequantize())
+        assert bool((rows[:, :, None] == levels[:, None, :]).any(2).all())
+    assert straight.rows[2].val.n == 200
+    assert straight.rows[2].test is not None
+    assert straight.rows[2].test.n == 400
+
+
+def test_the_input_is_left_alone_and_so_are_the_callers_random_numbers(tmp_path: Path) -> None:
+    before = DIGITS.read_bytes()
+    torch.manual_seed(1)
+    random.seed(1)
+    wanted = torch.rand(3), random.random()
+    torch.manual_seed(1)
+    random.seed(1)
+    tune(tmp_path / "x.safetensors", steps=2)
+    assert torch.equal(torch.rand(3), wanted[0])
+    assert random.random() == wanted[1]
+    assert DIGITS.read_bytes() == before
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_from_the_same_recipe_by_one_word(method: str, tmp_path: Path) -> None:
+    result = tune(tmp_path / "x.safetensors", method=method, steps=6)
+    assert result.settings.method == method
+    assert result.telemetry.on_levels == 1 or method == "posttraining"
+    assert (result.unquantized is not None) == (method == "posttraining")
+    stored = pcq.read_artifact(result.path)
+    assert all(weight.grid.count in (3, 256) for weight in stored.quantized.values())
+
+
+def test_posttraining_is_float_training_rounded_once(tmp_path: Path) -> None:
+    result = tune(tmp_path / "x.safetensors", method="posttraining", steps=6)
+    assert result.unquantized is not None
+    assert result.unquantized > 95
+
+
+def test_same_run_twice_and_another_seed(straight: pcq.commands.FinetuneResult, tmp_path: Path) -> None:
+    again = tune(tmp_path / "a.safetensors")
+    assert again.path.read_bytes() == straight.path.read_bytes()
+    other = tune(tmp_path / "b.safetensors", seed=1)
+    assert other.path.read_bytes() != straight.path.read_bytes()
+
+
+def test_levels_fixed_or_refitted(tmp_path: Path) -> None:
+    fixed = tune(tmp_path / "a.safetensors", overrides=["finetune.refit=0"])
+    moved = tune(tmp_path / "b.safetensors", overrides=["finetune.refit=1"])
+    oneshot = pcq.quantize(DIGITS, "ternary", arch=ARCH, out=tmp_path / "c.safetensors")
+    name = "layer2.0.conv1.weight"
+    first, last, start = (pcq.read_artifact(r.path).quantized[name].grid.scale for r in (fixed, moved, oneshot))
+    assert first is not None
+    assert last is not None
+    assert start is not None
+    assert torch.equal(first, start)
+    assert not torch.equal(last, start)
+
+
+def test_frozen_weights_are_rounded_once(tmp_path: Path) -> None:
+    tuned = tune(tmp_path / "a.safetensors", overrides=['finetune.freeze=["layer2.*", "bn1.*"]'])
+    oneshot = pcq.quantize(DIGITS, "ternary", arch=ARCH, out=tmp_path / "b.safetensors")
+    a, b = (pcq.read_artifact(r.path).state_dict() for r in (tuned, oneshot))
+    assert all(torch.equal(a[name], b[name]) for name in a if name.startswith("layer2.") and "running" not in name
+               and "num_batches" not in name)  # fmt: skip
+    assert torch.equal(a["bn1.weight"], b["bn1.weight"])
+    assert not torch.equal(a["layer1.0.conv1.weight"], b["layer1.0.conv1.weight"])
+    assert not torch.equal(a["layer1.0.bn1.weight"], b["layer1.0.bn1.weight"])
+
+
+def test_from_scratch_starts_from_random_weights(tmp_path: Path) -> None:
+    result = tune(tmp_path / "x.safetensors", scratch=True, steps=2)
+    assert result.epochs[-1].score < 50
+    assert result.rows[0].val.top1 == 99.5
+
+
+def test_distillation_with_and_without_labels(tmp_path: Path) -> None:
+    result = tune(tmp_path / "x.safetensors", distill=0.5, steps=4)
+    assert result.settings.distill == 0.5
+    own = tmp_path / "own.py"
+    own.write_text(
+        "from pcq.data import open_data\n\n\ndef unlabelled(split):\n"
+        "    data = open_data('digits', split)\n    return data.take(range(data.n))\n"
+    )
+    result = pcq.finetune(DIGITS, "ternary", f"{own}:unlabelled", out=tmp_path / "y.safetensors", arch=ARCH, steps=30)
+    assert result.settings.distill == 1
+    assert [row.weights for row in result.rows] == ["one-shot", "fine-tuned"]
+    before, after = (row.test for row in result.rows)
+    assert before is not None
+    assert after is not None
+    assert before.top1 is after.top1 is None
+    assert before.agreement is not None
+    assert after.agreement is not None
+    assert before.agreement < 50 < 90 < after.agreement
+
+
+def test_own_network_and_own_data(tmp_path: Path) -> None:
+    own = tmp_path / "own.py"
+    own.write_text(
+        "import torch\nfrom torch import nn\n\n\ndef net():\n    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), "
+        "nn.Linear(16, 3))\n\n\ndef data():\n    x = torch.randn(600, 6, generator=torch.Generator().manual_seed(0))\n"
+        "    return x, x[:, :3].argmax(1)\n"
+    )
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    result = pcq.finetune(
+        tmp_path / "net.pt", "w4", f"{own}:data", arch=f"{own}:net", steps=200, overrides=["finetune.lr=0.03"]
+    )
+    assert result.path.name == "net.w4.ft.safetensors"
+    assert result.batchnorm is None
+    assert result.rows[0].test is None
+    assert any("held out" in note for note in result.warnings)
+    assert result.rows[2].val.n == 60
+    assert result.rows[2].val.top1 is not None
+    assert result.rows[2].val.top1 > 85
+
+
+def test_a_number_of_minutes_is_made_a_number_of_steps(tmp_path: Path) -> None:
+    start = time.perf_counter()
+    result = tune(tmp_path / "x.safetensors", steps=None, minutes=0.03)
+    assert 1 <= result.steps < 1000
+    assert time.perf_counter() - start < 30
+
+
+# -- going on ----------------------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    """Stands for a run that ends without any warning."""
+
+
+def dying(at: int) -> Any:
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage.startswith("epoch") and done == at:
+            raise Killed
+
+    return progress
+
+
+@pytest.mark.parametrize(("every", "at"), [(1, 5), (4, 11), (5, 12)])
+def test_resumed_is_uninterrupted(every: int, at: int, straight: pcq.commands.FinetuneResult, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(Killed):
+        tune(path, save_every=every, progress=dying(at))
+    assert not path.exists()
+    result = tune(path, save_every=every, resume=True)
+    assert result.resumed_at == (at - 1) // every * every
+    assert path.read_bytes() == straight.path.read_bytes()
+    mine, theirs = (
+        [json.loads(line) for line in file.read_text().splitlines()] for file in (result.metrics, straight.metrics)
+    )
+    for line in (*mine, *theirs):
+        line.pop("seconds", None)
+    assert mine == theirs
+
+
+@pytest.mark.parametrize("method", ["reverse", "proxquant", "bnn++", "posttraining"])
+def test_resumed_is_uninterrupted_by_other_methods(method: str, tmp_path: Path) -> None:
+    common: dict[str, Any] = {"method": method, "steps": 8, "overrides": ["finetune.optimizer=sgd"]}
+    wanted = tune(tmp_path / "a.safetensors", **common)
+    with pytest.raises(Killed):
+        tune(tmp_path / "b.safetensors", save_every=3, progress=dying(5), **common)
+    got = tune(tmp_path / "b.safetensors", resume=True, **common)
+    assert got.path.read_bytes() == wanted.path.read_bytes()
+
+
+def _child(path: str) -> None:
+    torch.set_num_threads(1)
+    tune(Path(path), save_every=2, resume=Path(path).with_suffix(".resume").exists())
+
+
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    """kill -9, whatever the run is doing: it goes on, and the file is that of a run that was left alone."""
+    context = multiprocessing.get_context("fork")
+    chance = random.Random(7)
+    wanted, path = tmp_path / "wanted.safetensors", tmp_path / "x.safetensors"
+    start = time.perf_counter()
+    child = context.Process(target=_child, args=(str(wanted),))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    whole = time.perf_counter() - start
+    killed = 0
+    while not path.exists():
+        child = context.Process(target=_child, args=(str(path),))
+        child.start()
+        child.join(chance.uniform(0.3, 0.9) * whole if killed < 3 else 60)
+        if child.is_alive():
+            assert child.pid is not None
+            os.kill(child.pid, signal.SIGKILL)
+            child.join()
+            killed += 1
+    assert killed >= 1
+    assert path.read_bytes() == wanted.read_bytes()
+    assert [file.name for file in tmp_path.iterdir() if file.suffix == ".resume"] == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(
+    number: signal.Signals, straight: pcq.commands.FinetuneResult, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.safetensors"
+    handler = signal.getsignal(number)
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if done == 7:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(Interrupted, match=rf"{number.name} after 7 of 12 steps.*x\.resume.*--resume"):
+        tune(path, progress=progress)
+    assert signal.getsignal(number) is handler
+    assert not path.exists()
+    with pytest.raises(PcqError, match=r"a run was interrupted here.*--resume"):
+        tune(path)
+    result = tune(path, resume=True)
+    assert result.resumed_at == 7
+    assert path.read_bytes() == straight.path.read_bytes()
+
+
+def test_the_command_line_says_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from pcq.cli.frame import answers
+
+    def command() -> None:
+        raise Interrupted("stopped; go on with --resume.")
+
+    with pytest.raises(typer.Exit) as stopped:
+        answers(command)()
+    assert stopped.value.exit_code == 130
+    assert "go on with --resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"recipe": "binary"}, "another recipe"),
+        ({"overrides": ["finetune.lr=0.5"]}, "finetune.lr None, now 0.5"),
+        ({"seed": 3}, "finetune.seed 0, now 3"),
+        ({"scratch": True}, "another model"),
+    ],
+)
+def test_another_run_is_refused(change: dict[str, Any], says: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(Killed):
+        tune(path, save_every=2, progress=dying(3))
+    with pytest.raises(PcqError, match=says):
+        tune(path, resume=True, **change)
+    assert tune(path, force=True, **change).resumed_at is None
+
+
+def test_nothing_to_resume_and_a_damaged_state(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(PcqError, match="no interrupted run"):
+        tune(path, resume=True)
+    path.with_suffix(".resume").write_bytes(b"PK\x03\x04 not a state")
+    with pytest.raises(CheckFailed, match="cannot be read"):
+        tune(path, resume=True)
+
+
+def test_metrics_are_cut_where_the_state_was_saved(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    first = saving.Metrics(path)
+    first.write({"a": 1})
+    kept = first.flushed()
+    first.write({"a": 2})
+    first.close()
+    second = saving.Metrics(path, kept)
+    second.write({"a": 3})
+    second.close()
+    assert [json.loads(line)["a"] for line in path.read_text().splitlines()] == [1, 3]
+
+
+def test_a_loss_that_explodes_is_said(tmp_path: Path) -> None:
+    with pytest.raises(CheckFailed, match=r"not a number any more.*finetune\.lr"):
+        tune(tmp_path / "x.safetensors", steps=30, overrides=["finetune.lr=1e30", "finetune.optimizer=sgd"])
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+RULES = 'pcq: 1\nrules:\n  - match: "*"\n    levels: ternary\n'
+
+
+@pytest.mark.parametrize(
+    ("said", "says"),
+    [
+        ("  methd: parq", "r.yaml:6: there is no `methd` in `finetune`.*method"),
+        ("  method: park", "r.yaml:6: `method` has to be one of .*Did you mean 'parq'"),
+        ("  lr: fast", "r.yaml:6: `lr` has to be a number"),
+        ("  lr: 0", "r.yaml:6: lr is 0"),
+        ("  refit: 2.5", "r.yaml:6: `refit` has to be a whole number"),
+        ("  anneal_end: 1", "r.yaml:6: anneal_end is 1"),
+        ("  relative: yes", "r.yaml:6: `relative` has to be true or false"),
+        ("  steps: 5\n  epochs: 2", "r.yaml:6: steps and epochs both say how long"),
+        ("  - a", "`finetune` has to be a mapping"),
+    ],
+)
+def test_mistakes_in_the_recipe_have_their_line(said: str, says: str) -> None:
+    with pytest.raises(PcqError, match=says):
+        parse_recipe(f"{RULES}finetune:\n{said}\n", "r.yaml")
+
+
+def test_all_mistakes_at_once() -> None:
+    with pytest.raises(PcqError) as caught:
+        parse_recipe(f"{RULES}finetune:\n  lr: -1\n  batch: 0\n  seed: -2\n", "r.yaml")
+    assert [line.partition(": ")[0] for line in str(caught.value).splitlines()] == ["r.yaml:6", "r.yaml:7", "r.yaml:8"]
+
+
+def test_a_recipe_survives_its_json() -> None:
+    text = f'{RULES}finetune:\n  method: parq\n  freeze: ["fc.*"]\n  minutes: 1.5\n'
+    recipe = parse_recipe(text, "r.yaml", ["finetune.lr=0.01"])
+    assert recipe.finetune == Finetune(method="parq", freeze=("fc.*",), minutes=1.5, lr=0.01)
+    assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+    assert "finetune" not in load_recipe("ternary").to_json()
+
+
+def test_the_word_for_each_method() -> None:
+    assert set(get_args(MethodName)) == set(METHODS)
+    for name in get_args(MethodName):
+        settings_ = Finetune(method=name)
+        assert schedule_of(settings_).strength(1.0, 1.0) == 1
+        absolute = method_of(replace(settings_, relative=False))
+        assert getattr(absolute.prox, "relative", False) is False
+
+
+def test_another_duration_replaces_the_recipes() -> None:
+    assert changed(Finetune(steps=5), epochs=2.0) == Finetune(epochs=2.0)
+    with pytest.raises(PcqError, match="Did you mean 'parq'"):
+        changed(Finetune(), method="parc")
+    with pytest.raises(PcqError, match="both say how long"):
+        changed(Finetune(), epochs=2.0, minutes=1.0)
+
+
+@given(st.sampled_from(["onecycle", "cosine", "step", "constant"]), st.floats(0, 1))
+@settings(deadline=None, max_examples=50)
+def test_learning_rates_stay_between_zero_and_the_highest(kind: Any, progress: float) -> None:
+    how = Finetune(rate=kind, lr=0.5)
+    assert 0 <= rate(how, progress) <= 0.5
+    assert max(rate(how, t / 1000) for t in range(1000)) == pytest.approx(0.5, rel=1e-2 if kind == "cosine" else 1e-9)
+    assert rate(how, 0.999) < (0.51 if kind == "constant" else 0.01)
+
+
+# -- loss, batches, augmentation, BatchNorm ----------------------------------------------------------------------------
+
+
+def test_the_loss_is_cross_entropy_and_divergence() -> None:
+    out, teacher = torch.randn(2, 5, 7, generator=generator(0))
+    labels = torch.tensor([0, 1, 2, 3, 6])
+    ce = F.cross_entropy(out, labels)
+    p, q = (teacher / TEMPERATURE).softmax(1), (out / TEMPERATURE).softmax(1)
+    kl = TEMPERATURE**2 * (p * (p / q).log()).sum(1).mean()
+    assert torch.equal(loss_of(Finetune(), out, labels, None), ce)
+    torch.testing.assert_close(loss_of(Finetune(distill=1.0), out, labels, teacher), kl)
+    torch.testing.assert_close(loss_of(Finetune(distill=0.3), out, labels, teacher), 0.7 * ce + 0.3 * kl)
+    torch.testing.assert_close(loss_of(Finetune(distill=0.3), out, None, teacher), kl)
+    assert loss_of(Finetune(distill=1.0), out, labels, out).abs() < 1e-6
+
+
+def test_logits_are_found() -> None:
+    x = torch.zeros(2, 3)
+    assert logits(x) is logits((x, 1)) is logits({"a": x}) is logits(type("Out", (), {"logits": x})()) is x
+    with pytest.raises(PcqError, match=r"its output is of shape \[2\]"):
+        logits(torch.zeros(2))
+
+
+def test_what_has_one_axis_does_not_decay() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    groups = make_optimizer(Finetune(weight_decay=0.5), net.parameters()).param_groups
+    assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [(1, 0.5), (3, 0.0)]
+
+
+@given(n=st.integers(5, 40), size=st.integers(1, 5), seed=st.integers(0, 3), world=st.integers(1, 3))
+@settings(deadline=None, max_examples=40)
+def test_batches_are_functions_of_their_number(n: int, size: int, seed: int, world: int) -> None:
+    assume(world <= size)
+    x = torch.arange(n * 16, dtype=torch.float32).reshape(n, 1, 4, 4)
+    data = from_arrays("x", "train", x, torch.arange(n))
+    change = augment.make("crop-flip", (1, 4, 4))
+    whole = Batches(data, size, seed, change)
+    for epoch in (0, 2):
+        seen = torch.cat([whole.numbers(epoch * whole.an_epoch + place) for place in range(whole.an_epoch)])
+        assert len(seen.unique()) == len(seen) == whole.an_epoch * size
+    steps = list(whole.run(1, 6))
+    for step, (inputs, labels) in zip(range(1, 6), steps, strict=True):
+        again, _ = whole.make(step)
+        assert torch.equal(again, inputs)
+        parts = [replace(whole, rank=rank, world=world).make(step) for rank in range(world)]
+        for rank, (part, theirs) in enumerate(parts):
+            assert torch.equal(part, inputs[rank::world])
+            assert labels is not None
+            assert theirs is not None
+            assert torch.equal(theirs, labels[rank::world])
+    ahead = list(replace(whole, threads=2).run(1, 6))
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(steps, ahead, strict=True))
+
+
+def test_global_generators_follow_the_step() -> None:
+    """Dropout after a resume draws what it would have drawn."""
+    data = from_arrays("x", "train", torch.zeros(20, 3), torch.zeros(20, dtype=torch.long))
+    batches = Batches(data, 4, 0)
+
+    def drawn(start: int) -> dict[int, tuple[float, float]]:
+        run = enumerate(batches.run(start, 8), start)
+        return {step: (float(torch.rand(())), random.random()) for step, _ in run}
+
+    with own_randomness():
+        whole, later = drawn(0), drawn(5)
+    assert later == {step: whole[step] for step in range(5, 8)}
+    assert len(set(whole.values())) == 8
+
+
+@given(seed=st.integers(0, 50))
+@settings(deadline=None, max_examples=25)
+def test_a_crop_is_a_shift(seed: int) -> None:
+    x = torch.randn(3, 2, 6, 5, generator=generator(seed))
+    got = augment.crop(x, 2, generator(seed, 1))
+    padded = F.pad(x, (2, 2, 2, 2))
+    for i in range(3):
+        shifts = [padded[i, :, dy : dy + 6, dx : dx + 5] for dy in range(5) for dx in range(5)]
+        assert any(torch.equal(got[i], shift) for shift in shifts)
+
+
+def test_augmentation_takes_every_choice() -> None:
+    x = torch.arange(16.0).reshape(1, 1, 4, 4).expand(200, 1, 4, 4)
+    flipped = augment.flip(x, generator(0))
+    mirrored = (flipped == x.flip(-1)).flatten(1).all(1)
+    assert 60 < int(mirrored.sum()) < 140
+    assert bool((mirrored | (flipped == x).flatten(1).all(1)).all())
+    assert len(augment.crop(x, 1, generator(0)).flatten(1).unique(dim=0)) == 9
+    got = augment.resized_crop(torch.linspace(0, 1, 8).expand(200, 1, 8, 8), (4, 4), generator(0))
+    widths = (got[:, 0, 0, -1] - got[:, 0, 0, 0]) / (3 / 4 * 8 / 7)  # 1: the whole width
+    assert got.shape == (200, 1, 4, 4)
+    assert bool((got.diff(dim=3) >= -1e-6).all())  # never mirrored, never rotated
+    assert 0.4 < float(widths.min()) < 0.6
+    assert 0.9 < float(widths.max()) < 1.01
+
+
+def test_the_usual_augmentation() -> None:
+    assert [augment.settle("auto", d) for d in ("digits", "cifar10:x", "folder:x", "npz:x", "own.py:f")] == [
+        "crop", "crop-flip", "resized-crop", "none", "none",
+    ]  # fmt: skip
+    with pytest.raises(PcqError, match="not images"):
+        augment.make("crop", (5,))
+
+
+def test_batchnorm_is_the_mean_over_the_batches() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Dropout(0.5), nn.ReLU(), nn.BatchNorm2d(3))
+    net(torch.randn(8, 1, 6, 6))
+    before = batchnorm.statistics(net)
+    samples = [torch.randn(8, 1, 6, 6) for _ in range(4)]
+    with batchnorm.borrowed(net, samples):
+        mean = torch.stack([net[0](x).mean((0, 2, 3)) for x in samples]).mean(0)
+        var = torch.stack([net[0](x).transpose(0, 1).flatten(1).var(1) for x in samples]).mean(0)
+        torch.testing.assert_close(net[1].running_mean, mean)
+        torch.testing.assert_close(net[1].running_var, var)
+        assert not any(module.training for module in net.modules())
+    assert all(torch.equal(a, b) for a, b in zip(batchnorm.statistics(net), before, strict=True))
+    assert net[1].momentum == 0.1
+
+
+def test_splits_are_disjoint(tmp_path: Path) -> None:
+    digits = open_splits("digits")
+    assert (digits.train.n, digits.val.n, digits.test and digits.test.n) == (1197, 200, 400)
+    import numpy as np
+
+    x = np.arange(50 * 3, dtype=np.float32).reshape(50, 3)
+    np.savez(tmp_path / "one.npz", x=x, y=np.zeros(50, dtype=np.int64))
+    one = open_splits(f"npz:{tmp_path / 'one.npz'}")
+    assert (one.train.n, one.val.n, one.test) == (45, 5, None)
+    rows = torch.cat([part.take(range(part.n)) for part in (one.train, one.val)])
+    assert torch.equal(rows.sort(0).values, torch.from_numpy(x))
+    two = {
+        "x_train": x,
+        "y_train": np.zeros(50, dtype=np.int64),
+        "x_val": x[:7] + 1,
+        "y_val": np.zeros(7, dtype=np.int64),
+    }
+    np.savez(tmp_path / "two.npz", **two)
+    assert open_splits(f"npz:{tmp_path / 'two.npz'}").val.n == 7
+
+
+def test_folders_hold_out_of_train_and_crop_from_larger_images(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for split, count in (("train", 12), ("val", 3)):
+        for name in "ab":
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (50, 40), (10 * i, 0, 0 if name == "a" else 200)).save(folder / f"{i}.png")
+    splits = open_splits(f"folder:{tmp_path}?size=28", resized_crop=True)
+    assert splits.train.shape == (3, 32, 32)
+    assert splits.plain.shape == splits.val.shape == (3, 28, 28)
+    assert (splits.train.n, splits.plain.n, splits.val.n) == (22, 22, 2)
+    assert splits.test is not None
+    assert splits.test.n == 6
+    assert torch.equal(splits.train.labels, splits.plain.labels)
+    # torchvision's ResNet on it: the ImageNet recipe's way
+    change = augment.make("resized-crop", splits.plain.shape)
+    assert change is not None
+    x, y = Batches(splits.train, 4, 0, change, threads=2).make(0)
+    assert x.shape == (4, 3, 28, 28)
+    assert y is not None
+
+
+def test_data_errors_are_said(tmp_path: Path) -> None:
+    with pytest.raises(PcqError, match="no such folder"):
+        open_splits(f"folder:{tmp_path / 'nothing'}")
+    assert open_data("digits", "val").n == 200
+
+
+# -- warnings ----------------------------------------------------------------------------------------------------------
+
+
+def trained(**changes: Any) -> loop.Trained:
+    calm = (Telemetry(70, 0.95, 0.9, 1e-6, 0.1), Telemetry(100, 1.0, 1.0, 1e-6, 0.1))
+    looks = (loop.Epoch(50, 1.0, 0.3, 90.0), loop.Epoch(100, 2.0, 0.2, 91.0))
+    return replace(loop.Trained({}, looks, None, calm, 100, 75, None, None), **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, None),
+        ({"telemetry": (Telemetry(70, 0.5, 0.2, 0.0, 0.1), Telemetry(100, 1.0, 1.0, 0.0, 0.1))}, "Only 20 %"),
+        ({"hard_from": 98}, "only 2 steps before the end"),
+        ({"telemetry": (Telemetry(70, 0.95, 0.9, 0.0, 0.1), Telemetry(100, 1.0, 1.0, 0.01, 0.1))}, "1.000 %"),
+        ({"epochs": (loop.Epoch(80, 1.0, 0.3, 90.0), loop.Epoch(100, 2.0, 0.2, 80.0))}, "got worse"),
+    ],
+)
+def test_warnings_in_words(changes: dict[str, Any], says: str | None) -> None:
+    found = report.warnings(trained(**changes), Finetune())
+    assert len(found) == (says is not None)
+    assert says is None or says in found[0]
+
+
+def test_precision_is_settled() -> None:
+    how = loop.settled(Finetune(), "digits", torch.device("cpu"))
+    assert how.precision in ("bf16", "float32")
+    assert how.augment == "crop"
+    assert loop.settled(Finetune(precision="float32"), "digits", torch.device("cpu")).precision == "float32"
+    assert math.isclose(how.learning_rate, 2e-3)
