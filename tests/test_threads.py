@@ -1,11 +1,12 @@
 """Pieces on threads: in order, without gradients, and torch's own setting as it was."""
 
-from threading import Thread
+from threading import Thread, current_thread
+from time import sleep
 
 import pytest
 import torch
 
-from pcq.threads import each
+from pcq.threads import each, pieces_only
 
 CPU = torch.device("cpu")
 
@@ -39,6 +40,20 @@ def test_a_failure_comes_out_and_leaves_the_setting(threads: int, pieces: int) -
         torch.set_num_threads(threads)
         with pytest.raises(ZeroDivisionError):
             each(lambda i: 1 // (i - pieces + 1), range(pieces), CPU)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_only_pieces_use_several_threads(threads: int) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        with pieces_only():
+            assert torch.get_num_threads() == 1
+            names = each(lambda i: sleep(0.05) or current_thread().name, range(6), CPU)
+            assert len(set(names)) == threads
+            assert torch.get_num_threads() == 1
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)

@@ -13,6 +13,7 @@ from pcq.errors import CheckFailed
 from pcq.grids import Codebook
 from pcq.packing import pack
 from pcq.qtensor import QuantizedTensor
+from pcq.threads import pieces_only
 
 
 def write_artifact(
@@ -30,7 +31,7 @@ def write_artifact(
     size = predicted_size(header)
     missing = dict(header.slots)
     written = len(header.prefix)
-    with atomic(path) as temporary:
+    with atomic(path) as temporary, pieces_only():
         with open(temporary, "rb+") as file:
             reserve(file, size)
             file.write(header.prefix)
