@@ -102,6 +102,7 @@ class _Nearest:
     def __call__(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """``values [..] -> codes, decoded``, both ``[..]``."""
         if self.scale is not None:
+            assert self.divisor is not None
             codes = (values / self.divisor).add_(self.zero).round_().clamp_(0, self.grid.count - 1)
             return codes, (codes - self.zero).mul_(self.scale)
         levels = self.grid.levels()

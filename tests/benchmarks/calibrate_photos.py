@@ -63,6 +63,20 @@ def crops(split: str, each: int, skimage: Path, debian: Path, size: int = 224) -
     return (torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2).contiguous() - 127) / 128
 
 
+def samples(split: str, debian: str, each: int = 0) -> Tensor:
+    """A data spec: ``tests/benchmarks/calibrate_photos.py:samples?debian=FOLDER``; ``train`` is ``calib``.
+
+    27 crops of each photo for calibration (about 500), 18 for the others (about 320); scikit-image is found installed.
+    """
+    import importlib.util
+
+    found = importlib.util.find_spec("skimage")
+    if found is None or found.origin is None:
+        raise FileNotFoundError("scikit-image is not installed")
+    own = {"train": "calib", "val": "valid", "test": "test"}[split]
+    return crops(own, each or (27 if own == "calib" else 18), Path(found.origin).parents[1], Path(debian))
+
+
 def labelled(effnet: Path, size: int = 224) -> tuple[Tensor, Tensor]:
     """foolbox's 20 ImageNet photos ``[20, 3, size, size]`` and their labels."""
     files = sorted((effnet / "foolbox/data").glob("imagenet_*.jpg"))
