@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import random
+import runpy
 import signal
 import time
 from dataclasses import replace
@@ -25,6 +26,7 @@ from pcq.data import from_arrays, open_data
 from pcq.demo import HERE
 from pcq.errors import CheckFailed, PcqError
 from pcq.methods import METHODS
+from pcq.models import build
 from pcq.proxconnect import Telemetry
 from pcq.recipe import Recipe, load_recipe, parse_recipe
 from pcq.settings import Finetune, MethodName, changed, method_of, schedule_of
@@ -213,6 +215,47 @@ def test_a_number_of_minutes_is_made_a_number_of_steps(tmp_path: Path) -> None:
     result = tune(tmp_path / "x.safetensors", steps=None, minutes=0.03)
     assert 1 <= result.steps < 1000
     assert time.perf_counter() - start < 30
+
+
+def test_the_imagenet_recipe_on_a_generated_folder(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for split, count in (("train", 10), ("val", 2)):
+        for name, red in (("a", 0), ("b", 200)):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (44, 40), (red, 10 * i, 0)).save(folder / f"{i}.png")
+    torch.manual_seed(0)
+    net = build("torchvision:resnet18?num_classes=2")
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    result = pcq.finetune(
+        tmp_path / "net.pth",
+        "imagenet-ternary",
+        f"folder:{tmp_path}?size=32",
+        arch="torchvision:resnet18?num_classes=2",
+        steps=2,
+        overrides=["finetune.batch=8"],
+    )
+    assert result.planned.arch == "torchvision:resnet18?num_classes=2"
+    assert result.settings.augment == "resized-crop"
+    assert result.settings.optimizer == "sgd"
+    assert [row.weights for row in result.rows] == ["float", "one-shot", "fine-tuned"]
+    assert result.rows[2].val.n == 2
+    assert result.rows[2].test is not None
+    assert result.rows[2].test.n == 4
+    assert result.bytes_before > 12 * result.bytes_after
+
+
+def test_the_plain_loop_of_the_examples() -> None:
+    main = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "plain_loop.py"))["main"]
+    assert main() > 95
+
+
+def test_torchrun_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(PcqError, match="several processes"):
+        tune(tmp_path / "x.safetensors")
 
 
 # -- going on ----------------------------------------------------------------------------------------------------------

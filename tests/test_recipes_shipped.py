@@ -25,8 +25,8 @@ SCHEMA = json_schema()
 
 def test_what_is_shipped() -> None:
     assert NAMES == [
-        "binary", "binary-all", "codebook4", "mixed", "nf4", "paper-binary", "paper-quaternary", "paper-ternary",
-        "quaternary", "ternary", "ternary-all", "w2", "w3", "w4", "w4-g64", "w6", "w8",
+        "binary", "binary-all", "codebook4", "imagenet-ternary", "mixed", "nf4", "paper-binary", "paper-quaternary",
+        "paper-ternary", "quaternary", "ternary", "ternary-all", "w2", "w3", "w4", "w4-g64", "w6", "w8",
     ]  # fmt: skip
 
 

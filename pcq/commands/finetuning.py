@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -135,6 +136,8 @@ def finetune(
     from pcq.train.splits import open_splits
 
     begun = time.perf_counter()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise PcqError("several processes cannot train one network yet", where="torchrun", todo="Start one without it")
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     said = {"method": method, "distill": distill, "seed": seed, "epochs": epochs, "steps": steps, "minutes": minutes}
     given = {key: value for key, value in said.items() if value is not None}

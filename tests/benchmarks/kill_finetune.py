@@ -58,7 +58,7 @@ def main() -> None:
             while not path.exists():
                 child = context.Process(target=run, args=(str(path),))
                 child.start()
-                child.join(chance.uniform(0.05, 0.6) * whole if kills < args.kills else None)
+                child.join(chance.uniform(0.2, 1.0) * whole if kills < args.kills else None)
                 if child.is_alive():
                     assert child.pid is not None
                     os.kill(child.pid, signal.SIGKILL)
