@@ -312,8 +312,22 @@ MISTAKES = (
     Mistake("an output that is a folder", Q + " -o .", saved(), r"\. is a folder|folder"),
     Mistake("a place where nobody may write", Q + " -o /proc/x.safetensors", saved(), "its folder takes no files"),
     Mistake("a full disk", Q, big, "no room left", happens="the disk is full"),
-    Mistake("Ctrl-C while it writes", Q, big, "interrupted; no output file was changed", 130, happens="Ctrl-C"),
-    Mistake("a kill while it writes", Q, big, "interrupted; no output file was changed", 130, happens="kill"),
+    Mistake(
+        "Ctrl-C while it writes",
+        "quantize model.pt -r w8",
+        big,
+        "interrupted; no output file was changed",
+        130,
+        happens="Ctrl-C",
+    ),
+    Mistake(
+        "a kill while it writes",
+        "quantize model.pt -r w8",
+        big,
+        "interrupted; no output file was changed",
+        130,
+        happens="kill",
+    ),
     # --- artifacts and ONNX
     Mistake("a float checkpoint to export", "export model.pt", saved(), "pcq quantize"),
     Mistake(
@@ -367,9 +381,11 @@ def quietly(arguments: list[str]) -> tuple[int, str, str]:
 def apart(mistake: Mistake) -> tuple[int, str]:
     """Run pcq in a process that something happens to: exit code, standard error."""
 
-    def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+    def prepare() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # shells start background work with Ctrl-C ignored
+        if mistake.happens == "the disk is full":
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 
     before = set(os.listdir())
     process = subprocess.Popen(
@@ -377,7 +393,7 @@ def apart(mistake: Mistake) -> tuple[int, str]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=limit if mistake.happens == "the disk is full" else None,
+        preexec_fn=prepare,
     )
     if mistake.happens in ("Ctrl-C", "kill"):
         while process.poll() is None and not set(os.listdir()) - before:
