@@ -394,6 +394,7 @@ def apart(mistake: Mistake) -> tuple[int, str]:
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=prepare,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},  # Python 3.11 installs half a .pyc where a file cannot grow
     )
     if mistake.happens in ("Ctrl-C", "kill"):
         while process.poll() is None and not set(os.listdir()) - before:
