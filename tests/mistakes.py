@@ -216,7 +216,13 @@ MISTAKES = (
         r"m\.safetensors",
         3,
     ),
-    Mistake("an ONNX file to quantize", "quantize model.onnx -r w8", written("model.onnx", b"\x08\x07"), "(?i)onnx"),
+    Mistake(
+        "a damaged ONNX model", "quantize model.onnx -r w8", written("model.onnx", b"\x08\x07"), "not an ONNX model"
+    ),
+    Mistake(
+        "an ONNX option for a checkpoint", Q + " --detect", saved(), "about ONNX models, and a checkpoint was given"
+    ),
+    Mistake("no recipe", "quantize m.pt", saved(), "a recipe is needed"),
     Mistake("an artifact quantized again", "quantize net.safetensors -r w8", artifact(), "(?i)artifact|already"),
     Mistake("a folder without a checkpoint", "quantize . -r w8", nothing, "folder without a checkpoint"),
     # --- the architecture

@@ -1,7 +1,7 @@
 """``pcq quantize``."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -10,14 +10,21 @@ from pcq.cli.frame import answers, bar, emit, say
 from pcq.cli.options import AllowGlobal, Arch, Force, Input, Json, Model, Set, UnsafePickle, shape_of
 from pcq.errors import PcqError
 
+if TYPE_CHECKING:
+    from pcq.commands import Planned
+
 
 @app.command()
 @answers
 def quantize(
     model: Model,
-    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A recipe file, or a shipped one's name.")],
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", "-r", help="A recipe file, or a shipped one's name.", show_default=False),
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The artifact (default: MODEL.RECIPE.safetensors).")
+        Path | None,
+        typer.Option("--out", "-o", help="The artifact (default: MODEL.RECIPE.safetensors, for ONNX .onnx)."),
     ] = None,
     arch: Arch = None,
     overrides: Set = None,
@@ -38,11 +45,18 @@ def quantize(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Which calibration samples are drawn (default: 0).")] = None,
     input_shape: Input = None,
+    detect: Annotated[
+        bool, typer.Option("--detect", help="ONNX: no recipe; pack weights that have few values already, losslessly.")
+    ] = False,
+    sample: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="NPZ", help="ONNX: an array for each input, to compare on as well; repeatable."),
+    ] = None,
     force: Force = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Quantize a checkpoint in one shot, without training. Writes one .safetensors artifact."""
+    """Quantize a checkpoint in one shot, without training. Writes one .safetensors artifact; for ONNX, packed ONNX."""
     from pcq import commands
 
     calibration = None
@@ -53,6 +67,16 @@ def quantize(
         todo = "Say on what: --calib folder:DIR, or --calib random"
         raise PcqError("this is about calibration, which was not asked for", where=said[0], todo=todo)
 
+    if model.suffix == ".onnx":
+        if calib is not None or arch is not None:
+            raise PcqError("this is about checkpoints, and an ONNX model was given", where="--calib, --arch")
+        _onnx(commands.plan_onnx(model, recipe, overrides=overrides or (), detect=detect), out, sample or [], force,
+              dry_run, as_json)  # fmt: skip
+        return
+    if detect or sample:
+        raise PcqError("this is about ONNX models, and a checkpoint was given", where="--detect, --sample")
+    if recipe is None:
+        raise PcqError("a recipe is needed", where="--recipe", todo="`pcq recipes list` shows those that come with pcq")
     planned = commands.plan(
         model,
         recipe,
@@ -73,3 +97,18 @@ def quantize(
     emit(result, as_json)
     if not as_json:
         say(f"Next: pcq export {result.path} --onnx")
+
+
+def _onnx(planned: "Planned", out: Path | None, samples: list[Path], force: bool, dry_run: bool, as_json: bool) -> None:
+    """ONNX in, ONNX out."""
+    from pcq import commands
+
+    for note in planned.notes:
+        say(note)
+    if dry_run or not as_json:
+        emit(planned, as_json)
+    if dry_run:
+        return
+    with bar("quantizing") as progress:
+        result = commands.run_onnx(planned, out, samples=samples, force=force, progress=progress)
+    emit(result, as_json)

@@ -15,6 +15,7 @@ from pcq.commands.inspecting import (
     recipes,
 )
 from pcq.commands.networks import Network, load_network, open_network
+from pcq.commands.onnx_quantizing import OnnxQuantizeResult, plan_onnx, quantize_onnx, run_onnx
 from pcq.commands.quantizing import LedgerRow, Planned, QuantizeResult, plan, quantize, run
 from pcq.commands.scoring import EvalResult, evaluate
 
@@ -28,6 +29,7 @@ __all__ = [
     "FinetuneRow",
     "LedgerRow",
     "Network",
+    "OnnxQuantizeResult",
     "Planned",
     "ProxPlot",
     "QuantizeResult",
@@ -43,8 +45,11 @@ __all__ = [
     "load_network",
     "open_network",
     "plan",
+    "plan_onnx",
     "plot_prox",
     "quantize",
+    "quantize_onnx",
     "recipes",
     "run",
+    "run_onnx",
 ]

@@ -72,3 +72,10 @@ def target(ort: str) -> Target:
         )  # fmt: skip
     runtime = [runtime for runtime in RUNTIMES if runtime.version <= version][-1]
     return Target(ort.strip(), min(OPSET, runtime.opset), min(IR_VERSION, runtime.ir_version))
+
+
+def oldest(opset: int, ir_version: int) -> str | None:
+    """The oldest ONNX Runtime that is known to load this operator set and IR version; None: no version is."""
+    able = (r for r in RUNTIMES if r.opset >= opset and r.ir_version >= ir_version)
+    first = next(able, None)
+    return None if first is None else ".".join(map(str, first.version))

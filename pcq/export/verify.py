@@ -131,7 +131,7 @@ def check_unpacking(path: Path, weights: Mapping[str, QuantizedTensor], progress
         for key in node.input:
             single.graph.initializer.append(initializers[key])
             onnx.external_data_helper.load_external_data_for_model(single, str(path.parent))
-        (got,) = _session(single.SerializeToString(), optimised=True).run(None, {})
+        (got,) = open_session(single.SerializeToString(), optimised=True).run(None, {})
         wanted = weights[name].dequantize()
         wanted = wanted.t() if node.output[0].endswith("/transposed") else wanted
         if not np.array_equal(got.view(np.int32), wanted.contiguous().numpy().view(np.int32)):
@@ -156,7 +156,7 @@ def check_outputs(
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         for optimised in (True, False):
             dump = Path(folder) / "optimised.onnx" if optimised else None
-            session = _session(str(path), optimised=optimised, dump=dump)
+            session = open_session(str(path), optimised=optimised, dump=dump)
             for trial, outputs in zip(trials, expected, strict=True):
                 progress("check outputs", len(agreements), total)
                 error = _error(session, trial, outputs)
@@ -169,12 +169,12 @@ def check_outputs(
                     )  # fmt: skip
             del session
             if dump is not None:
-                _check_folded(dump, {name for name, weight in weights.items() if 4 * weight.numel > FOLDING_LIMIT})
+                check_folded(dump, {name for name, weight in weights.items() if 4 * weight.numel > FOLDING_LIMIT})
     progress("check outputs", total, total)
     return tuple(agreements)
 
 
-def _check_folded(dump: Path, too_large: set[str]) -> None:
+def check_folded(dump: Path, too_large: set[str]) -> None:
     """Nothing is left of the unpacking in the graph that ONNX Runtime made of the file: it runs at float speed."""
     graph = onnx.load_model(dump, load_external_data=False)
     called = [node.name.removesuffix("/unpack") for node in graph.graph.node if node.domain == DOMAIN]
@@ -205,7 +205,12 @@ def _error(session: ort.InferenceSession, trial: Trial, expected: Sequence[Tenso
     return worst
 
 
-def _session(model: str | bytes, optimised: bool, dump: Path | None = None) -> ort.InferenceSession:
+def open_session(model: str | bytes, optimised: bool, dump: Path | None = None) -> ort.InferenceSession:
+    """A session on the CPU.
+
+    Raises:
+        CheckFailed: ONNX Runtime does not load it.
+    """
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()

@@ -1,0 +1,187 @@
+"""ONNX in, ONNX out: ``plan_onnx`` and ``run_onnx`` do for a model what ``plan`` and ``run`` do for a checkpoint."""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pcq import checkpoint
+from pcq.commands.quantizing import LedgerRow, Planned, ledger_row
+from pcq.errors import PcqError, raise_all
+from pcq.plan import Kept, Plan, Quantized, make_plan
+from pcq.progress import Progress, silent
+from pcq.qtensor import QuantizedTensor
+from pcq.recipe import Recipe, load_recipe
+from pcq.rules import Parameter
+
+if TYPE_CHECKING:
+    from pcq.onnx_input import Inventory, Rewritten
+
+OVERHEAD = 600
+"""Bytes that a packed weight takes in the file beside its codes and scales: its call, its names, its scheme."""
+
+DETECTED = "exact"
+"""The name of what is done without a recipe."""
+
+
+@dataclass(frozen=True)
+class OnnxQuantizeResult:
+    """What :func:`run_onnx` wrote.
+
+    Attributes:
+        path: the packed ONNX file.
+        planned: what was asked for.
+        ledger: one row for each packed weight.
+        bytes_before: size of the input with its external data.
+        bits: stored bits per packed weight, scales and tables included.
+        proof: the file, and the runs beside the input model.
+        seconds: in all.
+    """
+
+    path: Path
+    planned: Planned
+    ledger: tuple[LedgerRow, ...]
+    bytes_before: int
+    bits: float
+    proof: "Rewritten"
+    seconds: float
+
+
+def plan_onnx(
+    model: str | Path, recipe: str | Path | Recipe | None, *, overrides: Sequence[str] = (), detect: bool = False
+) -> Planned:
+    """Find the weights of an ONNX model and settle what happens to each.
+
+    Args:
+        model: a float ONNX file.
+        recipe: a recipe file, the name of a shipped one, or a loaded one; None with ``detect``.
+        overrides: ``path=value`` changes of the recipe.
+        detect: take only weights that have few different values already, and lose nothing.
+
+    Raises:
+        PcqError: the model or the recipe is not usable; the model is quantized already.
+    """
+    from pcq import onnx_input
+
+    if (recipe is None) is not detect:
+        what = "a recipe chooses levels, --detect takes those that are there" if detect else "a recipe is needed"
+        raise PcqError(what, where="--recipe", todo="Give one of --recipe and --detect")
+    opened = onnx_input.open_graph(Path(model))
+    inventory = onnx_input.take_inventory(opened)
+    reasons = {parameter.name: reason for parameter, reason in inventory.others}
+    if recipe is None:
+        loaded, made = Recipe(DETECTED, "", ()), _detected(inventory)
+    else:
+        loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+        made = make_plan(loaded, inventory.parameters)
+    entries = tuple(_settled(entry, reasons) for entry in made.entries)
+    notes = list(opened.notes)
+    if not any(isinstance(entry, Quantized) for entry in entries):
+        why = "no weight has few enough different values" if detect else "no weight of a layer is left to quantize"
+        raise PcqError(why, where=str(model), todo="`pcq inspect` lists the tensors")
+    return Planned(Path(model), inventory.source, loaded, Plan(entries, made.notes), None, tuple(notes))
+
+
+def _settled(entry: Quantized | Kept, reasons: dict[str, str]) -> Quantized | Kept:
+    """An entry with the graph's reason, and without weights too small to gain."""
+    if isinstance(entry, Kept):
+        reason = reasons.get(entry.parameter.name)
+        return replace(entry, reason=reason) if reason and entry.parameter.unfit else entry
+    if entry.nbytes + OVERHEAD >= entry.parameter.nbytes:
+        return Kept(entry.parameter, "too small to gain by packing")
+    return entry
+
+
+def _detected(inventory: "Inventory") -> Plan:
+    """What is lossless for each weight."""
+    from pcq import onnx_input
+
+    entries: list[Quantized | Kept] = []
+    for weight in inventory.weights.values():
+        parameter: Parameter = weight.parameter
+        transposed = parameter.groups if parameter.kind.startswith("conv_transpose") else None
+        found = onnx_input.detect(weight.read(), transposed)
+        if found is None:
+            entries.append(Kept(parameter, "more than 256 different values a channel"))
+        else:
+            entries.append(Quantized(parameter, found[1], found[0], 0))  # type: ignore[arg-type]
+    return Plan((*entries, *(Kept(parameter, reason) for parameter, reason in inventory.others)))
+
+
+def run_onnx(
+    planned: Planned,
+    out: str | Path | None = None,
+    *,
+    samples: Sequence[str | Path] = (),
+    force: bool = False,
+    progress: Progress = silent,
+) -> OnnxQuantizeResult:
+    """Quantize an ONNX model as planned, write it with its weights packed, and prove it against the input model.
+
+    Args:
+        planned: from :func:`plan_onnx`.
+        out: the file; default ``<model>.<recipe>.onnx`` beside the model.
+        samples: ``.npz`` files with an array for each input: more to compare on than random inputs.
+        force: replace a file at ``out`` that pcq did not write.
+        progress: called at each stage.
+
+    Raises:
+        PcqError: a weight holds NaN or infinity, or no input is known that the model runs on.
+        CheckFailed: the file is not bit-exact, computes something else, or has another size than predicted.
+    """
+    from pcq import onnx_input
+    from pcq.onnx_input.trials import read_sample
+
+    start = time.perf_counter()
+    path = Path(out) if out is not None else planned.model.with_suffix(f".{planned.recipe.name}.onnx")
+    checkpoint.refuse_overwrite(path, inputs=[planned.model], force=force)
+    trials = [read_sample(Path(sample)) for sample in samples]
+    opened = onnx_input.open_graph(planned.model)
+    inventory = onnx_input.take_inventory(opened)
+    entries = planned.plan.quantized
+    ledger: list[LedgerRow] = []
+    quantized: dict[str, QuantizedTensor] = {}
+    total, done = sum(entry.parameter.numel for entry in entries), 0
+    problems: list[PcqError] = []
+    for entry in entries:
+        name = entry.parameter.name
+        progress(f"quantizing {name}", done, total)
+        weight = inventory.weights[name].read()
+        done += weight.numel()
+        try:
+            checkpoint.refuse_non_finite(name, weight)
+        except PcqError as problem:
+            problems.append(problem)
+            continue
+        made = checkpoint.Done(entry, *checkpoint.quantize_sliced(entry.quantizer, weight, entry.rows))
+        assert isinstance(made.value, QuantizedTensor)
+        quantized[name] = made.value
+        ledger.append(ledger_row(made))
+    raise_all(problems)
+    proof = onnx_input.write_packed(
+        opened, inventory, quantized, path,
+        metadata={"recipe": json.dumps(planned.recipe.to_json()), "source": planned.model.name},
+        samples=trials, progress=progress,
+    )  # fmt: skip
+    weights = sum(math.prod(row.shape) for row in ledger)
+    bits = 8 * sum(row.nbytes for row in ledger) / weights
+    return OnnxQuantizeResult(path, planned, tuple(ledger), opened.file_bytes, bits, proof, time.perf_counter() - start)
+
+
+def quantize_onnx(
+    model: str | Path,
+    recipe: str | Path | Recipe | None = None,
+    *,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    detect: bool = False,
+    samples: Sequence[str | Path] = (),
+    force: bool = False,
+    progress: Progress = silent,
+) -> OnnxQuantizeResult:
+    """One-shot quantization of an ONNX model to packed ONNX: :func:`plan_onnx`, then :func:`run_onnx`."""
+    planned = plan_onnx(model, recipe, overrides=overrides, detect=detect)
+    return run_onnx(planned, out, samples=samples, force=force, progress=progress)

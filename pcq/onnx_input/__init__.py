@@ -1,0 +1,19 @@
+"""ONNX in, ONNX out: find the weights of a graph that someone else wrote, put packed ones in their place, prove it."""
+
+from pcq.onnx_input.detect import Exact, detect
+from pcq.onnx_input.graph import Opened, open_graph
+from pcq.onnx_input.inventory import Inventory, take_inventory
+from pcq.onnx_input.packing import Rewritten, write_packed
+from pcq.onnx_input.trials import Trial
+
+__all__ = [
+    "Exact",
+    "Inventory",
+    "Opened",
+    "Rewritten",
+    "Trial",
+    "detect",
+    "open_graph",
+    "take_inventory",
+    "write_packed",
+]

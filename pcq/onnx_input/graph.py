@@ -1,0 +1,168 @@
+"""Open an ONNX file whose weights are to be packed: what cannot be is refused, what is too old is raised.
+
+An unpacking function needs operator set 12 (``Constant.value_ints``) and IR version 8 (model-local functions); a newer
+model keeps what it has. External data stays on disk until a tensor is asked for.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx.defs
+import onnx.version_converter
+import onnx_ir as ir
+
+from pcq.errors import PcqError
+from pcq.export.layouts import LOCAL_FUNCTION_IR, oldest
+from pcq.export.scheme import KEY
+
+OPSET = 12
+"""The first operator set that the unpacking functions can be written in."""
+
+QUANTIZED = {
+    "DequantizeLinear", "QuantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "MatMulInteger",
+    "ConvInteger", "MatMulNBits", "MatMulBnb4", "GatherBlockQuantized", "DynamicQuantizeLSTM", "DynamicQuantizeMatMul",
+    "MatMulIntegerToFloat", "QAttention", "QGemm", "QLinearAdd", "QLinearGlobalAveragePool",
+}  # fmt: skip
+"""Operators of graphs whose weights or activations are integers already."""
+
+WIDENED = {
+    11: {"Clip", "Gemm"},
+    12: {"ArgMax", "ArgMin", "Clip", "Constant", "GatherND", "Max", "MaxPool", "Min", "Pow", "ReduceMax", "ReduceMin"},
+}
+"""Operators whose new version at this operator set only takes more types or has attributes with the old default."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A graph that is ready to be worked on.
+
+    Attributes:
+        path: the file.
+        model: the graph; raised where it had to be.
+        file_bytes: the file and its external data.
+        opset, ir_version: what the file itself has.
+        notes: what was done to it, one sentence each.
+    """
+
+    path: Path
+    model: ir.Model
+    file_bytes: int
+    opset: int
+    ir_version: int
+    notes: tuple[str, ...]
+
+    @property
+    def target_ort(self) -> str | None:
+        """The oldest ONNX Runtime that is known to load the model's operator set and IR version."""
+        return oldest(self.model.opset_imports[""], self.model.ir_version)
+
+
+def open_graph(path: Path) -> Opened:
+    """Open ``path``.
+
+    Raises:
+        PcqError: no ONNX file, one that is quantized or packed already, or one that cannot be raised.
+    """
+    try:
+        model = ir.load(path)
+    except OSError as error:
+        raise PcqError(f"cannot be read ({error.strerror or error})", where=str(path)) from error
+    except Exception as error:  # protobuf's DecodeError has no public home, and onnx_ir wraps what it meets
+        raise PcqError("is not an ONNX file", where=str(path)) from error
+    if "" not in model.opset_imports or not model.ir_version:
+        if "ai.onnx" not in model.opset_imports:
+            raise PcqError("is not an ONNX model: it imports no operator set", where=str(path))
+        model.opset_imports[""] = model.opset_imports.pop("ai.onnx")
+    _refuse_quantized(path, model)
+    external = {tensor.path for tensor in _tensors(model) if isinstance(tensor, ir.ExternalTensor)}
+    missing = [str(place) for place in external if not Path(place).is_file()]
+    if missing:
+        raise PcqError(f"its external data is missing: {missing[0]}", where=str(path), todo="Put it beside the model")
+    size = path.stat().st_size + sum(Path(place).stat().st_size for place in external)
+    opset, version, notes = model.opset_imports[""], model.ir_version, []
+    if opset < OPSET:
+        model = _raised(path, model, opset)
+        notes.append(f"Raised the operator set from {opset} to {OPSET}: packed weights need it.")
+    if version < LOCAL_FUNCTION_IR:
+        model.ir_version = LOCAL_FUNCTION_IR
+        notes.append(f"Raised the IR version from {version} to {LOCAL_FUNCTION_IR}: packed weights need it.")
+    if version < 4:  # there they had to be listed, and could not be changed by the caller
+        inputs = [value for value in model.graph.inputs if value.name in model.graph.initializers]
+        for value in inputs:
+            model.graph.inputs.remove(value)
+        if inputs:
+            notes.append(f"{len(inputs)} weights are no longer listed as inputs.")
+    return Opened(path, model, size, opset, version, tuple(notes))
+
+
+def constants(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
+    """Every initializer and every tensor Constant of the graph and of its subgraphs, in the graph's order."""
+    for graph in model.graphs():
+        for value in list(graph.initializers.values()):
+            if value.const_value is not None:
+                yield value, value.const_value
+        for node in graph:
+            if node.op_type == "Constant" and node.domain in ("", "ai.onnx") and "value" in node.attributes:
+                yield node.outputs[0], node.attributes["value"].as_tensor()
+
+
+def nodes(model: ir.Model) -> Iterator[ir.Node]:
+    """Every node of the graph and of its subgraphs, a subgraph's after the node that holds it."""
+    yield from model.graph.all_nodes()
+
+
+def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
+    for _, tensor in constants(model):
+        yield tensor
+
+
+def _refuse_quantized(path: Path, model: ir.Model) -> None:
+    if KEY in model.metadata_props:
+        raise PcqError("pcq has packed this file already", where=str(path), todo="Give the float model it was made of")
+    bodies = (node for function in model.functions.values() for node in function)
+    found = Counter(node.op_type for each in (nodes(model), bodies) for node in each if node.op_type in QUANTIZED)
+    if found:
+        listed = ", ".join(f"{count} {kind}" for kind, count in found.most_common(4))
+        raise PcqError(
+            f"this model is quantized already ({listed})", where=str(path),
+            todo="Give the float model it was made of: packing integers that other tools chose would keep their "
+            "errors and add nothing",
+        )  # fmt: skip
+
+
+def _raised(path: Path, model: ir.Model, opset: int) -> ir.Model:
+    """The model in operator set 12: renumbered where no operator changed its meaning, else converted."""
+    changed = {
+        node.op_type for node in nodes(model) if node.domain in ("", "ai.onnx") and _changes(node.op_type, opset)
+    }
+    if not changed:
+        model.opset_imports[""] = OPSET
+        return model
+    try:
+        proto = onnx.load_model(path)
+        converted = onnx.version_converter.convert_version(proto, OPSET)
+        del converted.metadata_props[:]
+        converted.metadata_props.extend(proto.metadata_props)
+        return ir.from_proto(converted)
+    except Exception as error:  # the converter's C++ exceptions share no class
+        raise PcqError(
+            f"its operator set {opset} is too old, and {', '.join(sorted(changed))} could not be converted to {OPSET}",
+            where=str(path), todo="Export the model again with operator set 13 or later",
+        ) from error  # fmt: skip
+
+
+def _changes(kind: str, opset: int) -> bool:
+    """Whether an operator means something else in operator set 12 than in ``opset``."""
+    try:
+        now = onnx.defs.get_schema(kind, OPSET).since_version
+        then = onnx.defs.get_schema(kind, opset).since_version
+    except onnx.defs.SchemaError:
+        return True
+    return now != then and not all(kind in WIDENED.get(v, ()) for v in range(then + 1, now + 1) if _has(kind, v))
+
+
+def _has(kind: str, version: int) -> bool:
+    return bool(onnx.defs.get_schema(kind, version).since_version == version)

@@ -1,0 +1,228 @@
+"""Inputs that a model nobody here knows will run on: random ones of the shapes and kinds that it says it takes.
+
+Dimensions without a size are tried in turn until the model runs; integers that index a table stay below its length;
+integers that are compared with constants take these constants in turn, so that every branch is seen.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnxruntime as ort
+
+from pcq.errors import PcqError
+from pcq.export.verify import open_session
+from pcq.onnx_input.chains import REARRANGING, stored_in, users
+
+Array = npt.NDArray[np.generic]
+
+SIZES = (64, 224, 512, 48, 32, 320, 128, 16, 1, 640, 400, 1600, 16000, 2, 8)
+"""What unknown dimensions are tried with, all alike; the first is mostly a batch, and is 1 or 2."""
+
+FREE = 3
+"""Dimensions without a name that may be a batch or not; further ones are long."""
+
+KINDS = {
+    "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64,
+    "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8,
+    "tensor(int16)": np.int16, "tensor(bool)": np.bool_,
+}  # fmt: skip
+
+
+QUIET = ort.RunOptions()
+QUIET.log_severity_level = 4
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Named inputs; ``kind`` is ``random`` or ``sample``."""
+
+    kind: str
+    feed: Mapping[str, Array]
+
+    @property
+    def batch(self) -> int:
+        first = next(iter(self.feed.values()))
+        return int(first.shape[0]) if first.ndim else 1
+
+
+def find_trials(path: Path, model: ir.Model) -> list[Trial]:
+    """Random inputs that the model at ``path`` runs on: one or two numbers of samples, and every compared integer.
+
+    Raises:
+        PcqError: none was found, or ONNX Runtime does not load the model.
+    """
+    session = input_session(path)
+    unknown = [value for value in session.get_inputs() if value.type not in KINDS]
+    if unknown:
+        raise PcqError(f"its input '{unknown[0].name}' is a {unknown[0].type}", where=str(path), todo=SAMPLE)
+    compared, tables = _compared(model), _tables(model)
+    trials, last = [], ""
+    for batch in (1, 3):
+        found: list[dict[str, Array]] = []
+        for shapes in _shapes(session, batch):
+            feeds = list(_feeds(session, shapes, compared, tables))
+            try:
+                seen = [session.run(None, feed, QUIET) for feed in feeds]
+            except Exception as error:  # onnxruntime's exceptions share no class of their own
+                last = str(error).splitlines()[0]
+                continue
+            if all(_numbers(outputs) == 1 for outputs in seen):
+                found = feeds
+                break
+            if not found and all(_numbers(outputs) for outputs in seen):
+                found = feeds
+        trials += [Trial("random", feed) for feed in found]
+        if not found or not any(_open(value.shape) for value in session.get_inputs()):
+            break
+    if not trials:
+        raise PcqError(f"no random input was found that the model runs on ({last[:200]})", where=str(path), todo=SAMPLE)
+    return trials
+
+
+SAMPLE = "Give real inputs with --sample FILE.npz, an array for each input's name"
+
+
+def read_sample(path: Path) -> Trial:
+    """An ``.npz`` with an array for each input.
+
+    Raises:
+        PcqError: it cannot be read.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return Trial("sample", {name: file[name] for name in file.files})
+    except (OSError, ValueError) as error:
+        raise PcqError(f"is not a readable .npz ({error})", where=str(path)) from error
+
+
+def input_session(path: Path) -> ort.InferenceSession:
+    """The model as it was handed in.
+
+    Raises:
+        PcqError: ONNX Runtime does not load it.
+    """
+    try:
+        return open_session(str(path), optimised=False)
+    except PcqError as error:
+        raise PcqError(f"ONNX Runtime does not run this model itself: {error.what}", where=str(path)) from error
+
+
+def _shapes(session: ort.InferenceSession, batch: int) -> Iterator[dict[str, list[int]]]:
+    """Shapes to try: dimensions of one name alike, each of the others the batch or long."""
+    inputs = session.get_inputs()
+    groups: dict[object, None] = {}
+    for value in inputs:
+        for axis in _open(value.shape):
+            groups[_group(value.name, axis, value.shape[axis])] = None
+    free = [group for group in groups if not _is_batch(group)]
+    first = free[:FREE]
+    for size in SIZES if free else SIZES[:1]:
+        for chosen in product((size, batch), repeat=len(first)):
+            sizes: dict[object, int] = dict(zip(first, chosen, strict=True))
+            sizes |= {group: batch for group in groups if _is_batch(group)}
+            yield {
+                value.name: [
+                    sizes.get(_group(value.name, axis, length), size) if axis in _open(value.shape) else int(length)
+                    for axis, length in enumerate(value.shape)
+                ]
+                for value in inputs
+            }
+
+
+def _open(shape: list[object]) -> list[int]:
+    return [axis for axis, length in enumerate(shape) if not (isinstance(length, int) and length > 0)]
+
+
+def _group(name: str, axis: int, length: object) -> object:
+    """What dimensions are one: those of one name; the first of every input is the batch."""
+    if axis == 0 or _named_batch(length):
+        return "batch"
+    return length if isinstance(length, str) and length not in ("", "?") else (name, axis)
+
+
+def _is_batch(group: object) -> bool:
+    return group == "batch"
+
+
+def _feeds(
+    session: ort.InferenceSession,
+    shapes: Mapping[str, list[int]],
+    compared: Mapping[str, list[int]],
+    tables: Mapping[str, int],
+) -> Iterator[dict[str, Array]]:
+    generator = np.random.default_rng(0)
+    feed: dict[str, Array] = {}
+    for value in session.get_inputs():
+        kind, shape = KINDS[value.type], shapes[value.name]
+        if np.issubdtype(kind, np.floating):
+            feed[value.name] = np.asarray(generator.normal(size=shape)).astype(kind)
+        else:
+            top = tables.get(value.name, 2)
+            feed[value.name] = np.asarray(generator.integers(0, max(1, top), size=shape)).astype(kind)
+    choices = [[(name, number) for number in compared[name]] for name in feed if compared.get(name)]
+    for chosen in product(*choices):
+        yield feed | {name: np.full_like(feed[name], number) for name, number in chosen}
+
+
+def _named_batch(length: object) -> bool:
+    return isinstance(length, str) and length.lower() in ("batch", "batch_size", "n", "b")
+
+
+def _numbers(outputs: list[Array]) -> float:
+    """The share of numbers that are finite, of outputs that have any; 0 where there is nothing to compare."""
+    arrays = [output for output in outputs if isinstance(output, np.ndarray) and output.size]
+    floats = [array for array in arrays if np.issubdtype(array.dtype, np.floating)]
+    if not floats:
+        return float(bool(arrays))
+    shares = [float(np.isfinite(array).mean()) for array in floats]
+    return min(shares) or max(shares) / 2
+
+
+def _compared(model: ir.Model) -> dict[str, list[int]]:
+    """Integer input -> the numbers that it is compared with, and one more."""
+    found: dict[str, list[int]] = {}
+    for value in model.graph.inputs:
+        if value.dtype is None or not value.dtype.is_integer():
+            continue
+        numbers: set[int] = set()
+        for alike in _alike(value):
+            for node, _ in users(alike):
+                if node.op_type in ("Equal", "Greater", "Less", "GreaterOrEqual", "LessOrEqual"):
+                    numbers.update(*(_scalar(other) for other in node.inputs if other is not None))
+        if numbers:
+            lowest = min(numbers)
+            found[value.name or ""] = [*sorted(numbers, reverse=True), lowest // 2 if lowest > 1 else lowest + 1]
+    return found
+
+
+def _alike(value: ir.Value) -> list[ir.Value]:
+    """The value and what only rearranges or casts it."""
+    found, at = [value], 0
+    while at < len(found):
+        for node, index in users(found[at]):
+            if index == 0 and node.op_type in (*REARRANGING, "Gather"):
+                found.append(node.outputs[0])
+        at += 1
+    return found
+
+
+def _scalar(value: ir.Value) -> list[int]:
+    tensor = stored_in(value)
+    return [int(tensor.numpy().reshape(-1)[0])] if tensor is not None and tensor.size == 1 else []
+
+
+def _tables(model: ir.Model) -> dict[str, int]:
+    """Integer input -> the length of the table that it indexes."""
+    found: dict[str, int] = {}
+    for value in model.graph.inputs:
+        for node, index in users(value):
+            if node.op_type == "Gather" and index == 1 and node.inputs[0] is not None:
+                tensor = stored_in(node.inputs[0])
+                if tensor is not None:
+                    found[value.name or ""] = int(tensor.shape.numpy()[0])
+    return found

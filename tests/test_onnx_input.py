@@ -1,0 +1,290 @@
+"""ONNX in, ONNX out: weights wherever other tools put them are found, packed and proved; what is not is refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from pcq import cli
+from pcq.commands import plan_onnx, quantize_onnx
+from pcq.errors import CheckFailed, PcqError
+from pcq.export import read_packed
+from pcq.onnx_input import detect, packing, trials
+from pcq.plan import Kept
+
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape: int, dtype: type = np.float32) -> np.ndarray:
+    return RNG.normal(size=shape).astype(dtype)
+
+
+def save(
+    path: Path,
+    nodes: list[onnx.NodeProto],
+    tensors: dict[str, np.ndarray],
+    inputs: list[onnx.ValueInfoProto],
+    outputs: list[str],
+    opset: int = 17,
+    ir_version: int = 8,
+    kind: int = TensorProto.FLOAT,
+    **external: object,
+) -> Path:
+    made = [helper.make_tensor_value_info(name, kind, None) for name in outputs]
+    graph = helper.make_graph(nodes, "g", inputs, made, [numpy_helper.from_array(a, n) for n, a in tensors.items()])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version)
+    model.metadata_props.add(key="author", value="somebody else")
+    onnx.save(model, path, **external)
+    return path
+
+
+def images(*shape: object, kind: int = TensorProto.FLOAT, name: str = "x") -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, kind, shape)
+
+
+def convolutions(
+    path: Path, opset: int = 17, ir_version: int = 8, dtype: type = np.float32, **external: object
+) -> Path:
+    """Conv, grouped ConvTranspose, and a MatMul, in float32 or float16."""
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    nodes = [
+        helper.make_node("Conv", ["x", "c"], ["h"], pads=[1] * 4),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("ConvTranspose", ["r", "t"], ["u"], group=4),
+        helper.make_node("ReduceMean", ["u"], ["m"], axes=[2, 3], keepdims=0),
+        helper.make_node("MatMul", ["m", "w"], ["y"]),
+    ]
+    tensors = {
+        "c": normal(48, 3, 3, 3, dtype=dtype),
+        "t": normal(48, 16, 2, 2, dtype=dtype),
+        "w": normal(64, 40, dtype=dtype),
+    }
+    return save(path, nodes, tensors, [images("n", 3, 8, 8, kind=kind)], ["y"], opset, ir_version, kind, **external)
+
+
+def words(path: Path) -> Path:
+    """An embedding that is also the head's weight, an LSTM, and a Gemm without transB."""
+    nodes = [
+        helper.make_node("Gather", ["emb", "x"], ["e"]),
+        helper.make_node("Transpose", ["e"], ["s"], perm=[1, 0, 2]),
+        helper.make_node("LSTM", ["s", "W", "R", "B"], ["", "h"], hidden_size=24),
+        helper.make_node("Squeeze", ["h", "axis"], ["hidden"]),
+        helper.make_node("Gemm", ["hidden", "g"], ["z"]),
+        helper.make_node("Identity", ["emb"], ["same"]),
+        helper.make_node("Transpose", ["same"], ["head"], perm=[1, 0]),
+        helper.make_node("MatMul", ["z", "head"], ["y"]),
+    ]
+    tensors = {
+        "emb": normal(50, 24), "W": normal(1, 96, 24), "R": normal(1, 96, 24), "B": normal(1, 192),
+        "g": normal(24, 24), "axis": np.array([0]),
+    }  # fmt: skip
+    return save(path, nodes, tensors, [images("n", 6, kind=TensorProto.INT64)], ["y"])
+
+
+def branches(path: Path) -> Path:
+    """Weights in Constants of both branches of an If, chosen by an input; one is sliced and joined again."""
+
+    def branch(name: str, reorder: bool) -> onnx.GraphProto:
+        held = numpy_helper.from_array(normal(32, 40), f"{name} w")
+        nodes = [helper.make_node("Constant", [], [f"{name}.w"], value=held)]
+        last = f"{name}.w"
+        if reorder:
+            for i, ends in enumerate(((0, 16), (16, 32))):
+                for part, value in zip(("s", "e"), ends, strict=True):
+                    nodes.append(helper.make_node("Constant", [], [f"{name}{part}{i}"], value_ints=[value]))
+                nodes.append(helper.make_node("Slice", [last, f"{name}s{i}", f"{name}e{i}"], [f"{name}.part{i}"]))
+            nodes.append(helper.make_node("Concat", [f"{name}.part1", f"{name}.part0"], [f"{name}.joined"], axis=0))
+            last = f"{name}.joined"
+        nodes.append(helper.make_node("MatMul", ["x", last], [f"{name}.y"]))
+        return helper.make_graph(nodes, name, [], [helper.make_tensor_value_info(f"{name}.y", TensorProto.FLOAT, None)])
+
+    nodes = [
+        helper.make_node("Equal", ["rate", "sixteen"], ["wide"]),
+        helper.make_node("If", ["wide"], ["y"], then_branch=branch("a", False), else_branch=branch("b", True)),
+    ]
+    inputs = [images("n", 32), helper.make_tensor_value_info("rate", TensorProto.INT64, [])]
+    return save(path, nodes, {"sixteen": np.array(16000)}, inputs, ["y"])
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (convolutions, {"c": (48, 3, 3, 3), "t": (48, 16, 2, 2), "w": (40, 64)}),
+        (words, {"emb": (50, 24), "W": (96, 24), "R": (96, 24), "g": (24, 24)}),
+        (branches, {"a.w": (40, 32), "b.w": (40, 32)}),
+    ],
+)
+def test_weights_are_found_packed_and_proved(
+    tmp_path: Path, make: Callable[[Path], Path], names: dict[str, tuple[int, ...]]
+) -> None:
+    path = make(tmp_path / "model.onnx")
+    before = path.read_bytes()
+    result = quantize_onnx(path, "w4")
+    assert result.path == tmp_path / "model.w4.onnx"
+    assert {row.name: row.shape for row in result.ledger} == names
+    read = read_packed(result.path)
+    assert {name: tuple(weight.codes.shape) for name, weight in read.items()} == names
+    assert path.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx", "model.w4.onnx"]
+    assert max(run.error for run in result.proof.agreements) < 1e-5
+    old, new = onnx.load(path), onnx.load(result.path)
+    assert [o.version for o in new.opset_import if not o.domain] == [o.version for o in old.opset_import]
+    assert [i.SerializeToString() for i in new.graph.input] == [i.SerializeToString() for i in old.graph.input]
+    assert [o.name for o in new.graph.output] == [o.name for o in old.graph.output]
+    kept = {node.name for node in old.graph.node if node.op_type not in ("Transpose", "Identity")}
+    assert kept <= {node.name for node in new.graph.node}
+    assert ort.InferenceSession(result.path).get_modelmeta().custom_metadata_map["author"] == "somebody else"
+
+
+def test_every_branch_is_run(tmp_path: Path) -> None:
+    result = quantize_onnx(branches(tmp_path / "m.onnx"), "w8")
+    from pcq.onnx_input import open_graph
+
+    found = trials.find_trials(tmp_path / "m.onnx", open_graph(tmp_path / "m.onnx").model)
+    assert {int(trial.feed["rate"]) for trial in found} == {16000, 8000}
+    assert {trial.batch for trial in found} == {1, 3}
+    assert len(result.proof.agreements) == 2 * len(found)
+
+
+def test_half_precision_stays(tmp_path: Path) -> None:
+    result = quantize_onnx(convolutions(tmp_path / "m.onnx", dtype=np.float16), "w8")
+    assert {row.name for row in result.ledger} == {"c", "t", "w"}
+    x = normal(2, 3, 8, 8, dtype=np.float16)
+    (y,) = ort.InferenceSession(result.path).run(None, {"x": x})
+    assert y.dtype == np.float16
+
+
+def test_external_data(tmp_path: Path) -> None:
+    path = convolutions(tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=100)
+    assert quantize_onnx(path, "w8").bytes_before > 20_000
+    (tmp_path / "m.data").unlink()
+    with pytest.raises(PcqError, match=r"its external data is missing: .*m\.data"):
+        quantize_onnx(path, "w8")
+
+
+def test_an_old_operator_set_is_raised_and_said(tmp_path: Path) -> None:
+    path = convolutions(tmp_path / "m.onnx", opset=11, ir_version=6)
+    result = quantize_onnx(path, "w8")
+    assert (result.proof.opset, result.proof.ir_version) == (12, 8)
+    assert result.planned.notes == (
+        "Raised the operator set from 11 to 12: packed weights need it.",
+        "Raised the IR version from 6 to 8: packed weights need it.",
+    )
+
+
+def test_what_stays_float_has_a_reason(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("MatMul", ["x", "stack"], ["a"]),
+        helper.make_node("Mul", ["a", "gain"], ["b"]),
+        helper.make_node("MatMul", ["b", "added"], ["c"]),
+        helper.make_node("Add", ["c", "added"], ["y"]),
+        helper.make_node("Transpose", ["both"], ["turned"]),
+        helper.make_node("MatMul", ["y", "turned"], ["z"]),
+        helper.make_node("MatMul", ["z", "both"], ["z2"]),
+        helper.make_node("MatMul", ["z2", "w"], ["q"]),
+        helper.make_node("MatMul", ["q", "tiny"], ["p"]),
+    ]
+    tensors = {
+        "stack": normal(2, 30, 30), "gain": normal(30, 30), "both": normal(30, 30), "added": normal(30, 30),
+        "w": normal(30, 40), "tiny": normal(40, 2),
+    }  # fmt: skip
+    path = save(tmp_path / "m.onnx", nodes, tensors, [images(2, 30, 30)], ["p"])
+    planned = plan_onnx(path, "w4")
+    kept = {entry.parameter.name: entry.reason for entry in planned.plan.entries if isinstance(entry, Kept)}
+    assert kept == {
+        "stack": "a 3-dimensional operand of MatMul",
+        "gain": "an operand of Mul",
+        "both": "layers read it in different arrangements",
+        "tiny": "too small to gain by packing",
+    }
+    result = quantize_onnx(path, "w4")  # what the weight's other readers see is dequantized as well
+    assert {row.name for row in result.ledger} == {"added", "w"}
+
+
+def test_quantized_and_packed_models_are_refused(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("DequantizeLinear", ["q", "scale"], ["w"]),
+        helper.make_node("MatMul", ["x", "w"], ["y"]),
+    ]
+    tensors = {"q": np.ones((4, 4), np.int8), "scale": np.array(0.5, np.float32)}
+    path = save(tmp_path / "qdq.onnx", nodes, tensors, [images("n", 4)], ["y"])
+    with pytest.raises(PcqError, match=r"quantized already \(1 DequantizeLinear\)"):
+        quantize_onnx(path, "w8")
+    packed = quantize_onnx(convolutions(tmp_path / "m.onnx"), "w8").path
+    with pytest.raises(PcqError, match="pcq has packed this file already"):
+        quantize_onnx(packed, "w4")
+
+
+@pytest.mark.parametrize(
+    ("values", "bits"),
+    [([-1.0, 1.0], 1.1), ([-1.0, 0.0, 1.0], 1.7), ([-3.0, -1.0, 1.0, 3.0], 2.1), ([-0.7, 0.1, 0.2, 0.9], 2.1)],
+)
+def test_detection_loses_nothing(values: list[float], bits: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.rand(32, 1, generator=generator) + 0.1
+    picked = torch.randint(len(values), (32, 2048), generator=generator)
+    weight = torch.tensor(values)[picked] * (scale if values[0] != -0.7 else 1)
+    found = detect(weight)
+    assert found is not None
+    exact, rows = found
+    from pcq.qtensor import encode
+
+    coded = encode(weight, exact.grid, rows)
+    assert torch.equal(coded.dequantize(), weight)
+    assert 8 * coded.nbytes / weight.numel() < bits
+    assert detect(torch.randn(32, 2048)) is None
+
+
+def test_detected_models_compute_the_same_bits(tmp_path: Path) -> None:
+    path = convolutions(tmp_path / "m.onnx")
+    model = onnx.load(path)
+    for tensor in model.graph.initializer:
+        array = np.sign(numpy_helper.to_array(tensor)) * np.float32(0.3)
+        tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    onnx.save(model, path)
+    result = quantize_onnx(path, detect=True)
+    x = normal(2, 3, 8, 8)
+    (before,), (after,) = (ort.InferenceSession(p).run(None, {"x": x}) for p in (path, result.path))
+    np.testing.assert_array_equal(before, after)
+    assert result.bits < 1.1
+    with pytest.raises(PcqError, match="no weight has few enough different values"):
+        quantize_onnx(convolutions(tmp_path / "float.onnx"), detect=True)
+
+
+def test_the_proof_fails_on_wrong_wiring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(
+        tmp_path / "m.onnx", [helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": normal(32, 32)},
+        [images("n", 32)], ["y"],
+    )  # fmt: skip
+    right = packing.oriented
+    monkeypatch.setattr(packing, "oriented", lambda array, view: right(array, "same"))
+    with pytest.raises(CheckFailed, match="outputs differ by"):
+        quantize_onnx(path, "w8")
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = words(tmp_path / "m.onnx"), tmp_path / "small.onnx"
+    np.savez(tmp_path / "real.npz", x=np.arange(6)[None])
+    arguments = ["quantize", path, "--recipe", "w4", "-o", out, "--sample", tmp_path / "real.npz"]
+    assert cli.run([str(argument) for argument in [*arguments, "--dry-run"]]) == 0
+    assert not out.exists()
+    capsys.readouterr()
+    assert cli.run([str(argument) for argument in [*arguments, "--json"]]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["bytes_after"] == out.stat().st_size
+    assert "sample" in {run["inputs"] for run in answer["agreements"]}
+    assert cli.run([str(argument) for argument in arguments]) == 0
+    assert "Proved: every code and level bit-exact" in capsys.readouterr().out
+    for wrong in (
+        ["quantize", path],
+        ["quantize", path, "-r", "w4", "--detect"],
+        ["quantize", path, "-r", "w4", "--calib", "x"],
+    ):
+        assert cli.run([str(argument) for argument in wrong]) == 2
