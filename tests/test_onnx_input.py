@@ -288,3 +288,24 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         ["quantize", path, "-r", "w4", "--calib", "x"],
     ):
         assert cli.run([str(argument) for argument in wrong]) == 2
+
+
+def test_inspect_lists_what_would_be_quantized(tmp_path: Path) -> None:
+    import onnxscript.optimizer
+
+    from pcq.commands import FileView, inspect
+
+    path = words(tmp_path / "m.onnx")
+    view = inspect(path)
+    assert isinstance(view, FileView)
+    assert view.kind == "float ONNX"
+    assert {row.name: row.form for row in view.tensors} == {
+        "emb": "float32, embedding", "W": "float32, linear", "R": "float32, linear", "g": "float32, linear",
+        "B": "float32, bias",
+    }  # fmt: skip
+    packed = quantize_onnx(path, "w4").path
+    assert isinstance(view := inspect(packed), FileView)
+    assert (view.kind, len(view.tensors)) == ("packed ONNX", 4)
+    onnx.save(onnxscript.optimizer.optimize(onnx.load(packed)), tmp_path / "inflated.onnx")
+    with pytest.raises(PcqError, match="have been unpacked into floats"):
+        inspect(tmp_path / "inflated.onnx")

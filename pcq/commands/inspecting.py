@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -107,8 +107,10 @@ def _inspect_artifact(path: Path) -> FileView:
 
 
 def _inspect_onnx(path: Path) -> FileView:
-    from pcq.export import open_packed
+    from pcq.export import is_packed, open_packed
 
+    if not is_packed(path):
+        return _inspect_float_onnx(path)
     packed = open_packed(path)
     facts = [
         ("opset", str(packed.opset)),
@@ -120,6 +122,27 @@ def _inspect_onnx(path: Path) -> FileView:
     ]
     rows = tuple(_quantized_view(name, tensor) for name, tensor in packed.weights.items())
     return FileView(path, "packed ONNX", tuple(facts), rows, packed.file_bytes)
+
+
+def _inspect_float_onnx(path: Path) -> FileView:
+    """What `pcq quantize` finds in an ONNX model that pcq did not pack: weights, then what it would leave float."""
+    from pcq import onnx_input
+
+    opened = onnx_input.open_graph(path)
+    inventory = onnx_input.take_inventory(opened)
+    graph = opened.model.graph
+    facts = [
+        ("opset", str(opened.opset)),
+        ("IR version", str(opened.ir_version)),
+        ("inputs", ", ".join(f"{value.name} {value.shape}" for value in graph.inputs)),
+        ("outputs", ", ".join(f"{value.name} {value.shape}" for value in graph.outputs)),
+        *((f"note {i + 1}", f"`pcq quantize` would do this: {note}") for i, note in enumerate(opened.notes)),
+    ]
+    rows = [(weight.parameter, weight.parameter.kind) for weight in inventory.weights.values()]
+    views = [_float_view(each.name, each.shape, each.dtype) for each, _ in (*rows, *inventory.others)]
+    words = [words for _, words in (*rows, *inventory.others)]
+    named = tuple(replace(view, form=f"{view.form}, {said}") for view, said in zip(views, words, strict=True))
+    return FileView(path, "float ONNX", tuple(facts), named, opened.file_bytes)
 
 
 def check(

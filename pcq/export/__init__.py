@@ -1,7 +1,16 @@
 """ONNX files whose weights stay packed, and the proof that they are right."""
 
 from pcq.export.onnx_file import OnnxReport, OnnxTensor, write_onnx
-from pcq.export.reading import PackedFile, open_packed, read_packed
+from pcq.export.reading import PackedFile, is_packed, open_packed, read_packed
 from pcq.export.verify import Agreement
 
-__all__ = ["Agreement", "OnnxReport", "OnnxTensor", "PackedFile", "open_packed", "read_packed", "write_onnx"]
+__all__ = [
+    "Agreement",
+    "OnnxReport",
+    "OnnxTensor",
+    "PackedFile",
+    "is_packed",
+    "open_packed",
+    "read_packed",
+    "write_onnx",
+]

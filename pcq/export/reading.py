@@ -61,6 +61,17 @@ def read_packed(path: Path | str) -> dict[str, QuantizedTensor]:
     return open_packed(path).weights
 
 
+def is_packed(path: Path | str) -> bool:
+    """Whether pcq packed this ONNX file, unpacked or stripped of its metadata since or not.
+
+    Raises:
+        PcqError: it cannot be opened or is not ONNX.
+    """
+    model = _load(Path(path))
+    ours = any(function.domain == "pcq" for function in model.functions) or model.producer_name == "pcq"
+    return ours or any(entry.key == KEY for entry in model.metadata_props)
+
+
 def open_packed(path: Path | str) -> PackedFile:
     """Read an ONNX file that pcq wrote.
 
