@@ -429,7 +429,10 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
                        ArtifactHeader({{"a": Plain((3,), "float32"), "b": Plain((4,), "float32")}}), tensors())
     """
     process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", textwrap.dedent(code)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells start background work without it
     )
     assert process.stdout is not None
     assert process.stdout.readline() == b"writing\n"

@@ -403,8 +403,8 @@ def test_every_integer_is_read_back(value: int) -> None:
 
 DATA = st.recursive(
     st.booleans() | st.integers(-(10**9), 10**9) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=8,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=80), inner, max_size=3),
+    max_leaves=8,  # a key in YAML has at most 1024 characters, and JSON takes up to 12 for one
 )
 
 

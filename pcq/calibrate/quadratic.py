@@ -306,11 +306,7 @@ def proxconnect(
     Returns the best hard point met, the nearest levels of the target included.
     """
     scale = torch.diagonal(quadratic.h, dim1=1, dim2=2).sqrt()
-    unit = quadratic.h / (scale[:, :, None] * scale[:, None, :])
-    vector = torch.ones_like(scale)[:, :, None]
-    for _ in range(30):
-        vector = F.normalize(unit @ vector, dim=1)
-    top = 1.05 * (unit @ vector).norm(dim=1)[:, None]
+    top = 1.05 * largest_eigenvalue(quadratic.h / (scale[:, :, None] * scale[:, None, :]))[:, None, None]
     step = 1 / (top * scale.square()[:, None, :])
     latent, grid = quadratic.target.clone(), start.grid
     best, best_loss = start, quadratic.loss(start.decode())
@@ -326,3 +322,15 @@ def proxconnect(
             grid = refit(quadratic, codes).grid
         latent = latent - quadratic.gradient(latent + strength * (point - latent)) * step
     return best
+
+
+def largest_eigenvalue(matrices: Tensor) -> Tensor:
+    """Of symmetric positive ``[G, n, n]``, by 30 power iterations from a fixed random vector: ``[G]``, never too large.
+
+    A vector of ones would not do: inputs that go against one another can be orthogonal to it.
+    """
+    n = matrices.shape[1]
+    vector = torch.randn(1, n, 1, generator=torch.Generator().manual_seed(0)).to(matrices)
+    for _ in range(30):
+        vector = F.normalize(matrices @ vector, dim=1)
+    return torch.linalg.vector_norm(matrices @ vector, dim=1)[:, 0]
