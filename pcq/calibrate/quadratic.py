@@ -333,4 +333,5 @@ def largest_eigenvalue(matrices: Tensor) -> Tensor:
     vector = torch.randn(1, n, 1, generator=torch.Generator().manual_seed(0)).to(matrices)
     for _ in range(30):
         vector = F.normalize(matrices @ vector, dim=1)
-    return torch.linalg.vector_norm(matrices @ vector, dim=1)[:, 0]
+    lengths: Tensor = torch.linalg.vector_norm(matrices @ vector, dim=1)
+    return lengths[:, 0]
