@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
+    "analyze": "pcq.commands",
     "quantize": "pcq.commands",
     "finetune": "pcq.commands",
     "export_onnx": "pcq.commands",

@@ -72,6 +72,24 @@ def synthesize(example: tuple[int, ...], count: int, seed: int) -> Tensor:
     return (images - images.mean()) / images.std()
 
 
+def usual_count(example: tuple[int, ...]) -> int:
+    """How many samples have 4 million numbers together, 8 to 128."""
+    return min(128, max(8, 2**22 // math.prod(example)))
+
+
+def invented(
+    module: nn.Module, example: tuple[int, ...], count: int | None, seed: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Samples ``[count, *example]``, and the BatchNorm statistics that they are to be used with; name -> tensor.
+
+    Raises:
+        PcqError: the network does not take samples of that shape, or its pass cannot be replayed.
+    """
+    samples = synthesize(example, count or usual_count(example), seed)
+    outputs(module, {}, samples[:1])
+    return samples, reference(tapes.record(module, (samples,)), tapes.state(module), (samples,))
+
+
 def reference(tape: Tape, tensors: Mapping[str, Tensor], samples: tuple[Tensor, ...]) -> dict[str, Tensor]:
     """The statistics each BatchNorm sees on ``samples`` when all before it have been given theirs; name -> tensor."""
     return reestimate(tape, tensors, [samples])
@@ -202,7 +220,7 @@ def care(
     """
     trained = tapes.state(module)
     plain = {name: qtensor.quantize(quantizer, trained[name], rows) for name, (rows, quantizer) in plan.items()}
-    count = count or min(128, max(8, 2**22 // math.prod(example)))
+    count = count or usual_count(example)
     progress("inventing samples", 0, 2)
     samples = synthesize(example, count, settings.seed)
     progress("inventing samples", 1, 2)

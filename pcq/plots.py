@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -31,11 +32,7 @@ def prox_figure(prox: Prox, levels: Sequence[float], strengths: Sequence[float] 
         raise PcqError(f"the levels to draw are {list(levels)}", allowed="two or more different finite numbers")
     if not strengths or not all(0 <= strength <= 1 for strength in strengths):
         raise PcqError(f"the strengths to draw are {list(strengths)}", allowed="one or more numbers from 0 to 1")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PcqError("drawing needs matplotlib", todo='Install it: `pip install "pcq[plots]"`') from error
-
+    figure = _figure(5.2, 5.0)
     table = torch.tensor([ascending], dtype=torch.float64)
     margin = 0.25 * (ascending[-1] - ascending[0])
     ends = ascending[0] - margin, ascending[-1] + margin
@@ -44,7 +41,6 @@ def prox_figure(prox: Prox, levels: Sequence[float], strengths: Sequence[float] 
     weights = torch.cat([torch.linspace(*ends, 801, dtype=torch.float64)[None], middles - beside, middles + beside], 1)
     weights = weights.sort(1).values
 
-    figure = Figure(figsize=(5.2, 5.0), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     axes.plot(ends, ends, linestyle="--", color="0.55", linewidth=1, label="identity")
     for strength in strengths:
@@ -57,6 +53,42 @@ def prox_figure(prox: Prox, levels: Sequence[float], strengths: Sequence[float] 
     axes.grid(linewidth=0.5, color="0.85")
     axes.set(xlim=ends, ylim=ends, aspect="equal", xlabel="latent weight", ylabel="weight", title=title or str(prox))
     axes.legend(loc="upper left", fontsize="small", framealpha=0.9)
+    return _png(figure)
+
+
+def bars(values: Sequence[tuple[str, float, bool]], title: str, measure: str) -> bytes:
+    """A horizontal bar for each ``(name, value, marked)``, the first on top, on a logarithmic axis.
+
+    Returns:
+        A PNG.
+
+    Raises:
+        PcqError: matplotlib is not installed.
+    """
+    figure = _figure(7.0, min(100.0, 1.2 + 0.2 * len(values)))
+    axes = figure.add_subplot()
+    places = range(len(values))
+    colours = ["#c0392b" if marked else "#7f8c8d" for _, _, marked in values]
+    least = min((value for _, value, _ in values if value > 0), default=1.0)
+    axes.barh(places, [max(value, least / 2) for _, value, _ in values], color=colours, left=0)
+    axes.set_yticks(places, [name for name, _, _ in values], fontsize="x-small")
+    axes.set(xscale="log", xlabel=measure, title=title)
+    axes.set_xlim(least / 2)
+    axes.margins(y=0.01)
+    axes.invert_yaxis()
+    axes.grid(axis="x", linewidth=0.5, color="0.85")
+    return _png(figure)
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise PcqError("drawing needs matplotlib", todo='Install it: `pip install "pcq[plots]"`') from error
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def _png(figure: Any) -> bytes:
     png = io.BytesIO()
     figure.savefig(png, format="png", metadata={"Software": None})
     return png.getvalue()

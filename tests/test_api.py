@@ -13,6 +13,7 @@ def test_names_are_pinned() -> None:
     assert pcq.__all__ == [
         "CheckFailed",
         "PcqError",
+        "analyze",
         "evaluate",
         "export_onnx",
         "finetune",

@@ -1,5 +1,6 @@
 """What the command line does, as plain Python: each command is one call with a typed, frozen result."""
 
+from pcq.commands.analyzing import AnalyzedWeight, AnalyzeResult, analyze
 from pcq.commands.calibrating import Calibrated, Calibration, calibrated
 from pcq.commands.exporting import ExportResult, export_onnx
 from pcq.commands.finetuning import FinetuneResult, FinetuneRow, finetune
@@ -15,11 +16,14 @@ from pcq.commands.inspecting import (
     recipes,
 )
 from pcq.commands.networks import Network, load_network, open_network
+from pcq.commands.onnx_calibrating import OnnxCalibrated
 from pcq.commands.onnx_quantizing import OnnxQuantizeResult, plan_onnx, quantize_onnx, run_onnx
 from pcq.commands.quantizing import LedgerRow, Planned, QuantizeResult, plan, quantize, run
 from pcq.commands.scoring import EvalResult, evaluate
 
 __all__ = [
+    "AnalyzeResult",
+    "AnalyzedWeight",
     "Calibrated",
     "Calibration",
     "EvalResult",
@@ -29,6 +33,7 @@ __all__ = [
     "FinetuneRow",
     "LedgerRow",
     "Network",
+    "OnnxCalibrated",
     "OnnxQuantizeResult",
     "Planned",
     "ProxPlot",
@@ -36,6 +41,7 @@ __all__ = [
     "RecipeView",
     "Shipped",
     "TensorView",
+    "analyze",
     "calibrated",
     "check",
     "evaluate",

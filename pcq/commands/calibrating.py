@@ -128,8 +128,10 @@ def float_network(planned: "Planned") -> nn.Module:
     return module.eval()
 
 
-def draw(asked: Calibration) -> tuple[Tensor, Tensor, str]:
+def draw(asked: Calibration, usual: int = SAMPLES) -> tuple[Tensor, Tensor, str]:
     """Samples, others held out, and both in words: drawn by the seed from split ``train``, never from ``test``.
+
+    ``usual``: how many, where nothing else is asked for.
 
     Raises:
         PcqError: the data is not there, or there are too few samples.
@@ -137,7 +139,7 @@ def draw(asked: Calibration) -> tuple[Tensor, Tensor, str]:
     from pcq.data import open_data
 
     data = open_data(asked.data, "train")
-    count = min(asked.samples or SAMPLES, data.n * 4 // 5)
+    count = min(asked.samples or usual, data.n * 4 // 5)
     others = min(max(FEWEST, count // 4), data.n - count)
     if count < FEWEST:
         raise PcqError(

@@ -3,7 +3,15 @@
 Adding a result means adding one function to each of the two dispatchers.
 """
 
-from pcq.report import exporting, finetuning, inspecting, onnx_quantizing, quantizing, scoring  # noqa: F401  (they register)
+from pcq.report import (  # noqa: F401  (they register)
+    analyzing,
+    exporting,
+    finetuning,
+    inspecting,
+    onnx_quantizing,
+    quantizing,
+    scoring,
+)
 from pcq.report.forms import render, to_json
 
 __all__ = ["render", "to_json"]

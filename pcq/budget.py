@@ -1,0 +1,1 @@
+"""Byte budgets: which levels each weight gets so that the file fits."""

@@ -1,0 +1,224 @@
+"""What each quantized weight costs: measured on the weight, on its layer's output, on the network's output.
+
+The network's output is measured with one weight quantized and all others float, and with one weight float and all
+others quantized. Both replay a tape (``pcq.tape``) from the place where the weight is first used, so that what comes
+before is computed once for all.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from pcq import tape as tapes
+from pcq.calibrate.layers import find, patches
+from pcq.calibrate.oneshot import batches
+from pcq.errors import PcqError
+from pcq.progress import Progress, silent
+from pcq.qtensor import QuantizedTensor
+from pcq.tape import Tape
+
+BATCH = 32
+POSITIONS = 8192
+OUTLIER = 4.0
+"""Deviations of its row beyond which a weight is called an outlier."""
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far a network's output is from the float network's, over some samples.
+
+    Attributes:
+        error: ``E ||y_q - y||^2 / E ||y - E y||^2``.
+        agreement: percent of samples with the same top-1; None for a single output.
+        kl: mean of ``KL(softmax(y) || softmax(y_q))`` in nats; None for a single output.
+    """
+
+    error: float
+    agreement: float | None
+    kl: float | None
+
+
+@dataclass(frozen=True)
+class Local:
+    """What quantizing a weight does to the output of its layer, on the float network's inputs.
+
+    Attributes:
+        error: ``E ||dy||^2`` over the variance of y, both summed over the channels.
+        centred: the same without each channel's mean of dy: what is left when means are matched.
+    """
+
+    error: float
+    centred: float
+
+
+@dataclass(frozen=True)
+class WeightNoise:
+    """What can be said of a quantized weight without data.
+
+    Attributes:
+        share: ``sum (w_q - w)^2 / sum w^2``; 0: exact.
+        flips: percent of the weights that lose their sign (they become zero, or change it).
+        outliers: percent of the weights more than four deviations from the mean of their row of levels.
+    """
+
+    share: float
+    flips: float
+    outliers: float
+
+
+def drift(y: Tensor, aim: Tensor) -> Drift:
+    """How far outputs ``y [n, k]`` are from the float network's ``aim [n, k]``."""
+    error = float((y - aim).square().sum() / (aim - aim.mean(0)).square().sum().clamp(min=1e-30))
+    if aim.shape[1] < 2:
+        return Drift(error, None, None)
+    agreement = 100 * float((y.argmax(1) == aim.argmax(1)).float().mean())
+    sure = F.log_softmax(aim, 1)
+    return Drift(error, agreement, max(0.0, float((sure.exp() * (sure - F.log_softmax(y, 1))).sum(1).mean())))
+
+
+def weight_noise(weight: Tensor, quantized: QuantizedTensor) -> WeightNoise:
+    """Noise, lost signs and outliers of a weight."""
+    exact, rounded = weight.float(), quantized.dequantize()
+    rows = quantized.rows.split(exact)
+    outside = (rows - rows.mean(1, keepdim=True)).abs() > OUTLIER * rows.std(1, correction=0, keepdim=True)
+    share = float((rounded - exact).square().sum() / exact.square().sum().clamp(min=1e-30))
+    lost = (exact != 0) & (exact.sign() != rounded.sign())
+    return WeightNoise(share, 100 * float(lost.float().mean()), 100 * float(outside.float().mean()))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A float network on its samples, ready to be run with other weights.
+
+    Attributes:
+        tape: its pass.
+        parts: the samples in batches.
+        tensors: its parameters and buffers.
+        aim: what it puts out: ``[n, k]``.
+    """
+
+    tape: Tape
+    parts: Sequence[tuple[Tensor, ...]]
+    tensors: Mapping[str, Tensor]
+    aim: Tensor
+
+    @staticmethod
+    def of(module: nn.Module, samples: Tensor, teacher: Mapping[str, Tensor] | None = None) -> "Bench":
+        """``teacher``: tensors that replace some of the module's.
+
+        Raises:
+            PcqError: the network does not take the samples, or its pass cannot be replayed.
+        """
+        parts = batches((samples,), BATCH)
+        tape = tapes.record(module, parts[0])
+        bench = Bench(tape, parts, {**tapes.state(module), **(teacher or {})}, torch.empty(0))
+        return Bench(tape, parts, bench.tensors, bench.outputs({}))
+
+    def outputs(self, changed: Mapping[str, Tensor]) -> Tensor:
+        """What the network puts out with some tensors ``changed``."""
+        tensors = {**self.tensors, **changed}
+        found = []
+        for part in self.parts:
+            values = tapes.run(self.tape, tensors, dict(zip(self.tape.inputs, part, strict=True)), 0, self.end)
+            found.append(self._output(values, len(part[0])))
+        return torch.cat(found)
+
+    @property
+    def end(self) -> int:
+        return len(self.tape.ops)
+
+    def first_use(self, name: str) -> int | None:
+        """The first operation that reads a tensor; None if none does."""
+        places = [
+            self.tape.users[n][0] for n, known in self.tape.names.items() if known == name and n in self.tape.users
+        ]
+        return min(places, default=None)
+
+    def _output(self, values: Mapping[int, Tensor], count: int) -> Tensor:
+        leaves: list[Any] = pytree.tree_leaves(tapes.output(self.tape, values))
+        for leaf in leaves:
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and len(leaf) == count:
+                return leaf.float().flatten(1)
+        raise PcqError("the network puts out no numbers for each sample")
+
+    def one_by_one(
+        self,
+        base: Mapping[str, Tensor],
+        swapped: Mapping[str, Tensor],
+        stage: str = "",
+        progress: Progress = silent,
+    ) -> dict[str, Drift]:
+        """The network with the tensors ``base``, and then each of ``swapped`` alone in its place: name -> drift.
+
+        A tensor that the pass does not read does nothing.
+        """
+        places = {name: self.first_use(name) for name in swapped}
+        order = sorted((place, name) for name, place in places.items() if place is not None)
+        tensors = {**self.tensors, **base}
+        found: dict[str, list[Tensor]] = {name: [] for _, name in order}
+        for index, part in enumerate(self.parts):
+            values = dict(zip(self.tape.inputs, part, strict=True))
+            at = 0
+            for number, (place, name) in enumerate(order):
+                progress(stage, index * len(order) + number, len(self.parts) * len(order))
+                values = tapes.run(self.tape, tensors, values, at, place)
+                at = place
+                end = tapes.run(self.tape, {**tensors, name: swapped[name]}, values, place, self.end)
+                found[name].append(self._output(end, len(part[0])))
+        same = drift(self.outputs(base), self.aim) if len(order) < len(swapped) else None
+        return {name: drift(torch.cat(found[name]), self.aim) if name in found else _known(same) for name in swapped}
+
+    def local(
+        self, candidates: Mapping[str, Sequence[Callable[[], Tensor]]], progress: Progress = silent
+    ) -> dict[str, list[Local]]:
+        """For each weight that acts as a matrix on patches: what each candidate does to its layer's output.
+
+        A candidate is a call that gives the weight's values. At most ``POSITIONS`` output positions are looked at.
+        """
+        layers, _ = find(self.tape, {name: tuple(self.tensors[name].shape) for name in candidates})
+        sums = {layer.weight: torch.zeros(2 + 2 * len(candidates[layer.weight])).double() for layer in layers}
+        means: dict[str, list[Tensor]] = {}
+        counts = {layer.weight: 0 for layer in layers}
+        for index, part in enumerate(self.parts):
+            values = dict(zip(self.tape.inputs, part, strict=True))
+            at = 0
+            for number, layer in enumerate(layers):
+                progress("layers", index * len(layers) + number, len(self.parts) * len(layers))
+                values = tapes.run(self.tape, self.tensors, values, at, layer.op)
+                at = layer.op
+                generator = torch.Generator().manual_seed(layer.op * 1009 + index)
+                p = patches(layer, values[layer.x], POSITIONS // len(self.parts) + 1, generator).float()
+                channels = layer.channels(tuple(self.tensors[layer.weight].shape))
+
+                def split(weight: Tensor, layer: Any = layer, channels: Any = channels) -> Tensor:
+                    rows: Tensor = channels.split(weight).reshape(layer.groups, -1, channels.length)
+                    return rows.transpose(1, 2)
+
+                exact = split(self.tensors[layer.weight].float())
+                outs = [p @ exact, *(p @ (split(each()) - exact) for each in candidates[layer.weight])]
+                held = means.setdefault(layer.weight, [torch.zeros(exact.shape[0], exact.shape[2])] * len(outs))
+                for i, out in enumerate(outs):
+                    sums[layer.weight][i] += float(out.square().sum())
+                    held[i] = held[i] + out.sum(1)
+                counts[layer.weight] += p.shape[1]
+        result = {}
+        for name, held in means.items():
+            n = counts[name]
+            off = [float((mean / n).square().sum()) for mean in held]
+            square = [float(each) / n for each in sums[name][: len(held)]]
+            variance = max(square[0] - off[0], 1e-30)
+            result[name] = [
+                Local(whole / variance, max(0.0, whole - mean) / variance)
+                for whole, mean in zip(square[1:], off[1:], strict=True)
+            ]
+        return result
+
+
+def _known(value: Drift | None) -> Drift:
+    assert value is not None
+    return value

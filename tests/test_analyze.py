@@ -1,0 +1,170 @@
+"""``pcq analyze``: every measurement against a slow twin, and rules to paste that do what they say."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import pcq
+from pcq import cli, qtensor
+from pcq.commands.analyzing import worst
+from pcq.commands.calibrating import Calibration, draw
+from pcq.demo import HERE
+from pcq.plan import Quantized, make_plan
+from pcq.quantizers import Ternary
+from pcq.recipe import parse_recipe, shipped_text
+from pcq.rows import Rows
+from pcq.sensitivity import drift, weight_noise
+
+ARCH = "pcq.demo.nets:resnet8?num_classes=10&in_channels=1"
+DIGITS = HERE / "digits-resnet8.safetensors"
+
+
+@pytest.fixture(scope="module")
+def found():
+    return pcq.analyze(DIGITS, "ternary", arch=ARCH, calib="digits", samples=40)
+
+
+@pytest.fixture(scope="module")
+def network():
+    return pcq.open_network(DIGITS, ARCH).module
+
+
+def samples():
+    return draw(Calibration("digits", 40))[0]
+
+
+def outputs(network, changed):
+    with torch.no_grad():
+        return torch.func.functional_call(network, changed, (samples(),))
+
+
+def rounded(found):
+    plan = {e.parameter.name: e for e in found.planned.plan.quantized}
+    tensors = {name: found.planned.source.tensor(name) for name in plan}
+    return {n: qtensor.quantize(e.quantizer, tensors[n], e.rows) for n, e in plan.items()}
+
+
+def close(a, b):
+    assert a.error == pytest.approx(b.error, rel=1e-3)
+    assert a.agreement == pytest.approx(b.agreement)
+    assert a.kl == pytest.approx(b.kl, rel=1e-3, abs=1e-6)
+
+
+def test_one_quantized_and_one_left_float_are_what_the_whole_network_does(found, network):
+    """The replay from the place of first use against a plain pass through the module."""
+    exact = dict(network.named_parameters())
+    values = {name: q.dequantize() for name, q in rounded(found).items()}
+    aim = outputs(network, {})
+    close(found.whole, drift(outputs(network, values), aim))
+    assert len(found.weights) == len(values) > 5
+    for row in found.weights:
+        close(row.alone, drift(outputs(network, {row.name: values[row.name]}), aim))
+        close(row.spared, drift(outputs(network, {**values, row.name: exact[row.name].detach()}), aim))
+
+
+def test_the_layer_error_is_that_of_its_output(found, network):
+    """All positions of so few samples are looked at, so the figures are exact."""
+    values = {name: q.dequantize() for name, q in rounded(found).items()}
+    seen = {}
+    hooks = [
+        module.register_forward_hook(lambda m, x, y, name=name: seen.update({f"{name}.weight": (m, x[0], y)}))
+        for name, module in network.named_modules()
+        if isinstance(module, torch.nn.Conv2d)
+    ]
+    outputs(network, {})
+    for hook in hooks:
+        hook.remove()
+    assert seen
+    for row in found.weights:
+        if row.name in seen:
+            m, x, y = seen[row.name]
+            off = F.conv2d(x, values[row.name], None, m.stride, m.padding, m.dilation, m.groups) - y
+            spread = (y - y.mean((0, 2, 3), keepdim=True)).square().sum()
+            centred = (off - off.mean((0, 2, 3), keepdim=True)).square().sum()
+            assert row.local.error == pytest.approx(float(off.square().sum() / spread), rel=1e-3)
+            assert row.local.centred == pytest.approx(float(centred / spread), rel=1e-3)
+
+
+def test_the_ranking_is_by_the_output_error_of_one_weight_alone(found):
+    damages = [row.alone.error for row in found.weights]
+    assert damages == sorted(damages, reverse=True) == [row.damage for row in found.weights]
+    assert found.weights[0].override
+
+
+def test_drift_by_hand():
+    aim = torch.tensor([[0.0, 2.0], [2.0, 0.0]])
+    found = drift(torch.tensor([[0.0, 2.0], [0.0, 2.0]]), aim)
+    assert found.error == pytest.approx(8 / 4)
+    assert found.agreement == 50
+    p = torch.tensor([2.0, 0.0]).softmax(0)
+    assert found.kl == pytest.approx(float((p * (p / p.flip(0)).log()).sum()) / 2)
+    assert drift(aim, aim) == type(found)(0.0, 100.0, 0.0)
+    assert drift(aim[:, :1], aim[:, :1]).agreement is None
+
+
+def test_noise_signs_and_outliers_by_hand():
+    weight = torch.tensor([[1.0, -1.0, 0.1, -1.0], [2.0, -2.0, 2.0, 0.0]])
+    q = qtensor.quantize(Ternary(), weight, Rows((2, 4)))
+    assert torch.equal(q.dequantize(), torch.tensor([[1.0, -1.0, 0.0, -1.0], [2.0, -2.0, 2.0, 0.0]]))
+    noise = weight_noise(weight, q)
+    assert noise.share == pytest.approx(0.01 / float(weight.square().sum()))
+    assert noise.flips == 12.5
+    assert noise.outliers == 0
+    spike = torch.zeros(1, 100)
+    spike[0, 3] = 1.0
+    assert weight_noise(spike, qtensor.quantize(Ternary(), spike, Rows((1, 100)))).outliers == pytest.approx(1)
+
+
+def test_the_rules_to_paste_do_what_they_say(found):
+    text = shipped_text("ternary").replace("rules:\n", "rules:\n" + found.overrides)
+    planned = make_plan(parse_recipe(text, "pasted.yaml"), [e.parameter for e in found.planned.plan.entries])
+    named = {row.name for row in found.weights if row.override}
+    assert named
+    assert {e.parameter.name for e in planned.entries if isinstance(e, Quantized) and e.rule == 0} == named
+    assert planned.bytes_after - found.planned.plan.bytes_after == found.added > 0
+
+
+@pytest.mark.parametrize(
+    ("damages", "count"), [([8, 1, 1, 1], 1), ([1] * 12, 3), ([5, 4, 1] + [0] * 9, 1), ([0.0, 0.0], 0), ([3], 1)]
+)
+def test_the_fewest_that_do_half_of_the_damage_and_no_more_than_a_quarter(damages, count):
+    assert worst(damages) == count
+
+
+def test_without_samples_only_the_weights_are_looked_at(capsys):
+    assert cli.run(["analyze", str(DIGITS), "-r", "ternary-all", "--arch", ARCH, "--json"]) == 0
+    got = json.loads(capsys.readouterr().out)
+    assert got["whole"] is got["data"] is None
+    assert all(row["alone"] is row["layer_error"] is None for row in got["weights"])
+    noises = [10 ** (-row["sqnr_db"] / 10) for row in got["weights"]]
+    assert noises == sorted(noises, reverse=True)
+
+
+def test_invented_samples_are_called_so_and_a_picture_is_drawn(tmp_path, capsys):
+    picture = tmp_path / "a.png"
+    arguments = ["analyze", str(DIGITS), "-r", "w2", "--arch", ARCH, "--calib", "random", "--input", "1x8x8"]
+    assert cli.run([*arguments, "--samples", "16", "--plot", str(picture)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "16 invented samples of 1x8x8: no real data was seen" in said
+    assert "what the figures are on real data is not known" in said
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--samples", "16"], "--calib random"),
+        (["--calib", "digits", "--samples", "2"], "8 or more"),
+        (["--calib", "random"], "--input 3x224x224"),
+        (["--plot", "a.jpg"], "ends in .png"),
+        (["--calib", "digits", "--set", "rules.0.levels=null"], "null"),
+    ],
+)
+def test_mistakes_are_answered(options, says, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["analyze", str(DIGITS), "-r", "w4", "--arch", ARCH, *options]) == 2
+    assert says in " ".join(capsys.readouterr().err.split())
+    assert not list(Path().iterdir())
