@@ -11,7 +11,7 @@ from pcq.cli.options import AllowGlobal, Arch, Force, Input, Json, Model, Set, U
 from pcq.errors import PcqError
 
 if TYPE_CHECKING:
-    from pcq.commands import Planned
+    from pcq.commands import Calibration, Planned
 
 
 @app.command()
@@ -35,13 +35,19 @@ def quantize(
         typer.Option(
             metavar="SPEC",
             help="Calibrate on unlabelled samples: a data spec, such as folder:DIR; or `random`: invented samples, "
-            "no data.",
+            "no data. ONNX: npz:FILE with an array for each input.",
         ),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration samples (default: 512, or what is there).")] = None,
     calib_method: Annotated[
         Literal["proxconnect", "gptq", "rounding", "nearest"] | None,
         typer.Option(help="How each layer is reconstructed (default: proxconnect; for random gptq)."),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Choose each weight's levels so that it fits: 3MB, 900kB, 2.5bits. Needs no recipe."
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Which calibration samples are drawn (default: 0).")] = None,
     input_shape: Input = None,
@@ -68,18 +74,22 @@ def quantize(
         raise PcqError("this is about calibration, which was not asked for", where=said[0], todo=todo)
 
     if model.suffix == ".onnx":
-        if calib is not None or arch is not None:
-            raise PcqError("this is about checkpoints, and an ONNX model was given", where="--calib, --arch")
-        _onnx(commands.plan_onnx(model, recipe, overrides=overrides or (), detect=detect), out, sample or [], force,
-              dry_run, as_json)  # fmt: skip
+        if arch is not None or input_shape is not None:
+            raise PcqError("this is about checkpoints, and an ONNX model was given", where="--arch, --input")
+        if budget is not None:
+            raise PcqError("budgets are for checkpoints, and an ONNX model was given", where="--budget")
+        if detect and calib is not None:
+            raise PcqError("nothing is rounded with --detect, so there is nothing to calibrate", where="--calib")
+        planned = commands.plan_onnx(model, recipe, overrides=overrides or (), detect=detect)
+        _onnx(planned, out, calibration, sample or [], force, dry_run, as_json)
         return
     if detect or sample:
         raise PcqError("this is about ONNX models, and a checkpoint was given", where="--detect, --sample")
-    if recipe is None:
+    if recipe is None and budget is None:
         raise PcqError("a recipe is needed", where="--recipe", todo="`pcq recipes list` shows those that come with pcq")
     planned = commands.plan(
         model,
-        recipe,
+        recipe if recipe is not None else commands.everything(budget or ""),
         arch=arch,
         overrides=overrides or (),
         allow_globals=allow_global or (),
@@ -87,19 +97,32 @@ def quantize(
     )
     for note in planned.notes:
         say(note)
+    budget = budget or planned.recipe.budget
+    if dry_run and budget is not None:
+        with bar("allocating") as progress:
+            emit(commands.allocate(planned, budget, calibration, progress), as_json)
+        return
     if dry_run:
         emit(planned, as_json)
         return
-    if not as_json:
+    if not as_json and budget is None:
         emit(planned, False)
     with bar("quantizing") as progress:
-        result = commands.run(planned, out, calibration=calibration, force=force, progress=progress)
+        result = commands.run(planned, out, calibration=calibration, budget=budget, force=force, progress=progress)
     emit(result, as_json)
     if not as_json:
         say(f"Next: pcq export {result.path} --onnx")
 
 
-def _onnx(planned: "Planned", out: Path | None, samples: list[Path], force: bool, dry_run: bool, as_json: bool) -> None:
+def _onnx(
+    planned: "Planned",
+    out: Path | None,
+    calibration: "Calibration | None",
+    samples: list[Path],
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
     """ONNX in, ONNX out."""
     from pcq import commands
 
@@ -110,5 +133,7 @@ def _onnx(planned: "Planned", out: Path | None, samples: list[Path], force: bool
     if dry_run:
         return
     with bar("quantizing") as progress:
-        result = commands.run_onnx(planned, out, samples=samples, force=force, progress=progress)
+        result = commands.run_onnx(
+            planned, out, calibration=calibration, samples=samples, force=force, progress=progress
+        )
     emit(result, as_json)

@@ -8,7 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from pcq import checkpoint
+from pcq.commands.calibrating import Calibration
+from pcq.commands.onnx_calibrating import OnnxCalibrated, calibrated_onnx
 from pcq.commands.quantizing import LedgerRow, Planned, ledger_row
 from pcq.errors import PcqError, raise_all
 from pcq.plan import Kept, Plan, Quantized, make_plan
@@ -39,6 +43,7 @@ class OnnxQuantizeResult:
         bits: stored bits per packed weight, scales and tables included.
         proof: the file, and the runs beside the input model.
         seconds: in all.
+        calibrated: what calibration found; None without.
     """
 
     path: Path
@@ -48,6 +53,7 @@ class OnnxQuantizeResult:
     bits: float
     proof: "Rewritten"
     seconds: float
+    calibrated: OnnxCalibrated | None = None
 
 
 def plan_onnx(
@@ -115,6 +121,7 @@ def run_onnx(
     planned: Planned,
     out: str | Path | None = None,
     *,
+    calibration: Calibration | None = None,
     samples: Sequence[str | Path] = (),
     force: bool = False,
     progress: Progress = silent,
@@ -124,12 +131,14 @@ def run_onnx(
     Args:
         planned: from :func:`plan_onnx`.
         out: the file; default ``<model>.<recipe>.onnx`` beside the model.
+        calibration: what to calibrate with; None: every weight is rounded for itself.
         samples: ``.npz`` files with an array for each input: more to compare on than random inputs.
         force: replace a file at ``out`` that pcq did not write.
         progress: called at each stage.
 
     Raises:
-        PcqError: a weight holds NaN or infinity, or no input is known that the model runs on.
+        PcqError: a weight holds NaN or infinity, no input is known that the model runs on, or it does not run on the
+            calibration samples.
         CheckFailed: the file is not bit-exact, computes something else, or has another size than predicted.
     """
     from pcq import onnx_input
@@ -147,28 +156,42 @@ def run_onnx(
     total, done = sum(entry.parameter.numel for entry in entries), 0
     problems: list[PcqError] = []
     for entry in entries:
+        try:
+            checkpoint.refuse_non_finite(entry.parameter.name, inventory.weights[entry.parameter.name].read())
+        except PcqError as problem:
+            problems.append(problem)
+    raise_all(problems)
+    made = (
+        None
+        if calibration is None or planned.recipe.name == DETECTED
+        else calibrated_onnx(planned, calibration, progress)
+    )
+    for entry in entries:
         name = entry.parameter.name
         progress(f"quantizing {name}", done, total)
         weight = inventory.weights[name].read()
         done += weight.numel()
-        try:
-            checkpoint.refuse_non_finite(name, weight)
-        except PcqError as problem:
-            problems.append(problem)
-            continue
-        made = checkpoint.Done(entry, *checkpoint.quantize_sliced(entry.quantizer, weight, entry.rows))
-        assert isinstance(made.value, QuantizedTensor)
-        quantized[name] = made.value
-        ledger.append(ledger_row(made))
-    raise_all(problems)
+        if made is None:
+            ready = checkpoint.Done(entry, *checkpoint.quantize_sliced(entry.quantizer, weight, entry.rows))
+        else:
+            value = made.outcome.quantized[name]
+            noise = float((value.dequantize() - weight).square_().sum(dtype=torch.float64))
+            ready = checkpoint.Done(entry, value, float(weight.square().sum(dtype=torch.float64)), noise)
+        assert isinstance(ready.value, QuantizedTensor)
+        quantized[name] = ready.value
+        ledger.append(ledger_row(ready))
+    metadata = {"recipe": json.dumps(planned.recipe.to_json()), "source": planned.model.name}
+    if made is not None:
+        metadata["calibration"] = json.dumps(made.to_json())
     proof = onnx_input.write_packed(
         opened, inventory, quantized, path,
-        metadata={"recipe": json.dumps(planned.recipe.to_json()), "source": planned.model.name},
+        changed=None if made is None else made.outcome.changed, metadata=metadata,
         samples=trials, progress=progress,
     )  # fmt: skip
     weights = sum(math.prod(row.shape) for row in ledger)
     bits = 8 * sum(row.nbytes for row in ledger) / weights
-    return OnnxQuantizeResult(path, planned, tuple(ledger), opened.file_bytes, bits, proof, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return OnnxQuantizeResult(path, planned, tuple(ledger), opened.file_bytes, bits, proof, seconds, made)
 
 
 def quantize_onnx(
@@ -178,10 +201,13 @@ def quantize_onnx(
     out: str | Path | None = None,
     overrides: Sequence[str] = (),
     detect: bool = False,
+    calibration: Calibration | str | None = None,
     samples: Sequence[str | Path] = (),
     force: bool = False,
     progress: Progress = silent,
 ) -> OnnxQuantizeResult:
     """One-shot quantization of an ONNX model to packed ONNX: :func:`plan_onnx`, then :func:`run_onnx`."""
     planned = plan_onnx(model, recipe, overrides=overrides, detect=detect)
-    return run_onnx(planned, out, samples=samples, force=force, progress=progress)
+    if isinstance(calibration, str):
+        calibration = Calibration(calibration)
+    return run_onnx(planned, out, calibration=calibration, samples=samples, force=force, progress=progress)

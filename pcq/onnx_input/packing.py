@@ -17,6 +17,7 @@ import onnx
 import onnx.checker
 import onnx_ir as ir
 import onnxruntime as ort
+from torch import Tensor
 
 from pcq.errors import CheckFailed, PcqError
 from pcq.export import scheme, verify, writing
@@ -68,6 +69,7 @@ def write_packed(
     quantized: Mapping[str, QuantizedTensor],
     out: Path,
     *,
+    changed: Mapping[str, Tensor] | None = None,
     metadata: Mapping[str, str] | None = None,
     samples: Sequence[Trial] = (),
     external_above: int = writing.EXTERNAL_ABOVE,
@@ -80,6 +82,7 @@ def write_packed(
         inventory: its weights.
         quantized: codes by weight name, in torch's orientation.
         out: the file.
+        changed: new numbers of biases, by the initializer's name.
         metadata: more for the file's metadata, each under ``pcq.<key>``.
         samples: real inputs to run both on besides random ones.
         external_above: bytes of initializers beyond which they get a file of their own.
@@ -102,6 +105,7 @@ def write_packed(
     read = (operand.chain.dtype for name in quantized for operand in inventory.weights[name].operands)
     tolerance = verify.TOLERANCE if all(dtype == ir.DataType.FLOAT for dtype in read) else HALF_TOLERANCE
     model, weights = opened.model, inventory.weights
+    _change(model, changed or {})
     schemes = {}
     for done, (name, weight) in enumerate(quantized.items()):
         progress("pack", done, len(quantized))
@@ -117,7 +121,15 @@ def write_packed(
         file = verify.check_codes(path, quantized)
         verify.check_size(file, predicted)
         verify.check_unpacking(path, quantized, progress)
-        agreements, drift = _check_outputs(path, opened.path, quantized, trials, tolerance, progress)
+        agreements, drift = _check_outputs(
+            path,
+            reference(open_graph(opened.path), quantized, changed),
+            opened.path,
+            quantized,
+            trials,
+            tolerance,
+            progress,
+        )
         data = writing.commit(path, data, out)
     return Rewritten(
         out, data, file.file_bytes, predicted, agreements, drift, model.opset_imports[""], model.ir_version,
@@ -211,8 +223,22 @@ def predict(opened: Opened, inventory: Inventory, quantized: Mapping[str, Quanti
     return size + sum(functions.values()) + 512
 
 
-def reference(opened: Opened, quantized: Mapping[str, QuantizedTensor]) -> ir.Model:
-    """The model with the dequantized numbers where the weights are stored, and nothing else changed."""
+def _change(model: ir.Model, changed: Mapping[str, Tensor]) -> None:
+    for name, tensor in changed.items():
+        model.graph.initializers[name].const_value = ir.tensor(tensor.numpy(), name=name)
+
+
+def reference(
+    opened: Opened,
+    quantized: Mapping[str, QuantizedTensor],
+    changed: Mapping[str, Tensor] | None = None,
+    lazy: bool = True,
+) -> ir.Model:
+    """The model with the dequantized numbers where the weights are stored, new biases, and nothing else changed.
+
+    ``lazy`` dequantizes each weight when it is written; the graph must not be changed before.
+    """
+    _change(opened.model, changed or {})
     inventory = take_inventory(opened)
     for name, codes in quantized.items():
         for operand in inventory.weights[name].operands:
@@ -220,9 +246,9 @@ def reference(opened: Opened, quantized: Mapping[str, QuantizedTensor]) -> ir.Mo
             shape = tuple(chain.tensor.shape.numpy())
             casts = any(node.op_type == "Cast" for node in chain.nodes)
             dtype = ir.DataType.FLOAT if casts else chain.tensor.dtype
-            tensor = ir.LazyTensor(
-                _numbers(operand, codes, shape, dtype), dtype=dtype, shape=ir.Shape(shape), name=chain.root.name
-            )
+            numbers = _numbers(operand, codes, shape, dtype)
+            later = ir.LazyTensor(numbers, dtype=dtype, shape=ir.Shape(shape), name=chain.root.name)
+            tensor: ir.TensorProtocol = later if lazy else numbers()
             producer = chain.root.producer()
             if producer is None:
                 chain.root.const_value, chain.root.type = tensor, ir.TensorType(dtype)
@@ -261,6 +287,7 @@ def _check_form(path: Path, original: Path) -> None:
 
 def _check_outputs(
     path: Path,
+    right_model: ir.Model,
     original: Path,
     quantized: Mapping[str, QuantizedTensor],
     trials: Sequence[Trial],
@@ -272,7 +299,7 @@ def _check_outputs(
     packed: list[list[Array]] = []
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         right = Path(folder) / "reference.onnx"
-        writing.save(reference(open_graph(original), quantized), right, 1_500_000_000)
+        writing.save(right_model, right, 1_500_000_000)
         for optimised in (True, False):
             dump = Path(folder) / "optimised.onnx" if optimised else None
             progress("check outputs", int(not optimised), 2)

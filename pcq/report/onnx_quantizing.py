@@ -6,6 +6,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from pcq import commands
+from pcq.report import quantizing  # noqa: F401  (its Calibrated)
 from pcq.report.forms import decibels, finite, render, shape, size, table, to_json
 
 
@@ -30,7 +31,8 @@ def _(result: commands.OnnxQuantizeResult) -> RenderableType:
         f"Opset {proof.opset}, IR {proof.ir_version}: {runs_on}; {result.seconds:.1f} s.",
         "Leave the runtime's default optimisation on; do not run onnxsim or onnxslim on the file: they unpack it.",
     ]
-    return Group(made, *[Text(line) for line in lines])
+    parts = [made] if result.calibrated is None else [made, render(result.calibrated)]
+    return Group(*parts, *[Text(line) for line in lines])
 
 
 @to_json.register
@@ -59,4 +61,9 @@ def _(result: commands.OnnxQuantizeResult) -> dict[str, Any]:
         "target_ort": proof.target_ort,
         "ort_version": proof.ort_version,
         "seconds": result.seconds,
+        "calibration": None if result.calibrated is None else to_json(result.calibrated),
     }  # fmt: skip
+
+
+render.register(commands.OnnxCalibrated, render.dispatch(commands.Calibrated))
+to_json.register(commands.OnnxCalibrated, to_json.dispatch(commands.Calibrated))

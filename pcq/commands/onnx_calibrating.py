@@ -1,0 +1,102 @@
+"""Calibration of a planned ONNX model: the samples, and what came of it."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pcq.commands.calibrating import FEWEST, RANDOM, SAMPLES, Calibration, draw
+from pcq.errors import PcqError
+from pcq.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from pcq.calibrate.steps import Outcome
+    from pcq.commands.quantizing import Planned
+    from pcq.onnx_input.feeds import Feeds
+
+INVENTED = 64
+"""Random samples, where nothing else is said."""
+
+
+@dataclass(frozen=True)
+class OnnxCalibrated:
+    """What calibration made of a plan for an ONNX model.
+
+    Attributes:
+        asked: what was asked for, with method and samples settled.
+        data: the samples in words.
+        outcome: the new tensors, and what each step bought.
+    """
+
+    asked: Calibration
+    data: str
+    outcome: "Outcome"
+
+    def to_json(self) -> dict[str, object]:
+        """What the file's metadata records of it."""
+        return {"data": self.asked.data, "method": self.asked.solver, "samples": self.outcome.samples,
+                "seed": self.asked.seed}  # fmt: skip
+
+
+def calibrated_onnx(planned: "Planned", asked: Calibration, progress: Progress = silent) -> OnnxCalibrated:
+    """Quantize the weights of an ONNX model's plan with a view to what enters them; nothing is written.
+
+    Raises:
+        PcqError: the model does not run on the samples, or there are too few of them.
+    """
+    from pcq.calibrate.oneshot import Settings
+    from pcq.onnx_input.calibrating import calibrate
+
+    samples, held_out, said = feeds(planned.model, asked)
+    chosen = {entry.parameter.name: (entry.rows, entry.quantizer) for entry in planned.plan.quantized}
+    settings = Settings(method=asked.solver, seed=asked.seed, match="mean")
+    outcome = calibrate(planned.model, chosen, samples, held_out, settings, progress)
+    return OnnxCalibrated(replace(asked, samples=outcome.samples), said, outcome)
+
+
+def feeds(model: Path, asked: Calibration) -> "tuple[Feeds, Feeds, str]":
+    """Samples, others held out, and both in words.
+
+    A data spec feeds a model of one input; ``npz:FILE`` whose arrays are named like the inputs feeds any: those as long
+    as the longest are samples, others (a sample rate, a state) are given to every batch. ``random``: normal numbers.
+
+    Raises:
+        PcqError: the data is not there, too little, or not for this model.
+    """
+    from pcq.onnx_input import open_graph
+    from pcq.onnx_input.feeds import invented, named
+    from pcq.onnx_input.trials import KINDS, find_trials, input_session
+
+    inputs = input_session(model).get_inputs()
+    first = inputs[0].shape[0] if inputs[0].shape else None
+    batch = first if isinstance(first, int) and first > 0 else None
+    most = asked.samples or (INVENTED if asked.data == RANDOM else SAMPLES)
+    count = most + max(FEWEST, most // 4)
+    names = [value.name for value in inputs]
+    file = Path(asked.data.removeprefix("npz:")).expanduser()
+    if asked.data == RANDOM:
+        everything = invented(find_trials(model, open_graph(model).model)[0].feed, count, asked.seed)
+        return _divided(everything, most, "random numbers: no real data was seen", asked.data)
+    if asked.data.startswith("npz:") and file.is_file() and set(names) <= set(np.load(file).files):
+        with np.load(file, allow_pickle=False) as opened:
+            arrays, said = {name: opened[name] for name in names}, f"npz {file}"
+    elif len(inputs) == 1:
+        x, held, said = draw(asked)
+        arrays = {names[0]: np.concatenate([x.numpy(), held.numpy()])}
+    else:
+        raise PcqError(
+            f"a data spec feeds one input, and the model has {len(inputs)} ({', '.join(names)})", where=asked.data,
+            todo="Save an array for each and give --calib npz:FILE",
+        )  # fmt: skip
+    arrays = {value.name: np.asarray(arrays[value.name]).astype(KINDS[value.type], copy=False) for value in inputs}
+    everything = named(arrays, batch, count, asked.seed, asked.data)
+    return _divided(everything, most, said, asked.data)
+
+
+def _divided(everything: "Feeds", most: int, said: str, where: str) -> "tuple[Feeds, Feeds, str]":
+    if everything.n < FEWEST * 5 // 4 or len(everything.batches) < 2:
+        raise PcqError(f"{everything.n} samples are too few to calibrate with", where=where,
+                       allowed=f"{FEWEST * 5 // 4} or more, in two batches or more")  # fmt: skip
+    samples, held_out = everything.split(min(most, everything.n * 4 // 5))
+    return samples, held_out, f"{samples.n:,} samples of {said}, and {held_out.n:,} others to judge by"

@@ -1,0 +1,306 @@
+"""Calibration of an ONNX model: layer by layer as pcq.calibrate does it, with ONNX Runtime computing what enters.
+
+Layers are taken in the order in which the graph computes, a few at a time (*stage*). For a stage two models are cut off
+at what enters its layers: the float one, and the one with everything before the stage quantized; both run on the same
+batches, and for each layer the second moments are taken that its quadratic is made of (pcq.calibrate.oneshot). Where a
+layer has a bias of its own, channel means are made equal through it, and moments are centred; where it has none, the
+quadratic is that of the moments about zero, so that means count as errors.
+"""
+
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+import onnxruntime as ort
+import torch
+from torch import Tensor
+
+from pcq import qtensor
+from pcq.calibrate.layers import patches
+from pcq.calibrate.oneshot import LayerReport, Moments, Settings, View, match, quadratic, solve
+from pcq.calibrate.steps import Outcome, Step, better
+from pcq.errors import PcqError
+from pcq.export import verify, writing
+from pcq.onnx_input.feeds import Array, Feeds
+from pcq.onnx_input.graph import open_graph
+from pcq.onnx_input.inventory import Inventory, take_inventory
+from pcq.onnx_input.packing import reference
+from pcq.onnx_input.sites import Site, find_sites
+from pcq.onnx_input.trials import QUIET
+from pcq.progress import Progress, silent
+from pcq.qtensor import QuantizedTensor, Quantizer
+from pcq.rows import Rows
+
+STAGES = 16
+"""Layers are taken in as many portions: each costs two runs of the network up to there."""
+
+MOMENTS = 2**30
+"""Bytes of second moments that a stage may hold at once."""
+
+POSITIONS = 2**25
+"""Numbers in the patches of one layer that moments are taken from."""
+
+
+def calibrate(
+    path: Path,
+    plan: Mapping[str, tuple[Rows, Quantizer]],
+    samples: Feeds,
+    held_out: Feeds,
+    settings: Settings,
+    progress: Progress = silent,
+) -> Outcome:
+    """Quantize the weights of ``plan`` so that the layers of the model at ``path`` keep their outputs on ``samples``.
+
+    Args:
+        path: the float model.
+        plan: name of a weight -> how it is cut into rows, and what chooses the levels.
+        samples: what the moments are taken from.
+        held_out: others, to judge the result by: if it is no better than rounding to nearest, that is returned.
+        settings: see ``pcq.calibrate.oneshot.Settings``; ``match`` other than ``none`` means biases.
+        progress: called once a stage.
+
+    Raises:
+        PcqError: the model does not run on the samples.
+    """
+    opened = open_graph(path)
+    inventory = take_inventory(opened)
+    sites, refused = find_sites(opened.model, inventory, plan)
+    start = time.perf_counter()
+    nearest = {name: qtensor.quantize(q, inventory.weights[name].read(), rows) for name, (rows, q) in plan.items()}
+    seconds = time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        aim = _outputs(_session(path, {}, {}, None, place), held_out, path)
+        plain = _compared("nearest levels", path, nearest, {}, held_out, aim, place, seconds)
+        start = time.perf_counter()
+        quantized = {name: nearest[name] for name in refused}
+        changed: dict[str, Tensor] = {}
+        reports: list[LayerReport] = []
+        portions = list(_stages(sites, inventory))
+        for done, stage in enumerate(portions):
+            progress("calibrating", done, len(portions))
+            found = _moments(path, inventory, stage, samples, quantized, changed, settings, place)
+            for site, moments in zip(stage, found, strict=True):
+                name = site.layer.weight
+                bias = _bias(opened.model, site)
+                weight = inventory.weights[name].read()
+                fitted, report, fresh = _layer(site, weight, bias, moments, nearest[name], plan[name], settings)
+                quantized[name] = fitted
+                changed |= fresh
+                reports.append(report)
+        progress("calibrating", len(portions), len(portions))
+        seconds = time.perf_counter() - start
+        ordered = {name: quantized[name] for name in plan}
+        said = f"reconstruction ({settings.method}){', means matched' if changed else ''}"
+        step = _compared(said, path, ordered, changed, held_out, aim, place, seconds)
+    if better(step, plain):
+        kept, layers = ordered, tuple(reports)
+    else:
+        step, kept, changed, layers = replace(step, reason="not kept: the error is not lower"), nearest, {}, ()
+    return Outcome(kept, changed, {}, (plain, step), layers, refused, samples.n, held_out.n)
+
+
+def run(session: ort.InferenceSession, batch: Mapping[str, Array], path: Path) -> list[Array]:
+    """All outputs for one batch; inputs that the session does not have are left out.
+
+    Raises:
+        PcqError: the model does not take the samples.
+    """
+    names = {value.name for value in session.get_inputs()}
+    try:
+        found: list[Array] = session.run(None, {name: batch[name] for name in batch if name in names}, QUIET)
+    except Exception as error:  # onnxruntime's exceptions share no class of their own
+        shapes = ", ".join(f"{name} {'x'.join(map(str, array.shape))}" for name, array in batch.items())
+        told = str(error).strip().splitlines()[0]
+        todo = "Give an array for each input as the model wants it: --calib npz:FILE"
+        raise PcqError(f"the model does not take the samples ({shapes}): {told}", where=str(path), todo=todo) from error
+    return found
+
+
+def _stages(sites: Sequence[Site], inventory: Inventory) -> Iterator[list[Site]]:
+    """Portions of layers, in order."""
+    most = -(-len(sites) // STAGES)
+    stage: list[Site] = []
+    size = 0
+    for site in sites:
+        rows = site.layer.channels(inventory.weights[site.layer.weight].parameter.shape)
+        need = 16 * site.layer.groups * rows.length**2
+        if stage and (len(stage) == most or size + need > MOMENTS):
+            yield stage
+            stage, size = [], 0
+        stage.append(site)
+        size += need
+    if stage:
+        yield stage
+
+
+def _session(
+    path: Path,
+    quantized: Mapping[str, QuantizedTensor],
+    changed: Mapping[str, Tensor],
+    wanted: Mapping[str, ir.DataType] | None,
+    folder: Path,
+) -> ort.InferenceSession:
+    """The model with dequantized weights, cut off at the values ``wanted`` (None: its own outputs)."""
+    model = reference(open_graph(path), quantized, changed, lazy=wanted is None)
+    if wanted is not None:
+        known = {value.name: value for node in model.graph for value in node.outputs}
+        known |= {value.name: value for value in model.graph.inputs}
+        model.graph.outputs.clear()
+        for name, dtype in wanted.items():
+            value = known[name]
+            value.type = ir.TensorType(dtype)
+            model.graph.outputs.append(value)
+        common.RemoveUnusedNodesPass()(model)
+    cut = folder / "cut.onnx"
+    data = writing.save(model, cut, 1_500_000_000)
+    session = verify.open_session(str(cut), optimised=True)
+    cut.unlink()
+    if data is not None:
+        data.unlink()
+    return session
+
+
+def _moments(
+    path: Path,
+    inventory: Inventory,
+    stage: Sequence[Site],
+    samples: Feeds,
+    quantized: Mapping[str, QuantizedTensor],
+    changed: Mapping[str, Tensor],
+    settings: Settings,
+    folder: Path,
+) -> list[Moments]:
+    """Second moments of what enters each layer of the stage."""
+    inputs = {value.name for value in open_graph(path).model.graph.inputs}
+    wanted = {
+        site.x: inventory.weights[site.layer.weight].operands[0].chain.dtype for site in stage if site.x not in inputs
+    }
+    pair = [_session(path, q, c, wanted, folder) for q, c in (({}, {}), (quantized, changed))] if wanted else []
+    sums = [_Sums(site, inventory, samples, settings) for site in stage]
+    for index, batch in enumerate(samples.batches):
+        seen = [dict(zip(wanted, run(session, batch, path), strict=True)) for session in pair]
+        for one in sums:
+            if one.site.x in inputs:
+                one.add(batch[one.site.x], batch[one.site.x], index)
+            else:
+                one.add(seen[0][one.site.x], seen[1][one.site.x], index)
+    return [one.moments() for one in sums]
+
+
+class _Sums:
+    """Sums over batches for one layer."""
+
+    def __init__(self, site: Site, inventory: Inventory, samples: Feeds, settings: Settings) -> None:
+        self.site, self.settings = site, settings
+        weight = inventory.weights[site.layer.weight].read()
+        rows = site.layer.channels(tuple(weight.shape))
+        self.weight = rows.split(weight).reshape(site.layer.groups, -1, rows.length)
+        n, parts = rows.length, len(samples.batches)
+        self.count = max(min(settings.positions, POSITIONS // (site.layer.groups * n)), 16 * n) // parts + 1
+        self.pivot: Tensor | None = None
+        self.sums: list[Tensor] = []
+        self.total = 0
+
+    def add(self, float_: Array, quantized: Array, index: int) -> None:
+        """One batch of what enters in the float and in the quantized network."""
+        seed = self.settings.seed * 1_000_003 + self.site.layer.op * 1009 + index
+        p_f, p_q = (
+            patches(
+                self.site.layer, self.site.entering(torch.from_numpy(np.array(x, np.float32))), self.count,
+                torch.Generator().manual_seed(seed),
+            )
+            for x in (float_, quantized)
+        )  # fmt: skip
+        if self.pivot is None:
+            self.pivot = p_q.mean(1, keepdim=True)
+        y, f, q = p_f @ self.weight.transpose(1, 2), p_f - self.pivot, p_q - self.pivot
+        new = [q.sum(1), f.sum(1), q.transpose(1, 2) @ q, f.transpose(1, 2) @ q, y.sum(1), y.square().sum(1)]
+        self.sums = [a + b for a, b in zip(self.sums, new, strict=True)] if self.sums else [s.double() for s in new]
+        self.total += p_q.shape[1]
+
+    def moments(self) -> Moments:
+        """Centred where the layer has a bias that can take up a mean; else about zero."""
+        assert self.pivot is not None
+        q, f, qq, fq, y, yy = (s / self.total for s in self.sums)
+        cov, cross = qq - q[:, :, None] * q[:, None, :], fq - f[:, :, None] * q[:, None, :]
+        mean, mean_f = q + self.pivot[:, 0], f + self.pivot[:, 0]
+        if self.site.layer.bias is None or self.settings.match == "none":
+            cov, cross = cov + mean[:, :, None] * mean[:, None, :], cross + mean_f[:, :, None] * mean[:, None, :]
+        return Moments(mean.float(), cov.float(), cross.float(), y.float(), (yy - y.square()).float())
+
+
+def _bias(model: ir.Model, site: Site) -> dict[str, Tensor]:
+    if site.layer.bias is None:
+        return {}
+    stored = model.graph.initializers[site.layer.bias].const_value
+    assert stored is not None, site
+    return {site.layer.bias: torch.from_numpy(np.array(stored.numpy(), np.float32))}
+
+
+def _layer(
+    site: Site,
+    weight: Tensor,
+    bias: Mapping[str, Tensor],
+    found: Moments,
+    nearest: QuantizedTensor,
+    plan: tuple[Rows, Quantizer],
+    settings: Settings,
+) -> tuple[QuantizedTensor, LayerReport, dict[str, Tensor]]:
+    """Codes and levels of one layer, what it loses, and its new bias."""
+    rows, quantizer = plan
+    view = View.of(site.layer, rows)
+    q = quadratic(view.split(weight), found, settings)
+    codes = solve(q, rows, quantizer, view, settings)
+    new = codes.decode()
+    scale = max(float(found.y_var.sum()), 1e-30)
+    lost = [float(q.loss(each).sum()) / scale for each in (view.split(nearest.dequantize()), new)]
+    result = QuantizedTensor(view.weight(codes.codes), codes.grid, rows)
+    fresh = match(site.layer, bias, found, new, settings)
+    return result, LayerReport(site.layer.weight, *lost), fresh
+
+
+def _compared(
+    name: str,
+    path: Path,
+    quantized: Mapping[str, QuantizedTensor],
+    changed: Mapping[str, Tensor],
+    held_out: Feeds,
+    aim: Sequence[Sequence[Array]],
+    folder: Path,
+    seconds: float,
+) -> Step:
+    """``E ||y_q - y||^2 / E ||y - E y||^2`` over all float outputs, each about its mean; and the share of equal argmax
+    over the last axis of the first one."""
+    ours = _outputs(_session(path, quantized, changed, None, folder), held_out, path)
+    error = 0.0
+    floats = [i for i, array in enumerate(aim[0]) if np.issubdtype(array.dtype, np.floating)]
+    if not floats:
+        raise PcqError("it has no float output to judge by", where=str(path))
+    variance = 0.0
+    for i in floats:
+        want, got = (torch.from_numpy(np.concatenate([_flat(part[i]) for part in parts])) for parts in (aim, ours))
+        if want.shape != got.shape:
+            return Step(name, float("inf"), None, "", seconds)
+        each = (want - want.mean(0)).square().sum() if len(want) > 1 else (want - want.mean()).square().sum()
+        error, variance = error + float((got - want).square().sum()), variance + float(each)
+    i = floats[0]
+    agreement = None
+    if aim[0][i].ndim > 1 and aim[0][i].shape[-1] > 1:
+        equal = [(a[i].argmax(-1) == b[i].argmax(-1)).reshape(-1) for a, b in zip(ours, aim, strict=True)]
+        agreement = 100 * float(np.concatenate(equal).mean())
+    return Step(name, error / max(variance, 1e-30), agreement, "", seconds)
+
+
+def _outputs(session: ort.InferenceSession, feeds: Feeds, path: Path) -> list[list[Array]]:
+    return [run(session, batch, path) for batch in feeds.batches]
+
+
+def _flat(array: Array) -> Array:
+    """``[samples, everything else]``, float64."""
+    return array.astype(np.float64).reshape(array.shape[0] if array.ndim else 1, -1)

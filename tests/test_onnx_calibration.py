@@ -1,0 +1,188 @@
+"""Calibration of ONNX models: what is said to enter a layer gives its output, and new samples lose less."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from pcq import cli
+from pcq.calibrate.layers import patches
+from pcq.commands import Calibration, plan_onnx, quantize_onnx
+from pcq.commands.onnx_calibrating import feeds
+from pcq.errors import PcqError
+from pcq.export import read_packed
+from pcq.onnx_input import open_graph, take_inventory
+from pcq.onnx_input.feeds import Feeds
+from pcq.onnx_input.sites import find_sites
+from tests.test_onnx_input import branches, convolutions, images, normal, save, words
+
+NODES = [
+    ("Conv", (6, 4, 3, 3), (2, 4, 9, 8), {"pads": [1, 0, 2, 1], "strides": [2, 1]}),
+    (
+        "Conv",
+        (6, 2, 3, 2),
+        (2, 4, 9, 8),
+        {"group": 2, "auto_pad": "SAME_UPPER", "strides": [2, 3]},
+    ),
+    ("Conv", (6, 4, 4, 3), (2, 4, 9, 8), {"auto_pad": "SAME_LOWER", "strides": [3, 2]}),
+    ("Conv", (6, 4, 3), (2, 4, 9), {"auto_pad": "VALID"}),
+    ("ConvTranspose", (4, 3, 3, 2), (2, 4, 5, 6), {"group": 2, "strides": [2, 3], "pads": [1, 0, 0, 1]}),
+    ("ConvTranspose", (4, 6, 3, 2), (2, 4, 5, 6), {"strides": [2, 3], "output_padding": [1, 2], "dilations": [1, 2]}),
+    ("Gemm", (6, 4), (5, 4), {"transB": 1}),
+    ("Gemm", (4, 6), (4, 5), {"transA": 1}),
+    ("MatMul", (4, 6), (2, 5, 4), {}),
+]
+
+
+@pytest.mark.parametrize(("kind", "shape", "entering", "attributes"), NODES)
+def test_patches_times_weight_is_the_output(
+    tmp_path: Path, kind: str, shape: tuple[int, ...], entering: tuple[int, ...], attributes: dict[str, object]
+) -> None:
+    node = helper.make_node(kind, ["x", "w"], ["y"], **attributes)
+    path = save(tmp_path / "m.onnx", [node], {"w": normal(*shape)}, [images(*entering)], ["y"])
+    opened = open_graph(path)
+    inventory = take_inventory(opened)
+    (site,), refused = find_sites(opened.model, inventory, ["w"])
+    assert refused == {}
+    x = normal(*entering)
+    (want,) = ort.InferenceSession(path).run(None, {"x": x})
+    weight = inventory.weights["w"].read()
+    rows = site.layer.channels(tuple(weight.shape))
+    matrix = rows.split(weight).reshape(site.layer.groups, -1, rows.length)
+    got = patches(site.layer, site.entering(torch.from_numpy(x))) @ matrix.transpose(1, 2)  # [G, positions, r]
+    got = got.transpose(0, 1).reshape(got.shape[1], -1)  # [positions, channels]
+    flat = want.reshape(-1, want.shape[-1]) if site.layer.geometry is None else np.moveaxis(want, 1, -1)
+    np.testing.assert_allclose(got.numpy(), flat.reshape(got.shape), atol=2e-5)
+
+
+def correlated(n: int, *shape: int, seed: int = 0) -> np.ndarray:
+    """Samples of a few directions and a mean: what a layer's second moments say is worth knowing."""
+    generator = np.random.default_rng(seed)
+    mixing = np.random.default_rng(7).normal(size=(3, int(np.prod(shape))))
+    made = generator.normal(size=(n, 3)) @ mixing + 1 + 0.1 * generator.normal(size=(n, mixing.shape[1]))
+    return made.reshape(n, *shape).astype(np.float32)
+
+
+def layers(path: Path, bias: bool) -> Path:
+    """Two convolutions and a Gemm, with biases or without."""
+    third = (lambda name: [name]) if bias else lambda name: []
+    nodes = [
+        helper.make_node("Conv", ["x", "a", *third("ab")], ["h"], pads=[1] * 4, strides=[2, 2]),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("Conv", ["r", "b", *third("bb")], ["i"]),
+        helper.make_node("Relu", ["i"], ["s"]),
+        helper.make_node("ReduceMean", ["s"], ["m"], axes=[2, 3], keepdims=0),
+        helper.make_node("Gemm", ["m", "c", *third("cb")], ["y"], transB=1),
+    ]
+    tensors = {"a": normal(24, 3, 3, 3), "b": normal(32, 24, 3, 3), "c": normal(40, 32)}
+    tensors |= {"ab": normal(24), "bb": normal(32), "cb": normal(40)} if bias else {}
+    return save(path, nodes, tensors, [images("n", 3, 12, 12)], ["y"])
+
+
+@pytest.mark.parametrize(("bias", "method"), [(True, "proxconnect"), (False, "gptq")])
+def test_new_samples_lose_less(tmp_path: Path, bias: bool, method: str) -> None:
+    path = layers(tmp_path / "m.onnx", bias)
+    np.savez(tmp_path / "some.npz", x=correlated(60, 3, 12, 12))
+    plain = quantize_onnx(path, "ternary-all", out=tmp_path / "plain.onnx").path
+    asked = Calibration(f"npz:{tmp_path / 'some.npz'}", method=method)  # type: ignore[arg-type]
+    result = quantize_onnx(path, "ternary-all", out=tmp_path / "calibrated.onnx", calibration=asked)
+    assert result.calibrated is not None
+    outcome = result.calibrated.outcome
+    assert set(outcome.changed) == ({"ab", "bb", "cb"} if bias else set())
+    assert (outcome.samples, outcome.held_out, dict(outcome.plain)) == (48, 12, {})
+    assert [step.reason for step in outcome.steps] == ["", ""]
+    x = correlated(64, 3, 12, 12, seed=1)
+    want, rounded, calibrated = (ort.InferenceSession(p).run(None, {"x": x})[0] for p in (path, plain, result.path))
+    assert np.square(calibrated - want).sum() < 0.5 * np.square(rounded - want).sum()
+    assert all(torch.equal(read_packed(result.path)[n].codes, q.codes) for n, q in outcome.quantized.items())
+    again = quantize_onnx(path, "ternary-all", out=tmp_path / "again.onnx", calibration=asked)
+    assert again.path.read_bytes() == result.path.read_bytes()
+    kept = {entry.key: entry.value for entry in onnx.load(result.path).metadata_props}["pcq.calibration"]
+    assert json.loads(kept) == {"data": asked.data, "method": method, "samples": 48, "seed": 0}
+
+
+def test_several_inputs_and_what_is_only_rounded(tmp_path: Path) -> None:
+    path = branches(tmp_path / "m.onnx")
+    np.savez(tmp_path / "feeds.npz", x=normal(40, 32), rate=np.array(16000))
+    asked = Calibration(f"npz:{tmp_path / 'feeds.npz'}")
+    samples, held_out, _ = feeds(path, asked)
+    assert {array.shape for batch in samples.batches for array in batch.values()} == {(8, 32), ()}
+    assert (samples.n, held_out.n) == (32, 8)
+    result = quantize_onnx(path, "w4", calibration=asked)
+    assert result.calibrated is not None
+    assert set(result.calibrated.outcome.plain) == {"a.w", "b.w"}
+    assert "subgraph" in result.calibrated.outcome.plain["a.w"]
+    with pytest.raises(PcqError, match="feeds one input, and the model has 2"):
+        quantize_onnx(path, "w4", out=tmp_path / "o.onnx", calibration="digits")
+
+
+def test_embeddings_and_recurrent_weights_are_rounded_and_said(tmp_path: Path) -> None:
+    result = quantize_onnx(words(tmp_path / "m.onnx"), "w4", calibration="random")
+    assert result.calibrated is not None
+    assert dict(result.calibrated.outcome.plain) == {
+        "emb": "2 nodes read it", "W": "calibration does not know LSTM", "R": "calibration does not know LSTM",
+    }  # fmt: skip
+    assert [layer.weight for layer in result.calibrated.outcome.layers] in (["g"], [])
+
+
+def test_half_precision_and_fixed_batches(tmp_path: Path) -> None:
+    path = convolutions(tmp_path / "m.onnx", dtype=np.float16)
+    model = onnx.load(path)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+    onnx.save(model, path)
+    np.savez(tmp_path / "x.npz", x=correlated(41, 3, 8, 8))
+    samples, held_out, _ = feeds(path, Calibration(f"npz:{tmp_path / 'x.npz'}"))
+    assert (samples.batch, samples.n, held_out.n) == (2, 32, 8)
+    assert quantize_onnx(path, "w4", calibration=f"npz:{tmp_path / 'x.npz'}").calibrated is not None
+
+
+def test_too_few_and_wrong_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = layers(tmp_path / "m.onnx", True)
+    np.savez(tmp_path / "few.npz", x=correlated(6, 3, 12, 12))
+    np.savez(tmp_path / "other.npz", x=correlated(40, 2, 12, 12))
+    for file, says in (("few", "too few"), ("other", "does not take the samples")):
+        with pytest.raises(PcqError, match=says):
+            quantize_onnx(path, "w4", calibration=f"npz:{tmp_path / file}.npz")
+    assert cli.run(["quantize", str(path), "--detect", "--calib", "random"]) == 2
+    capsys.readouterr()
+    assert cli.run(["quantize", str(path), "-r", "w4", "--calib", "random", "--samples", "8", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert next(step["name"] for step in answer["calibration"]["steps"]) == "nearest levels"
+
+
+def test_loop_bodies_are_packed_too(tmp_path: Path) -> None:
+    held = helper.make_node("Constant", [], ["w"], value=numpy_helper.from_array(normal(32, 32), "w"))
+    body = helper.make_graph(
+        [
+            held,
+            helper.make_node("MatMul", ["s", "w"], ["t"]),
+            helper.make_node("Tanh", ["t"], ["s2"]),
+            helper.make_node("Identity", ["c"], ["c2"]),
+        ],
+        "body",
+        [
+            helper.make_tensor_value_info("i", TensorProto.INT64, []),
+            helper.make_tensor_value_info("c", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("s", TensorProto.FLOAT, None),
+        ],
+        [
+            helper.make_tensor_value_info("c2", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("s2", TensorProto.FLOAT, None),
+        ],
+    )
+    nodes = [helper.make_node("Loop", ["count", "", "x"], ["y"], body=body)]
+    path = save(tmp_path / "m.onnx", nodes, {"count": np.array(3)}, [images("n", 32)], ["y"])
+    result = quantize_onnx(path, "w8")
+    assert [row.name for row in result.ledger] == ["w"]
+    planned = plan_onnx(path, "w8")
+    assert planned.plan.quantized[0].parameter.shape == (32, 32)
+
+
+def test_feeds_split_in_whole_batches() -> None:
+    parts = Feeds(tuple({"x": np.zeros((4, 1))} for _ in range(5)), 4).split(18)
+    assert [part.n for part in parts] == [16, 4]
