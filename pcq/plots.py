@@ -1,7 +1,7 @@
 """Pictures, as PNG bytes; the only room that imports matplotlib (``pip install "pcq[plots]"``)."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,6 +89,55 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _png(figure: Any) -> bytes:
+    png = io.BytesIO()
+    figure.savefig(png, format="png", metadata={"Software": None})
+    return png.getvalue()
+
+
+def require_matplotlib() -> None:
+    """So that its absence is said before any work.
+
+    Raises:
+        PcqError: it is not installed.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise PcqError("drawing needs matplotlib", todo='Install it: `pip install "pcq[plots]"`') from error
+
+
+def bench_figure(files: Sequence[tuple[str, float, float, float, Mapping[str, float]]]) -> bytes:
+    """Bars for files side by side: size, load time, peak memory, and a panel for each latency.
+
+    Args:
+        files: name, bytes, seconds to load, bytes of memory, and seconds by what the latency is of.
+
+    Returns:
+        A PNG.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    panels: dict[str, list[float | None]] = {
+        "size on disk, MB": [each[1] / 1e6 for each in files],
+        "load, ms": [1000 * each[2] for each in files],
+        "peak memory, MB": [each[3] / 1e6 for each in files],
+    }
+    for said in dict.fromkeys(said for each in files for said in each[4]):
+        panels[f"{said}, ms"] = [1000 * each[4][said] if said in each[4] else None for each in files]
+    figure = Figure(figsize=(9, 0.9 + len(panels) * (0.45 + 0.24 * len(files))), dpi=130, layout="constrained")
+    names = [each[0] for each in files]
+    for axes, (title, values) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True):
+        colours = ["0.45", *(f"C{i}" for i in range(len(files) - 1))]
+        bars = axes.barh(range(len(files)), [value or 0 for value in values], color=colours)
+        axes.bar_label(
+            bars, ["-" if value is None else f"{value:.3g}" for value in values], padding=3, fontsize="small"
+        )
+        axes.set_yticks(range(len(files)), names, fontsize="small")
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.set_title(title, loc="left", fontsize="small")
+        axes.spines[["top", "right"]].set_visible(False)
     png = io.BytesIO()
     figure.savefig(png, format="png", metadata={"Software": None})
     return png.getvalue()

@@ -359,6 +359,8 @@ MISTAKES = (
         artifact(header_edit(b'format\\": 1', b'format\\": 7')),
         r"7",
     ),
+    Mistake("a file to measure that is not there", "bench net.onnx", nothing, "no such file"),
+    Mistake("no rounds to measure", "bench net.onnx --rounds 0", nothing, "1 or more"),
     Mistake("a damaged ONNX file", "inspect net.onnx", written("net.onnx", b"\xff\xfe" * 40), r"net\.onnx"),
     # --- the data
     Mistake("unknown data", "eval net.safetensors --data digitz", artifact(), r"Did you mean 'digits'"),

@@ -7,7 +7,7 @@ import signal
 from types import FrameType
 from typing import Any
 
-from pcq.cli import analyzing, demo, exporting, finetuning, looking, quantizing, recipes  # noqa: F401  (they register)
+from pcq.cli import analyzing, benching, demo, exporting, finetuning, looking, quantizing, recipes  # noqa: F401  (they register)
 from pcq.cli.app import app
 
 

@@ -1,6 +1,7 @@
 """What the command line does, as plain Python: each command is one call with a typed, frozen result."""
 
 from pcq.commands.analyzing import AnalyzedWeight, AnalyzeResult, analyze
+from pcq.commands.benching import BenchResult, BenchRow, Latency, Spread, bench
 from pcq.commands.calibrating import Calibrated, Calibration, calibrated
 from pcq.commands.exporting import ExportResult, export_onnx
 from pcq.commands.finetuning import FinetuneResult, FinetuneRow, finetune
@@ -24,6 +25,8 @@ from pcq.commands.scoring import EvalResult, evaluate
 __all__ = [
     "AnalyzeResult",
     "AnalyzedWeight",
+    "BenchResult",
+    "BenchRow",
     "Calibrated",
     "Calibration",
     "EvalResult",
@@ -31,6 +34,7 @@ __all__ = [
     "FileView",
     "FinetuneResult",
     "FinetuneRow",
+    "Latency",
     "LedgerRow",
     "Network",
     "OnnxCalibrated",
@@ -40,8 +44,10 @@ __all__ = [
     "QuantizeResult",
     "RecipeView",
     "Shipped",
+    "Spread",
     "TensorView",
     "analyze",
+    "bench",
     "calibrated",
     "check",
     "evaluate",

@@ -184,6 +184,16 @@ def _locations(model: onnx.ModelProto) -> set[str]:
     }
 
 
+def file_bytes(path: Path | str) -> int:
+    """What an ONNX file takes on disk, with its external data.
+
+    Raises:
+        PcqError: it cannot be opened or is not ONNX.
+        CheckFailed: its external data is missing.
+    """
+    return _file_bytes(Path(path), _load(Path(path)))
+
+
 def _file_bytes(path: Path, model: onnx.ModelProto) -> int:
     try:
         return sum(file.stat().st_size for file in {path, *(path.parent / place for place in _locations(model))})

@@ -1,0 +1,333 @@
+"""``bench``: files side by side, in size, time to load, memory and latency, with the first one as the measure."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pcq import checkpoint
+from pcq.commands.fresh import Fresh, measure
+from pcq.commands.networks import ONNX_SUFFIX, open_network
+from pcq.errors import PcqError
+from pcq.progress import Progress, silent
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+Array = npt.NDArray[np.generic]
+WARM = 2
+"""Rounds that are run and not counted."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of several measurements."""
+
+    median: float
+    low: float
+    high: float
+
+    @staticmethod
+    def of(numbers: Sequence[float]) -> "Spread":
+        """Quartiles as NumPy interpolates them."""
+        low, median, high = np.quantile(np.asarray(numbers, np.float64), (0.25, 0.5, 0.75))
+        return Spread(float(median), float(low), float(high))
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds of a run at that batch and thread count; ``ratio``: median of the rounds' ratios to the first file."""
+
+    batch: int
+    threads: int
+    seconds: Spread
+    ratio: float
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """One file.
+
+    Attributes:
+        path: the file.
+        runtime: ``ONNX Runtime`` or ``torch``.
+        nbytes: on disk, with external data.
+        load: seconds until it is ready, in processes of their own.
+        first: seconds of the first run, likewise.
+        peak: bytes of memory that loading and the first run take at most, beyond the runtime's own, likewise.
+        latencies: one for each batch and number of threads; without those that the file cannot run.
+    """
+
+    path: Path
+    runtime: str
+    nbytes: int
+    load: Spread
+    first: Spread
+    peak: Spread
+    latencies: tuple[Latency, ...]
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """Files side by side; ratios are to the first.
+
+    Attributes:
+        rows: one for each file.
+        rounds: how many times each latency was measured, files in turn.
+        processes: how many processes load and memory come from, files in turn.
+        machine: processor, cores, versions.
+        plot: the picture, if one was asked for.
+        seconds: in all.
+    """
+
+    rows: tuple[BenchRow, ...]
+    rounds: int
+    processes: int
+    machine: str
+    plot: Path | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+    runtime: str
+    arch: str | None
+    inputs: tuple[tuple[str, tuple[int | None, ...], str], ...]
+
+
+def bench(
+    paths: Sequence[str | Path],
+    *,
+    arch: str | None = None,
+    input_shape: Sequence[int] | None = None,
+    batches: Sequence[int] = (1, 8),
+    threads: Sequence[int] = (1, 0),
+    rounds: int = 20,
+    processes: int = 3,
+    plot: str | Path | None = None,
+    progress: Progress = silent,
+) -> BenchResult:
+    """Measure float checkpoints, artifacts and ONNX files side by side; checkpoints and artifacts run in torch.
+
+    Load time and memory are those of fresh processes; latencies come from one process in which the files take turns,
+    so that what else the machine does meets all of them alike.
+
+    Args:
+        paths: the files; the first is what the others are compared with.
+        arch: the architecture, for checkpoints whose architecture is neither recorded nor recognised.
+        input_shape: one sample's shape without the batch, where the files do not say it.
+        batches: samples at once.
+        threads: of each run; 0: all cores.
+        rounds: of each latency.
+        processes: for load time and memory.
+        plot: a PNG to draw.
+        progress: called before each process and each round.
+
+    Raises:
+        PcqError: a file cannot be run, or its input's shape is not known.
+    """
+    begun = time.perf_counter()
+    if not paths:
+        raise PcqError("there is nothing to measure", todo="Name one file or more")
+    for option, numbers, least in (("--batch", batches, 1), ("--threads", threads, 0), ("--rounds", [rounds], 1)):
+        if not numbers or min(numbers) < least:
+            raise PcqError(f"{list(numbers)} cannot be", where=option, allowed=f"{least} or more")
+    if plot is not None:
+        from pcq.plots import require_matplotlib
+
+        require_matplotlib()
+        checkpoint.refuse_overwrite(Path(plot), inputs=[Path(path) for path in paths], force=True)
+    cores = os.cpu_count() or 1
+    counts = list(dict.fromkeys(min(count, cores) or cores for count in threads))
+    files, shape = _files([Path(path) for path in paths], arch, tuple(input_shape) if input_shape else None)
+    total = len(files) * processes + len(counts) * len(batches) * (rounds + WARM)
+    done = 0
+    fresh: list[list[Fresh]] = [[] for _ in files]
+    for turn in range(processes):
+        for file, found in zip(files, fresh, strict=True):
+            progress(f"load {file.path.name}, process {turn + 1}", done, total)
+            sizes = file.inputs[0][1] if file.inputs else ()
+            single = _feed(file, (sizes[0] if sizes else None) or 1, shape)
+            assert single is not None, file
+            feed = {name: (array.shape, array.dtype.name) for name, array in single.items()}
+            found.append(measure(file.path, file.runtime, file.arch, feed))
+            done += 1
+    latencies: list[list[Latency]] = [[] for _ in files]
+    before = torch.get_num_threads()
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            runners = [_runner(file, count) for file in files]
+            for batch in batches:
+                feeds = [_feed(file, batch, shape) for file in files]
+                times = _take_turns(runners, feeds, rounds, f"batch {batch}, {count} threads", progress, done, total)
+                done += rounds + WARM
+                for mine, seconds in zip(latencies, times, strict=True):
+                    if seconds:
+                        first = times[0] or seconds
+                        ratio = statistics.median(a / b for a, b in zip(seconds, first, strict=True))
+                        mine.append(Latency(batch, count, Spread.of(seconds), ratio))
+            del runners
+    finally:
+        torch.set_num_threads(before)
+    progress("done", total, total)
+    rows = tuple(
+        BenchRow(
+            file.path,
+            file.runtime,
+            _size(file),
+            Spread.of([each.load for each in found]),
+            Spread.of([each.first for each in found]),
+            Spread.of([each.peak for each in found]),
+            tuple(mine),
+        )
+        for file, found, mine in zip(files, fresh, latencies, strict=True)
+    )
+    if plot is not None:
+        from pcq.plots import bench_figure
+
+        columns = [
+            (
+                row.path.name,
+                row.nbytes,
+                row.load.median,
+                row.peak.median,
+                {f"batch {each.batch}, threads {each.threads}": each.seconds.median for each in row.latencies},
+            )
+            for row in rows
+        ]
+        with checkpoint.atomic(Path(plot)) as draft:
+            draft.write_bytes(bench_figure(columns))
+    plotted = None if plot is None else Path(plot)
+    return BenchResult(rows, rounds, processes, _machine(cores), plotted, time.perf_counter() - begun)
+
+
+def _files(
+    paths: list[Path], arch: str | None, shape: tuple[int, ...] | None
+) -> tuple[list[_File], tuple[int, ...] | None]:
+    """What runs each file, and one sample's shape if a file of one input says it."""
+    files = []
+    for path in paths:
+        if path.suffix == ONNX_SUFFIX:
+            from pcq.onnx_input.trials import KINDS, input_session
+
+            if not path.is_file():
+                raise PcqError("there is no such file", where=str(path))
+            values = input_session(path).get_inputs()
+            if strange := [value.type for value in values if value.type not in KINDS]:
+                raise PcqError(f"it takes a {strange[0]}", where=str(path), allowed=", ".join(KINDS))
+            inputs = tuple(
+                (value.name, tuple(d if isinstance(d, int) and d > 0 else None for d in value.shape),
+                 np.dtype(KINDS[value.type]).name)
+                for value in values
+            )  # fmt: skip
+            files.append(_File(path, "ONNX Runtime", None, inputs))
+            if shape is None and len(inputs) == 1 and all(inputs[0][1][1:]):
+                shape = tuple(size or 1 for size in inputs[0][1][1:])
+        else:
+            network = open_network(path, arch)
+            shape = shape or network.input_shape
+            files.append(_File(path, "torch", arch, (("x", (None,), "float32"),)))
+    return files, shape
+
+
+def _feed(file: _File, batch: int, shape: tuple[int, ...] | None) -> dict[str, Array] | None:
+    """Inputs of that many samples; None where the file allows only another number.
+
+    Raises:
+        PcqError: a shape is not known.
+    """
+    feed = {}
+    generator = np.random.default_rng(0)
+    for name, sizes, kind in file.inputs:
+        if sizes and sizes[0] is not None and sizes[0] != batch and len(file.inputs) == 1:
+            return None
+        whole: tuple[int | None, ...] = (batch, *shape) if len(file.inputs) == 1 and shape else sizes
+        known = [size for axis, each in enumerate(whole) if (size := batch if axis == 0 and each is None else each)]
+        if len(known) != len(whole):
+            raise PcqError(f"the shape of its input '{name}' is not known", where=str(file.path),
+                           todo="Give one sample's shape without the batch, such as --input 3x224x224")  # fmt: skip
+        made = generator.normal(size=known) if np.issubdtype(np.dtype(kind), np.floating) else np.zeros(known)
+        feed[name] = np.asarray(made).astype(kind)
+    return feed
+
+
+def _runner(file: _File, threads: int) -> Callable[[Mapping[str, Array]], object]:
+    """The file, ready to run with that many threads."""
+    if file.runtime == "ONNX Runtime":
+        session = _session(file.path, threads)
+        return lambda feed: session.run(None, dict(feed))
+    module = open_network(file.path, file.arch).module.eval()
+
+    def run(feed: Mapping[str, Array]) -> object:
+        with torch.no_grad():
+            return module(torch.from_numpy(feed["x"]))
+
+    return run
+
+
+def _session(path: Path, threads: int) -> "onnxruntime.InferenceSession":
+    """A session whose threads sleep as soon as a run ends: the next file's turn is its own."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 3, threads
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _take_turns(
+    runners: Sequence[Callable[[Mapping[str, Array]], object]],
+    feeds: Sequence[Mapping[str, Array] | None],
+    rounds: int,
+    said: str,
+    progress: Progress,
+    done: int,
+    total: int,
+) -> list[list[float]]:
+    """Seconds of each runner in each round; none for those that have no feed."""
+    times: list[list[float]] = [[] for _ in runners]
+    for turn in range(rounds + WARM):
+        progress(said, done + turn, total)
+        for run, feed, mine in zip(runners, feeds, times, strict=True):
+            if feed is None:
+                continue
+            start = time.perf_counter()
+            try:
+                run(feed)
+            except Exception as error:  # torch's and onnxruntime's exceptions share no class
+                told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                raise PcqError(f"it does not run ({said}): {told}", where="bench", todo="Is --input right?") from error
+            if turn >= WARM:
+                mine.append(time.perf_counter() - start)
+    return times
+
+
+def _size(file: _File) -> int:
+    if file.runtime != "ONNX Runtime":
+        parts = [file.path] if file.path.is_file() else [part for part in file.path.rglob("*") if part.is_file()]
+        return sum(part.stat().st_size for part in parts)
+    from pcq.export.reading import file_bytes
+
+    return file_bytes(file.path)
+
+
+def _machine(cores: int) -> str:
+    import onnxruntime
+
+    name = platform.processor() or platform.machine()
+    try:
+        found = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        name = found[0].split(":", 1)[1].strip() if found else name
+    except OSError:
+        pass
+    return f"{name}, {cores} cores; ONNX Runtime {onnxruntime.__version__}, torch {torch.__version__}"

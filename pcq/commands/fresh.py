@@ -1,0 +1,99 @@
+"""What loading a file costs, measured in a process of its own: code for ``python -c``, free of everything else.
+
+The process prints seconds to load, seconds of the first run, and bytes: the peak of the resident memory during both
+over what was resident before. Where the kernel cannot reset the peak, it is that since the process began.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pcq.errors import CheckFailed
+
+MEMORY = """
+import json, sys, time
+def field(name):
+    try:
+        with open("/proc/self/status") as file:
+            return 1024 * int(next(line for line in file if line.startswith(name)).split()[1])
+    except OSError:
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def begin():
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except OSError:
+        pass
+    return field("VmRSS"), time.perf_counter()
+def end(before, start, loaded):
+    print(json.dumps([loaded - start, time.perf_counter() - loaded, max(0, field("VmHWM") - before)]))
+given = json.loads(sys.argv[1])
+"""
+
+ONNX = (
+    MEMORY
+    + """
+import numpy as np, onnxruntime as ort
+options = ort.SessionOptions()
+options.log_severity_level = 3
+feed = {name: np.zeros(shape, kind) for name, (shape, kind) in given["feed"].items()}
+before, start = begin()
+session = ort.InferenceSession(given["path"], options, providers=["CPUExecutionProvider"])
+loaded = time.perf_counter()
+session.run(None, feed)
+end(before, start, loaded)
+"""
+)
+
+TORCH = (
+    MEMORY
+    + """
+import torch
+from pcq.commands import open_network
+(shape, kind), = given["feed"].values()
+x = torch.zeros(shape, dtype=getattr(torch, kind))
+torch.nn.functional.conv2d(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 3, 3))
+before, start = begin()
+network = open_network(given["path"], given["arch"]).module
+loaded = time.perf_counter()
+with torch.no_grad():
+    network(x)
+end(before, start, loaded)
+"""
+)
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """Seconds to load, seconds of the first run at batch 1, and bytes of memory that both took at most."""
+
+    load: float
+    first: float
+    peak: int
+
+
+def measure(path: Path, runtime: str, arch: str | None, feed: Mapping[str, tuple[tuple[int, ...], str]]) -> Fresh:
+    """Load and run once in a new process.
+
+    Args:
+        path: an ONNX file, or a checkpoint or artifact.
+        runtime: ``ONNX Runtime`` or ``torch``.
+        arch: the architecture, for torch, if it is not recorded.
+        feed: input -> shape and NumPy dtype.
+
+    Raises:
+        CheckFailed: the process ended badly.
+    """
+    given = json.dumps({"path": str(path), "arch": arch, "feed": feed})
+    code = ONNX if runtime == "ONNX Runtime" else TORCH
+    done = subprocess.run([sys.executable, "-c", code, given], capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
+        last = next((line for line in reversed(lines) if "Error" in line or "Exception" in line), lines[-1])
+        raise CheckFailed(f"a process of its own could not load and run it: {last}", where=str(path))
+    load, first, peak = json.loads(done.stdout.strip().splitlines()[-1])
+    return Fresh(load, first, int(peak))

@@ -1,0 +1,68 @@
+"""Files side by side."""
+
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from pcq import commands
+from pcq.report.forms import render, size, table, to_json
+
+
+def _time(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def _ratio(value: float, first: float) -> str:
+    return f"{value / first:.2f}x" if first else "-"
+
+
+@render.register
+def _(result: commands.BenchResult) -> RenderableType:
+    columns = ("bytes", "load", "peak memory", "first run")
+    title = "Loading: medians of fresh processes, and how many times the first file's"
+    made = table(title, "file", "runs in", *columns, right=columns)
+    first = result.rows[0]
+    for row in result.rows:
+        made.add_row(
+            row.path.name, row.runtime, f"{size(row.nbytes)} {_ratio(row.nbytes, first.nbytes)}",
+            f"{_time(row.load.median)} {_ratio(row.load.median, first.load.median)}",
+            f"{size(row.peak.median)} {_ratio(row.peak.median, first.peak.median)}", _time(row.first.median),
+        )  # fmt: skip
+    places = list(dict.fromkeys((a.batch, a.threads) for row in result.rows for a in row.latencies))
+    titles = [f"batch {batch}, {threads} thread{'s' * (threads > 1)}" for batch, threads in places]
+    runs = table("Latency: median (quartiles), and the median of the rounds' ratios to the first file", "file", *titles,
+                 right=tuple(titles))  # fmt: skip
+    for row in result.rows:
+        known = {(a.batch, a.threads): a for a in row.latencies}
+        cells = []
+        for place in places:
+            if (latency := known.get(place)) is None:
+                cells.append("-")
+                continue
+            s = latency.seconds
+            cells.append(f"{_time(s.median)} ({1000 * s.low:.3g}-{1000 * s.high:.3g}) {latency.ratio:.2f}x")
+        runs.add_row(row.path.name, *cells)
+    turns = f"{result.rounds} rounds and {result.processes} processes, files in turn"
+    notes = [f"{turns}; {result.machine}; {result.seconds:.0f} s."]
+    if result.plot is not None:
+        notes.append(f"Drawn: {result.plot}")
+    return Group(made, runs, *[Text(note) for note in notes])
+
+
+@to_json.register
+def _(result: commands.BenchResult) -> dict[str, Any]:
+    return {
+        "rows": [
+            {"path": str(row.path), "runtime": row.runtime, "bytes": row.nbytes, "load": asdict(row.load),
+             "first_run": asdict(row.first), "peak_memory": asdict(row.peak),
+             "latencies": [asdict(latency) for latency in row.latencies]}
+            for row in result.rows
+        ],
+        "rounds": result.rounds,
+        "processes": result.processes,
+        "machine": result.machine,
+        "plot": None if result.plot is None else str(result.plot),
+        "seconds": result.seconds,
+    }  # fmt: skip

@@ -1,0 +1,116 @@
+"""Files side by side: sizes are the file system's, ratios are to the first, what cannot run is said."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+
+from pcq import cli
+from pcq.commands import Spread, bench, export_onnx, quantize
+from pcq.commands.fresh import measure
+from pcq.demo import HERE
+from pcq.errors import CheckFailed, PcqError
+from pcq.plots import bench_figure
+from tests.test_onnx_input import convolutions, images, normal, save, words
+
+DIGITS = HERE / "digits-resnet8.safetensors"
+ARCH = "pcq.demo.nets:resnet8?num_classes=10&in_channels=1"
+
+
+def test_float_artifact_and_onnx_side_by_side(tmp_path: Path) -> None:
+    artifact = quantize(DIGITS, "ternary", out=tmp_path / "a.safetensors", arch=ARCH).path
+    exported = export_onnx(artifact, tmp_path / "a.onnx", input_shape=(1, 8, 8)).path
+    seen: list[tuple[str, int, int]] = []
+    result = bench(
+        [DIGITS, artifact, exported], arch=ARCH, batches=(1, 3), threads=(1,), rounds=4, processes=1,
+        plot=tmp_path / "bench.png", progress=lambda *call: seen.append(call),
+    )  # fmt: skip
+    assert [row.runtime for row in result.rows] == ["torch", "torch", "ONNX Runtime"]
+    assert [row.nbytes for row in result.rows] == [p.stat().st_size for p in (DIGITS, artifact, exported)]
+    for row in result.rows:
+        assert [(latency.batch, latency.threads) for latency in row.latencies] == [(1, 1), (3, 1)]
+        assert row.load.median > 0
+        assert row.peak.median >= 0
+        for latency in row.latencies:
+            assert 0 < latency.seconds.low <= latency.seconds.median <= latency.seconds.high
+    assert [latency.ratio for latency in result.rows[0].latencies] == [1.0, 1.0]
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    dones, totals = [done for _, done, _ in seen], {total for *_, total in seen}
+    assert dones == list(range(len(dones)))
+    assert totals == {dones[-1]} == {3 + 2 * (4 + 2)}
+
+
+def test_memory_is_what_the_file_takes(tmp_path: Path) -> None:
+    """16 million floats in a MatMul: 64 MB, and prepacked once more; a small model takes next to nothing."""
+    paths = [
+        save(tmp_path / f"{n}.onnx", [helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": normal(n, n)},
+             [images("n", n)], ["y"])
+        for n in (16, 4096)
+    ]  # fmt: skip
+    small, large = (
+        measure(p, "ONNX Runtime", None, {"x": ((1, n), "float32")}) for p, n in zip(paths, (16, 4096), strict=True)
+    )
+    assert small.peak < 20e6
+    assert 64e6 <= large.peak < 400e6
+    with pytest.raises(CheckFailed, match="could not load and run it: .*INVALID_ARGUMENT"):
+        measure(paths[0], "ONNX Runtime", None, {"x": ((1, 17), "float32")})
+
+
+def test_models_of_several_inputs_and_fixed_batches(tmp_path: Path) -> None:
+    path = words(tmp_path / "w.onnx")
+    fixed = convolutions(tmp_path / "c.onnx")
+    model = onnx.load(fixed)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+    onnx.save(model, fixed)
+    result = bench([convolutions(tmp_path / "d.onnx"), fixed], batches=(1, 2), threads=(1,), rounds=1, processes=1)
+    assert [[latency.batch for latency in row.latencies] for row in result.rows] == [[1, 2], [2]]
+    assert bench([path], batches=(2,), threads=(1,), rounds=1, processes=1).rows[0].latencies[0].batch == 2
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    path = save(tmp_path / "m.onnx", [helper.make_node("Relu", ["x"], ["y"])], {}, [images("n", 3, "h", "w")], ["y"])
+    with pytest.raises(PcqError, match=r"the shape of its input 'x' is not known.*--input"):
+        bench([path], rounds=1)
+    with pytest.raises(PcqError, match="there is no such file"):
+        bench([tmp_path / "none.onnx"])
+    with pytest.raises(PcqError, match=r"--batch: \[0\] cannot be"):
+        bench([path], batches=[0])
+    with pytest.raises(PcqError, match="nothing to measure"):
+        bench([])
+
+
+def test_quartiles() -> None:
+    assert Spread.of([4.0, 1.0, 3.0, 2.0, 5.0]) == Spread(3.0, 2.0, 4.0)
+
+
+def test_the_picture_has_a_bar_for_every_number() -> None:
+    assert bench_figure([("a", 1e6, 0.1, 1e7, {"batch 1": 0.01}), ("b", 5e5, 0.2, 1e7, {})]).startswith(b"\x89PNG")
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = convolutions(tmp_path / "m.onnx")
+    arguments = ["bench", str(path), str(path), "--batch", "1", "--threads", "1", "--rounds", "3", "--processes", "1"]
+    assert cli.run([*arguments, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert [row["bytes"] for row in answer["rows"]] == [path.stat().st_size] * 2
+    assert set(answer["rows"][0]["latencies"][0]) == {"batch", "threads", "seconds", "ratio"}
+    assert cli.run([*arguments, "--plot", str(tmp_path / "p.png")]) == 0
+    shown = capsys.readouterr().out
+    assert "batch 1, 1 thread" in shown
+    assert "1.00x" in shown
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "p.png"]
+
+
+def test_inputs_are_the_same_for_every_file(tmp_path: Path) -> None:
+    from pcq.commands.benching import _feed, _files
+
+    path = convolutions(tmp_path / "m.onnx")
+    files, shape = _files([path, path], None, None)
+    a, b = (_feed(file, 4, shape) for file in files)
+    assert a is not None
+    assert b is not None
+    np.testing.assert_array_equal(a["x"], b["x"])
+    assert a["x"].shape == (4, 3, 8, 8)
