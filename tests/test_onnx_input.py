@@ -304,8 +304,41 @@ def test_inspect_lists_what_would_be_quantized(tmp_path: Path) -> None:
         "B": "float32, bias",
     }  # fmt: skip
     packed = quantize_onnx(path, "w4").path
-    assert isinstance(view := inspect(packed), FileView)
+    view = inspect(packed)
+    assert isinstance(view, FileView)
     assert (view.kind, len(view.tensors)) == ("packed ONNX", 4)
-    onnx.save(onnxscript.optimizer.optimize(onnx.load(packed)), tmp_path / "inflated.onnx")
-    with pytest.raises(PcqError, match="have been unpacked into floats"):
-        inspect(tmp_path / "inflated.onnx")
+    facts = dict(view.facts)
+    numbers = sum(int(np.prod(row.shape)) for row in view.tensors)
+    others = int(facts["other tensors"].split()[0].replace(",", ""))
+    assert facts["weights in memory, predicted"] == f"{4 * numbers + others:,} bytes"
+    assert facts["nodes that run in int8"] == "none"
+    assert "2 to a byte" in view.tensors[0].form
+    onnx.save(onnxscript.optimizer.optimize(onnx.load(packed)), tmp_path / "script.onnx")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(tmp_path / "runtime.onnx")
+    ort.InferenceSession(packed, options)
+    for inflated in ("script.onnx", "runtime.onnx"):
+        view = inspect(tmp_path / inflated)
+        assert isinstance(view, FileView)
+        assert view.kind == "packed ONNX that was re-inflated"
+        assert dict(view.facts)["re-inflated"].startswith("4 of 4 packed weights are floats now")
+        with pytest.raises(PcqError, match="have been unpacked into floats"):
+            read_packed(tmp_path / inflated)
+
+
+def test_inspect_says_what_runs_in_int8(tmp_path: Path) -> None:
+    from onnxruntime.quantization import quantize_dynamic
+
+    from pcq.commands import FileView, inspect
+
+    path = save(
+        tmp_path / "m.onnx", [helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": normal(32, 32)},
+        [images("n", 32)], ["y"],
+    )  # fmt: skip
+    quantize_dynamic(path, tmp_path / "q.onnx")
+    view = inspect(tmp_path / "q.onnx")
+    assert isinstance(view, FileView)
+    assert view.kind == "ONNX that another tool quantized"
+    assert dict(view.facts)["nodes that run in int8"] in ("1 DynamicQuantizeMatMul", "1 MatMulIntegerToFloat")

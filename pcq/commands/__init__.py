@@ -6,11 +6,9 @@ from pcq.commands.calibrating import Calibrated, Calibration, calibrated
 from pcq.commands.exporting import ExportResult, export_onnx
 from pcq.commands.finetuning import FinetuneResult, FinetuneRow, finetune
 from pcq.commands.inspecting import (
-    FileView,
     ProxPlot,
     RecipeView,
     Shipped,
-    TensorView,
     check,
     inspect,
     plot_prox,
@@ -21,6 +19,7 @@ from pcq.commands.onnx_calibrating import OnnxCalibrated
 from pcq.commands.onnx_quantizing import OnnxQuantizeResult, plan_onnx, quantize_onnx, run_onnx
 from pcq.commands.quantizing import LedgerRow, Planned, QuantizeResult, plan, quantize, run
 from pcq.commands.scoring import EvalResult, evaluate
+from pcq.commands.views import FileView, TensorView
 
 __all__ = [
     "AnalyzeResult",

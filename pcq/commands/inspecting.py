@@ -2,47 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from pcq import checkpoint, sources
 from pcq.commands.networks import ONNX_SUFFIX, architecture
 from pcq.commands.quantizing import Planned, plan
+from pcq.commands.views import FileView, float_view, quantized_view
 from pcq.errors import PcqError, did_you_mean
-from pcq.qtensor import QuantizedTensor
 from pcq.recipe import Recipe, load_recipe, shipped_recipes
-
-
-@dataclass(frozen=True)
-class TensorView:
-    """One tensor of an inspected file: its levels in words (or its dtype) and what it takes there."""
-
-    name: str
-    shape: tuple[int, ...]
-    form: str
-    bits: float
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class FileView:
-    """What :func:`inspect` found in a checkpoint, an artifact or an ONNX file.
-
-    Attributes:
-        path: the file.
-        kind: what it is, in words.
-        facts: further findings, label and value.
-        tensors: one row a tensor.
-        nbytes: size on disk (of all its files).
-    """
-
-    path: Path
-    kind: str
-    facts: tuple[tuple[str, str], ...]
-    tensors: tuple[TensorView, ...]
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -66,7 +34,9 @@ def inspect(
     if path.suffix in (".yaml", ".yml"):
         return check(str(path))
     if path.suffix == ONNX_SUFFIX:
-        return _inspect_onnx(path)
+        from pcq.commands.inspecting_onnx import inspect_onnx
+
+        return inspect_onnx(path)
     if checkpoint.is_artifact(path):
         return _inspect_artifact(path)
     source = sources.open_source(path, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle)
@@ -75,19 +45,8 @@ def inspect(
     _, arch = architecture(source, shapes, None, notes)
     facts = [("architecture", arch or "not recognised"), *(("note", note) for note in notes)]
     facts += [("tied", f"{name} is {owner}") for name, owner in source.tied.items()]
-    rows = tuple(_float_view(name, shapes[name], source.dtype(name)) for name in source.names)
+    rows = tuple(float_view(name, shapes[name], source.dtype(name)) for name in source.names)
     return FileView(path, "float checkpoint", tuple(facts), rows, source.nbytes)
-
-
-def _float_view(name: str, shape: tuple[int, ...], dtype: str) -> TensorView:
-    bits = 8 * getattr(torch, dtype).itemsize
-    return TensorView(name, shape, dtype, bits, math.prod(shape) * bits // 8)
-
-
-def _quantized_view(name: str, stored: QuantizedTensor, text: str = "") -> TensorView:
-    words = text or f"{stored.grid.count} levels"
-    bits = 8 * stored.nbytes / max(1, stored.numel)
-    return TensorView(name, stored.rows.shape, f"{words}, {stored.grid.g:,} rows", bits, stored.nbytes)
 
 
 def _inspect_artifact(path: Path) -> FileView:
@@ -98,51 +57,12 @@ def _inspect_artifact(path: Path) -> FileView:
         *((f"{name} version", version) for name, version in stored.versions.items()),
         *(("tied", f"{name} is {owner}") for name, owner in stored.tied.items()),
     ]
-    rows = [_quantized_view(name, tensor, stored.texts[name]) for name, tensor in stored.quantized.items()]
+    rows = [quantized_view(name, tensor, stored.texts[name]) for name, tensor in stored.quantized.items()]
     rows += [
-        _float_view(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        float_view(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
         for name, tensor in stored.floats.items()
     ]
     return FileView(path, "pcq artifact", tuple(facts), tuple(rows), path.stat().st_size)
-
-
-def _inspect_onnx(path: Path) -> FileView:
-    from pcq.export import is_packed, open_packed
-
-    if not is_packed(path):
-        return _inspect_float_onnx(path)
-    packed = open_packed(path)
-    facts = [
-        ("opset", str(packed.opset)),
-        ("IR version", str(packed.ir_version)),
-        ("unpacking functions", ", ".join(packed.functions)),
-        ("bits per packed weight", f"{packed.bits_per_weight:.3f}"),
-        ("other tensors", f"{packed.float_bytes:,} bytes"),
-        *((key, value) for key, value in packed.metadata.items() if key != "pcq.scheme" and len(value) < 200),
-    ]
-    rows = tuple(_quantized_view(name, tensor) for name, tensor in packed.weights.items())
-    return FileView(path, "packed ONNX", tuple(facts), rows, packed.file_bytes)
-
-
-def _inspect_float_onnx(path: Path) -> FileView:
-    """What `pcq quantize` finds in an ONNX model that pcq did not pack: weights, then what it would leave float."""
-    from pcq import onnx_input
-
-    opened = onnx_input.open_graph(path)
-    inventory = onnx_input.take_inventory(opened)
-    graph = opened.model.graph
-    facts = [
-        ("opset", str(opened.opset)),
-        ("IR version", str(opened.ir_version)),
-        ("inputs", ", ".join(f"{value.name} {value.shape}" for value in graph.inputs)),
-        ("outputs", ", ".join(f"{value.name} {value.shape}" for value in graph.outputs)),
-        *((f"note {i + 1}", f"`pcq quantize` would do this: {note}") for i, note in enumerate(opened.notes)),
-    ]
-    rows = [(weight.parameter, weight.parameter.kind) for weight in inventory.weights.values()]
-    views = [_float_view(each.name, each.shape, each.dtype) for each, _ in (*rows, *inventory.others)]
-    words = [words for _, words in (*rows, *inventory.others)]
-    named = tuple(replace(view, form=f"{view.form}, {said}") for view, said in zip(views, words, strict=True))
-    return FileView(path, "float ONNX", tuple(facts), named, opened.file_bytes)
 
 
 def check(
