@@ -3,6 +3,7 @@
 from pcq.commands.analyzing import AnalyzedWeight, AnalyzeResult, analyze
 from pcq.commands.benching import BenchResult, BenchRow, Latency, Spread, bench
 from pcq.commands.calibrating import Calibrated, Calibration, calibrated
+from pcq.commands.doors import DoorResult, export_compressed, export_pt2, export_state_dict
 from pcq.commands.exporting import ExportResult, export_onnx
 from pcq.commands.finetuning import FinetuneResult, FinetuneRow, finetune
 from pcq.commands.inspecting import (
@@ -28,6 +29,7 @@ __all__ = [
     "BenchRow",
     "Calibrated",
     "Calibration",
+    "DoorResult",
     "EvalResult",
     "ExportResult",
     "FileView",
@@ -50,7 +52,10 @@ __all__ = [
     "calibrated",
     "check",
     "evaluate",
+    "export_compressed",
     "export_onnx",
+    "export_pt2",
+    "export_state_dict",
     "finetune",
     "inspect",
     "load_network",

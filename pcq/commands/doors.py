@@ -1,0 +1,237 @@
+"""Other ways out of an artifact: a float state dict, an exported program, a folder for compressed-tensors."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from pcq import checkpoint
+from pcq.atomic import unwritable
+from pcq.checkpoint import compressed
+from pcq.commands.networks import load_network
+from pcq.errors import CheckFailed, PcqError
+from pcq.progress import Progress, silent
+
+Door = Literal["state-dict", "pt2", "compressed-tensors"]
+
+
+@dataclass(frozen=True)
+class DoorResult:
+    """What was written.
+
+    Attributes:
+        path: the file, or the folder.
+        artifact: what it was made from.
+        door: which of the forms.
+        tensors: how many there are, of those ``packed`` with fewer bits.
+        kept: quantized weights that are floats there, and why.
+        nbytes: on disk.
+        proof: what was checked, in words.
+    """
+
+    path: Path
+    artifact: Path
+    door: Door
+    tensors: int
+    packed: int
+    kept: tuple[tuple[str, str], ...]
+    nbytes: int
+    proof: str
+
+
+def export_state_dict(artifact: str | Path, out: str | Path | None = None, *, force: bool = False) -> DoorResult:
+    """Write the dequantized network as a plain ``.safetensors`` state dict, for any trainer or library.
+
+    Every name is there, tied ones too, each tensor in the dtype it had before.
+
+    Args:
+        artifact: a file that ``quantize`` or ``finetune`` wrote.
+        out: the file; default: the artifact's name with ``.float.safetensors``.
+        force: replace a file at ``out`` that pcq did not write.
+
+    Raises:
+        PcqError: the artifact is not usable, or nothing can be written there.
+        CheckFailed: what was written reads differently.
+    """
+    source, stored = _opened(artifact)
+    path = Path(out) if out is not None else source.with_suffix(".float.safetensors")
+    checkpoint.refuse_overwrite(path, inputs=[source], force=force)
+    state = {name: tensor.contiguous().clone() for name, tensor in stored.state_dict().items()}
+    with checkpoint.atomic(path) as draft:
+        save_file(state, draft, metadata={"format": "pt"})
+        with safe_open(draft, "pt") as file:
+            for name in file.keys():  # noqa: SIM118  (it is no dictionary)
+                if not torch.equal(file.get_tensor(name), state[name]):
+                    raise CheckFailed("was written and reads differently", where=name)
+    proof = "every tensor was read back and is the dequantized one, bit by bit"
+    return DoorResult(path, source, "state-dict", len(state), 0, (), path.stat().st_size, proof)
+
+
+def export_pt2(
+    artifact: str | Path,
+    out: str | Path | None = None,
+    *,
+    arch: str | None = None,
+    input_shape: Sequence[int] | None = None,
+    force: bool = False,
+) -> DoorResult:
+    """Write the dequantized network as an exported program: ``torch.export.load`` runs it without its source code.
+
+    Args:
+        artifact: a file that ``quantize`` or ``finetune`` wrote.
+        out: the file; default: the artifact's name with ``.pt2``.
+        arch: the architecture, where the artifact does not record it.
+        input_shape: one sample's shape without the batch; default: what the architecture is made for.
+        force: replace a file at ``out``.
+
+    Raises:
+        PcqError: the artifact or the architecture is not usable, or torch cannot export it.
+        CheckFailed: the program that was read back computes something else.
+    """
+    source, stored = _opened(artifact)
+    path = Path(out) if out is not None else source.with_suffix(".pt2")
+    checkpoint.refuse_overwrite(path, inputs=[source], force=force)
+    network = load_network(stored, source, arch)
+    shape = tuple(input_shape) if input_shape else network.input_shape
+    if shape is None:
+        raise PcqError(f"the input shape of {network.arch} is not known", where=str(source),
+                       todo="Give one sample's shape without the batch, such as --input 3x224x224")  # fmt: skip
+    program, batches = _exported(network.module, shape, str(source))
+    with checkpoint.atomic(path) as draft:
+        with tempfile.TemporaryDirectory() as folder:  # torch insists on the suffix
+            place = Path(folder) / "program.pt2"
+            torch.export.save(program, place)
+            shutil.copyfile(place, draft)
+            read = torch.export.load(place).module()
+        for batch in batches:
+            x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(batch))
+            with torch.no_grad():
+                ours, theirs = (pytree.tree_leaves(each(x)) for each in (network.module, read))
+            if not all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True) if isinstance(a, Tensor)):
+                raise CheckFailed(f"the program puts out something else at batch {batch}", where=str(path))
+    said = " and ".join(map(str, batches))
+    proof = f"loaded again, it puts out the very bits of the network at batch {said}"
+    return DoorResult(path, source, "pt2", len(program.state_dict), 0, (), path.stat().st_size, proof)
+
+
+def _exported(
+    module: nn.Module, shape: tuple[int, ...], where: str
+) -> tuple[torch.export.ExportedProgram, tuple[int, ...]]:
+    """The program, for any batch if torch manages it, and the batches it takes."""
+    example = (torch.zeros(2, *shape),)
+    try:
+        moving = torch.export.export(module, example, dynamic_shapes=({0: torch.export.Dim.AUTO},), strict=False)
+        if any(isinstance(size, torch.SymInt) for size in _first_shape(moving)):
+            return moving, (1, 3)
+        return torch.export.export(module, (example[0][:1],), strict=False), (1,)
+    except Exception as error:  # torch.export raises many kinds
+        told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise PcqError(f"torch cannot export the network: {told}", where=where) from error
+
+
+def _first_shape(program: torch.export.ExportedProgram) -> Sequence[object]:
+    names = program.graph_signature.user_inputs
+    node = next(node for node in program.graph.nodes if node.name in names)
+    return tuple(node.meta["val"].shape)
+
+
+def export_compressed(
+    artifact: str | Path,
+    out: str | Path | None = None,
+    *,
+    arch: str | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+) -> DoorResult:
+    """Write a folder in the format ``pack-quantized`` of compressed-tensors: ``model.safetensors`` and ``config.json``.
+
+    Weights of Linear and Embedding whose levels are integers times a scale are packed (``pcq.checkpoint.compressed``);
+    all else is float, and said.
+
+    Args:
+        artifact: a file that ``quantize`` or ``finetune`` wrote.
+        out: the folder; default: the artifact's name with ``.compressed``.
+        arch: the architecture; known, it tells a Linear from other matrices.
+        force: replace a folder at ``out``.
+        progress: called for each weight.
+
+    Raises:
+        PcqError: the artifact is not usable, nothing in it fits the format, or nothing can be written there.
+        CheckFailed: what was packed unpacks differently.
+    """
+    source, stored = _opened(artifact)
+    path = Path(out) if out is not None else source.with_suffix(".compressed")
+    if path.exists() and not (force and (path / "config.json").is_file()):
+        raise PcqError("there is something already", where=str(path), todo="Give another name, or replace it: --force")
+    kinds = _kinds(stored, source, arch)
+    packed: dict[str, compressed.Integers] = {}
+    kept: list[tuple[str, str]] = []
+    tensors = {name: tensor.contiguous().clone() for name, tensor in stored.state_dict().items()}
+    count = len(tensors)
+    for done, (name, weight) in enumerate(stored.quantized.items()):
+        progress(f"packing {name}", done, len(stored.quantized))
+        found = compressed.integers(weight)
+        if not isinstance(found, str) and not name.endswith(".weight"):
+            found = "it is not called `.weight`"
+        if not isinstance(found, str) and kinds.get(name, "Linear") not in ("Linear", "Embedding"):
+            found = f"it is the weight of a {kinds[name]}"
+        if isinstance(found, str):
+            kept.append((name, found))
+            continue
+        if not torch.equal(compressed.unpack(compressed.pack(found), found.bits, found.q.shape[1]), found.q):
+            raise CheckFailed("was packed and unpacks differently", where=name)
+        for alias in (name, *(other for other, owner in stored.tied.items() if owner == name)):
+            packed[alias] = found
+            del tensors[alias]
+            tensors |= {key: tensor.clone() for key, tensor in compressed.tensors(alias, found).items()}
+    if not packed:
+        raise PcqError(f"none of its weights fits the format ({kept[0][0]}: {kept[0][1]})", where=str(source),
+                       allowed="Linear and Embedding weights of evenly spaced levels around zero")  # fmt: skip
+    floats = [name.removesuffix(".weight") for name, _ in kept]
+    described = compressed.config(packed, floats)
+    _write_folder(path, tensors, json.dumps(described, indent=1) + "\n")
+    nbytes = sum(file.stat().st_size for file in path.iterdir())
+    proof = "unpacked again, every packed weight is the dequantized one, bit by bit"
+    return DoorResult(path, source, "compressed-tensors", count, len(packed), tuple(kept), nbytes, proof)
+
+
+def _write_folder(path: Path, tensors: dict[str, Tensor], described: str) -> None:
+    """The folder appears whole or not at all."""
+    try:
+        draft = Path(tempfile.mkdtemp(prefix=f".{path.name[:100]}.", suffix=".partial", dir=path.resolve().parent))
+        try:
+            save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
+            (draft / "config.json").write_text(described)
+            draft.chmod(0o755)
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(draft, path)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    except OSError as error:
+        raise unwritable(error, path) from error
+
+
+def _kinds(stored: checkpoint.Artifact, source: Path, arch: str | None) -> dict[str, str]:
+    """Parameter -> the class of its module; empty where the architecture is not known."""
+    if arch is None and stored.arch is None and stored.program is None:
+        return {}
+    module = load_network(stored, source, arch).module
+    return {f"{name}.weight": type(child).__name__ for name, child in module.named_modules()}
+
+
+def _opened(artifact: str | Path) -> tuple[Path, checkpoint.Artifact]:
+    source = Path(artifact)
+    if source.is_file() and not checkpoint.is_artifact(source):
+        raise PcqError("this is not an artifact of pcq", where=str(source), todo="Make one first with `pcq quantize`")
+    return source, checkpoint.read_artifact(source)

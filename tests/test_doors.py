@@ -1,0 +1,157 @@
+"""Other ways out of an artifact: what is read back is the dequantized network, bit by bit."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pcq import cli
+from pcq.checkpoint import compressed
+from pcq.commands import export_compressed, export_pt2, export_state_dict, quantize
+from pcq.demo import HERE
+from pcq.errors import PcqError
+from pcq.grids import Affine, Codebook
+from pcq.qtensor import QuantizedTensor
+from pcq.rows import Rows
+
+DIGITS = HERE / "digits-resnet8.safetensors"
+ARCH = "pcq.demo.nets:resnet8?num_classes=10&in_channels=1"
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantize(DIGITS, "ternary", out=tmp_path_factory.mktemp("a") / "a.safetensors", arch=ARCH).path
+
+
+def test_the_state_dict_is_the_dequantized_one(artifact: Path, tmp_path: Path) -> None:
+    from pcq import read_artifact
+
+    result = export_state_dict(artifact, tmp_path / "f.safetensors")
+    read, right = load_file(result.path), read_artifact(artifact).state_dict()
+    assert read.keys() == right.keys()
+    assert all(torch.equal(read[name], right[name]) and read[name].dtype == right[name].dtype for name in right)
+    again = quantize(result.path, "ternary", out=tmp_path / "again.safetensors", arch=ARCH)
+    ternary = {n: q for n, q in read_artifact(again.path).quantized.items() if q.grid.count == 3}
+    assert ternary
+    assert all(torch.equal(q.dequantize(), right[name]) for name, q in ternary.items())
+    with pytest.raises(PcqError, match="pcq did not write it"):
+        export_state_dict(artifact, tmp_path / "f.safetensors")
+
+
+def test_tied_tensors_are_there_under_every_name(tmp_path: Path) -> None:
+    weight = torch.randn(40, 16)
+    torch.save({"tok.weight": weight, "head.weight": weight}, tmp_path / "m.pt")
+    made = quantize(tmp_path / "m.pt", "w8").path
+    read = load_file(export_state_dict(made).path)
+    assert torch.equal(read["tok.weight"], read["head.weight"])
+    folder = export_compressed(made).path
+    stored = load_file(folder / "model.safetensors")
+    assert torch.equal(stored["tok.weight_packed"], stored["head.weight_packed"])
+
+
+def test_the_program_puts_out_the_same_bits(artifact: Path, tmp_path: Path) -> None:
+    from pcq import open_network
+
+    result = export_pt2(artifact, tmp_path / "n.pt2", input_shape=(1, 8, 8))
+    program = torch.export.load(result.path).module()
+    x = torch.randn(5, 1, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(program(x), open_network(artifact).module(x))
+    assert quantize(result.path, "w8", out=tmp_path / "q.safetensors").bits < 9
+    with pytest.raises(PcqError, match="the input shape"):
+        export_pt2(artifact, tmp_path / "o.pt2")
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tok = nn.Embedding(30, 16)
+        self.a, self.b = nn.Linear(16, 32), nn.Linear(32, 10)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y: Tensor = self.b(torch.relu(self.a(self.tok(ids))))
+        return y
+
+
+@pytest.mark.parametrize(("recipe", "bits"), [("ternary-all", 2), ("binary-all", 2), ("w4", 4), ("w8", 8)])
+def test_compressed_folders_unpack_to_the_weights(tmp_path: Path, recipe: str, bits: int) -> None:
+    from pcq import read_artifact
+
+    torch.manual_seed(0)
+    save_file(Words().state_dict(), tmp_path / "m.safetensors")
+    made = quantize(tmp_path / "m.safetensors", recipe, out=tmp_path / "q.safetensors").path
+    result = export_compressed(made, tmp_path / "folder")
+    stored = load_file(result.path / "model.safetensors")
+    config = json.loads((result.path / "config.json").read_text())["quantization_config"]
+    forms = {n: g["weights"] for g in config["config_groups"].values() for n in g["targets"]}
+    for name, weight in read_artifact(made).quantized.items():
+        module = name.removesuffix(".weight")
+        columns = int(stored[f"{module}.weight_shape"][1])
+        q = compressed.unpack(stored[f"{module}.weight_packed"], forms[module]["num_bits"], columns)
+        assert torch.equal(q.float() * stored[f"{module}.weight_scale"], weight.dequantize())
+        assert name not in stored
+    assert {form["num_bits"] for form in forms.values()} <= {bits, min(8, 2 * bits)}
+    assert result.packed + len(result.kept) == 3
+    assert torch.equal(stored["a.bias"], load_file(tmp_path / "m.safetensors")["a.bias"])
+
+
+def test_what_does_not_fit_is_float_with_its_reason(artifact: Path, tmp_path: Path) -> None:
+    result = export_compressed(artifact, tmp_path / "folder", arch=ARCH)
+    reasons = dict(result.kept)
+    assert set(reasons.values()) == {"it is not the weight of a Linear or an Embedding"}
+    stored = load_file(result.path / "model.safetensors")
+    assert all(name in stored for name in reasons)
+    save_file({"a.weight": torch.randn(64, 64)}, tmp_path / "m.safetensors")
+    listed = quantize(tmp_path / "m.safetensors", "nf4", out=tmp_path / "q.safetensors").path
+    with pytest.raises(PcqError, match=r"none of its weights fits .*a list"):
+        export_compressed(listed, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+COUNTS = st.sampled_from([2, 3, 4, 5, 16, 32, 100, 255, 256])
+
+
+@given(st.integers(0, 10_000), COUNTS, st.booleans(), st.sampled_from([None, 4, 6]))
+@settings(deadline=None, max_examples=60)
+def test_integers_are_the_weight_or_a_reason(seed: int, count: int, whole: bool, group: int | None) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows = Rows((5, 12), 0, 1, group)
+    zero = float(count // 2) if whole else (count - 1) / 2
+    grid = Affine(torch.rand(rows.g, generator=generator) + 0.01, zero, count)
+    codes = torch.randint(count, (5, 12), generator=generator).to(torch.uint8)
+    weight = QuantizedTensor(codes, grid, rows)
+    found = compressed.integers(weight)
+    if isinstance(found, str):
+        assert count > 128
+        return
+    assert torch.equal(found.dequantize(), weight.dequantize())
+    assert torch.equal(compressed.unpack(compressed.pack(found), found.bits, 12), found.q)
+
+
+def test_packing_is_little_endian() -> None:
+    """Eight 4-bit integers, first in the lowest bits, each plus 8: the format's own example order."""
+    q = torch.tensor([[-8, -7, 0, 7, 1, 2, 3, -1, 5]], dtype=torch.int8)
+    made = compressed.Integers(q, torch.ones(1, 1), 4, None)
+    assert [int(word) & 0xFFFFFFFF for word in compressed.pack(made)[0]] == [0x7BA9F810, 0x0000000D]
+
+
+def test_listed_levels_are_no_integers() -> None:
+    codes = torch.zeros(2, 2, dtype=torch.uint8)
+    found = compressed.integers(QuantizedTensor(codes, Codebook(torch.tensor([[0.0, 1.0]])), Rows((2, 2))))
+    assert isinstance(found, str)
+
+
+def test_the_command_line(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["export", str(artifact), str(tmp_path / "s.safetensors"), "--state-dict", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["form"] == "state-dict"
+    assert cli.run(["export", str(artifact), str(tmp_path / "n.pt2"), "--pt2", "--input", "1x8x8"]) == 0
+    assert "the very bits of the network at batch 1 and 3" in capsys.readouterr().out
+    assert cli.run(["export", str(artifact), str(tmp_path / "c"), "--compressed-tensors"]) == 0
+    assert "floats there" in capsys.readouterr().out
+    assert cli.run(["export", str(artifact), "--pt2", "--state-dict"]) == 2
+    assert cli.run(["export", str(DIGITS), "--state-dict"]) == 2
