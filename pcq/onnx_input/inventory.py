@@ -10,6 +10,7 @@ Constant, in a branch of an If or the body of a Loop, or be read by several laye
 """
 
 import math
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -95,7 +96,7 @@ def take_inventory(opened: Opened) -> Inventory:
     for operand, chain in chains.items():
         by_root.setdefault(chain.root, []).append(operand)
     weights: dict[str, Weight] = {}
-    twins: dict[tuple[tuple[int, ...], str], list[str]] = {}
+    twins: dict[tuple[tuple[int, ...], str, int], list[str]] = {}
     for root, operands in by_root.items():
         problem = _problem(root, [chains[operand] for operand in operands], sites)
         views = [Operand(chains[operand], sites[operand][2]) for operand in operands]
@@ -113,10 +114,11 @@ def take_inventory(opened: Opened) -> Inventory:
         shape, dtype = oriented_shape(views[0].shape, views[0].view), _torch_dtype(views[0].chain.tensor.dtype)
         name = root.name or ""
         weight = Weight(Parameter(name, shape, dtype, kind, groups), tuple(views))
-        twin = next((n for n in twins.get((shape, kind), []) if _equal(weights[n], weight)), None)
+        alike = twins.setdefault((shape, kind, _mark(views[0])), [])
+        twin = next((n for n in alike if _equal(weights[n], weight)), None)
         if twin is None:
             weights[name] = weight
-            twins.setdefault((shape, kind), []).append(name)
+            alike.append(name)
         else:
             weights[twin] = Weight(weights[twin].parameter, (*weights[twin].operands, *views))
     taken = {operand.chain.root for weight in weights.values() for operand in weight.operands}
@@ -199,6 +201,11 @@ def _problem(root: ir.Value, chains: list[Chain], sites: dict[ir.Value, tuple[st
     if any(dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16) for dtype in (chain.dtype for chain in chains)):
         return f"layers read it as {chains[0].dtype.name.lower()}"
     return None
+
+
+def _mark(operand: Operand) -> int:
+    """Equal for equal weights, and mostly not for others: so that few have to be compared number by number."""
+    return zlib.crc32(np.ascontiguousarray(oriented(operand.chain.numbers(), operand.view)[:1]).data.cast("B"))
 
 
 def _equal(a: Weight, b: Weight) -> bool:
