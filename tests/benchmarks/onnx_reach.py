@@ -1,8 +1,8 @@
 """Memory of ``pcq quantize model.onnx`` on a model above 2 GB with external data.
 
 Run by hand: ``python tests/benchmarks/onnx_reach.py --folder DIR`` (needs about 6 GB of disk). Matrix products in a
-row, 570 million weights, 2.3 GB of floats beside the model, are packed by ``w4``. A thread looks every 20 ms at how much
-memory the process holds that is not a file's (RssAnon), and at the stage. The result goes to
+row, 570 million weights, 2.3 GB of floats beside the model, are packed by ``w4``. A thread looks every 20 ms at how
+much memory the process holds that is not a file's (RssAnon), and at the stage. The result goes to
 ``results/onnx_reach.json``.
 """
 

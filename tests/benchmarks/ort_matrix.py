@@ -238,8 +238,8 @@ def markdown(about: dict[str, object], table: dict[str, dict[str, str]], version
         f"torch {about['torch']}, {about['machine']}, CPU provider.", "",
         f"`unpack` files hold {about['forms of grids in each unpack file']} forms of grids each; *exact*: the bits of "
         "dequantize(), with and without graph optimisations. Networks: largest error relative to the outputs' scale "
-        "at batches 1 and 3, with and without graph optimisations, everything folded. The planner refuses none of these "
-        "(it refuses targets older than 1.17), so a cell either passes or says FAIL.", "",
+        "at batches 1 and 3, with and without graph optimisations, everything folded. The planner refuses none of "
+        "these (it refuses targets older than 1.17), so a cell either passes or says FAIL.", "",
         "| file | bytes | " + " | ".join(versions) + " |", "|---|---:|" + "---|" * len(versions),
     ]  # fmt: skip
     sizes = about["bytes"]
