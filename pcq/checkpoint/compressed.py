@@ -87,7 +87,7 @@ def pack(made: Integers) -> Tensor:
     each = 32 // made.bits
     shifted = made.q.long() + 2 ** (made.bits - 1)
     padded = torch.nn.functional.pad(shifted, (0, -shifted.shape[1] % each)).reshape(len(shifted), -1, each)
-    words = (padded << (made.bits * torch.arange(each))).sum(2)
+    words: Tensor = (padded << (made.bits * torch.arange(each))).sum(2)
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
