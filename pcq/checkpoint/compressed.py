@@ -87,7 +87,7 @@ def pack(made: Integers) -> Tensor:
     each = 32 // made.bits
     shifted = made.q.long() + 2 ** (made.bits - 1)
     padded = torch.nn.functional.pad(shifted, (0, -shifted.shape[1] % each)).reshape(len(shifted), -1, each)
-    words: Tensor = (padded << (made.bits * torch.arange(each))).sum(2)
+    words = (padded << (made.bits * torch.arange(each))).sum(2)
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
@@ -95,7 +95,7 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     """The inverse of :func:`pack`: int8 ``[out, columns]``."""
     each = 32 // bits
     words = packed.long() & 0xFFFFFFFF
-    digits = (words[..., None] >> (bits * torch.arange(each))) & (2**bits - 1)
+    digits: Tensor = (words[..., None] >> (bits * torch.arange(each))) & (2**bits - 1)
     return (digits.reshape(len(packed), -1)[:, :columns] - 2 ** (bits - 1)).to(torch.int8)
 
 
