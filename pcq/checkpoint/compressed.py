@@ -96,7 +96,7 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     each = 32 // bits
     words = packed.long() & 0xFFFFFFFF
     digits: Tensor = (words[..., None] >> (bits * torch.arange(each))) & (2**bits - 1)
-    return (digits.reshape(len(packed), -1)[:, :columns] - 2 ** (bits - 1)).to(torch.int8)
+    return (digits.reshape(len(packed), -1)[:, :columns] - (1 << (bits - 1))).to(torch.int8)
 
 
 def tensors(name: str, made: Integers) -> dict[str, Tensor]:
