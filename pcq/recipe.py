@@ -35,6 +35,8 @@ class Recipe:
         description: the comment that the file begins with; not compared.
         rules: the first that matches a weight decides.
         finetune: how `pcq finetune` trains; None: the file does not say, and it goes by the defaults.
+        budget: what the quantized file or its weights may take, such as `3MB` or `2.5bits`; levels are then chosen by
+            `pcq quantize`, for the weights to which the rules give any.
         places: file and line of each rule, as far as known.
     """
 
@@ -42,6 +44,7 @@ class Recipe:
     description: str = field(compare=False)
     rules: tuple[Rule, ...]
     finetune: Finetune | None = None
+    budget: str | None = None
     places: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     def where(self, rule: int) -> str:
@@ -50,7 +53,9 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """What is done, defaults written out, as plain data: itself a recipe file (the description is not in it)."""
-        said = {"pcq": FORMAT, "name": self.name, "rules": [_rule_to_json(rule) for rule in self.rules]}
+        said: dict[str, Any] = {"pcq": FORMAT, "name": self.name, "rules": [_rule_to_json(rule) for rule in self.rules]}
+        if self.budget is not None:
+            said["budget"] = self.budget
         return said if self.finetune is None else said | {"finetune": _without_none(asdict(self.finetune))}
 
     @staticmethod
@@ -125,7 +130,7 @@ def _resolve(
     """Check everything and build the recipe; ``name`` holds where the file does not say."""
     file, places = check(document, wheres, problems)
     rules = tuple(Rule(**vars(rule)) for rule in file.rules)
-    return Recipe(file.name or name, description, rules, file.finetune, places)
+    return Recipe(file.name or name, description, rules, file.finetune, file.budget, places)
 
 
 def override(data: Data, overrides: Sequence[str]) -> tuple[dict[Place, str], list[PcqError]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from pcq.budget import parse_budget
 from pcq.errors import PcqError, did_you_mean, raise_all
 from pcq.recipe_schema import FORMAT, KINDS, RecipeFile, required, spelled_out
 from pcq.rules import Match, Rule
@@ -246,6 +247,12 @@ def _contradictions(spelled: Data, meant: Container[Place | None]) -> Iterator[_
     if said == FORMAT and type(said) is not int:  # pydantic takes true and 1.0 for 1
         what = f"this pcq reads recipes of format {FORMAT}, not {_said(said)}"
         yield _Problem(("pcq",), what, todo=f"Write `pcq: {FORMAT}`")
+    budget = spelled.get("budget")
+    if isinstance(budget, str):
+        try:
+            parse_budget(budget)
+        except PcqError as error:
+            yield _Problem(("budget",), error.what, error.allowed)
     rules = spelled.get("rules")
     if rules == []:
         yield _Problem(("rules",), "`rules` is an empty list", todo="Write at least one rule")

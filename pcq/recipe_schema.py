@@ -81,6 +81,7 @@ class RecipeFile(BaseModel):
     name: Annotated[str, StringConstraints(pattern=r"^[\w.+-]+$")] | None = None
     rules: tuple[_Rule, ...]
     finetune: Finetune | None = None
+    budget: str | None = None
 
 
 def spell_out(key: str, value: Data) -> Data:
@@ -142,6 +143,7 @@ def json_schema() -> dict[str, Any]:
     rule["properties"]["levels"] |= {"anyOf": [{"enum": words}, *levels]}
     rule["oneOf"] = [{"required": ["levels"]}, {"required": ["keep"]}]
     schema["properties"]["rules"]["minItems"] = 1
+    schema["properties"]["budget"]["description"] = "Choose the levels so that it fits: 3MB, 900kB, 2.5bits."
     schema |= {"title": "pcq recipe", "description": "What pcq does with which weights.", "$defs": definitions}
     plain = _plain({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema})
     assert isinstance(plain, dict)

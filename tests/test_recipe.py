@@ -187,7 +187,10 @@ BAD: dict[str, tuple[str, list[str]]] = {
     "rule a word": (rules("- ternary"), ["r.yaml:3: a rule has to be a mapping, not 'ternary'."]),
     "unknown section": (
         rules("- match: first", "  levels: binary") + "rule: 3\n",
-        ["r.yaml:5: there is no `rule` in a recipe. Allowed: pcq, name, rules, finetune. Did you mean 'rules'?"],
+        [
+            "r.yaml:5: there is no `rule` in a recipe. Allowed: pcq, name, rules, finetune, budget. "
+            "Did you mean 'rules'?"
+        ],
     ),
     "hostile name": (
         "name: ../../x\n" + rules("- match: first", "  levels: binary"),
@@ -705,7 +708,7 @@ def test_overrides_work_on_a_recipe_that_json_wrote() -> None:
         ("rules.1.levels.bits.x=3", "rules.1.levels.bits is a single value, so there is no 'x' in it."),
         (
             "ruls.0.group=3",
-            "there is no `ruls` in a recipe. Allowed: pcq, name, rules, finetune. Did you mean 'rules'?",
+            "there is no `ruls` in a recipe. Allowed: pcq, name, rules, finetune, budget. Did you mean 'rules'?",
         ),
         (
             "rules.1.levles.bits=3",

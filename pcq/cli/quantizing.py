@@ -43,6 +43,12 @@ def quantize(
         Literal["proxconnect", "gptq", "rounding", "nearest"] | None,
         typer.Option(help="How each layer is reconstructed (default: proxconnect; for random gptq)."),
     ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Choose each weight's levels so that it fits: 3MB, 900kB, 2.5bits. Needs no recipe."
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Which calibration samples are drawn (default: 0).")] = None,
     input_shape: Input = None,
     detect: Annotated[
@@ -70,6 +76,8 @@ def quantize(
     if model.suffix == ".onnx":
         if arch is not None or input_shape is not None:
             raise PcqError("this is about checkpoints, and an ONNX model was given", where="--arch, --input")
+        if budget is not None:
+            raise PcqError("budgets are for checkpoints, and an ONNX model was given", where="--budget")
         if detect and calib is not None:
             raise PcqError("nothing is rounded with --detect, so there is nothing to calibrate", where="--calib")
         planned = commands.plan_onnx(model, recipe, overrides=overrides or (), detect=detect)
@@ -77,11 +85,11 @@ def quantize(
         return
     if detect or sample:
         raise PcqError("this is about ONNX models, and a checkpoint was given", where="--detect, --sample")
-    if recipe is None:
+    if recipe is None and budget is None:
         raise PcqError("a recipe is needed", where="--recipe", todo="`pcq recipes list` shows those that come with pcq")
     planned = commands.plan(
         model,
-        recipe,
+        recipe if recipe is not None else commands.everything(budget or ""),
         arch=arch,
         overrides=overrides or (),
         allow_globals=allow_global or (),
@@ -89,13 +97,18 @@ def quantize(
     )
     for note in planned.notes:
         say(note)
+    budget = budget or planned.recipe.budget
+    if dry_run and budget is not None:
+        with bar("allocating") as progress:
+            emit(commands.allocate(planned, budget, calibration, progress), as_json)
+        return
     if dry_run:
         emit(planned, as_json)
         return
-    if not as_json:
+    if not as_json and budget is None:
         emit(planned, False)
     with bar("quantizing") as progress:
-        result = commands.run(planned, out, calibration=calibration, force=force, progress=progress)
+        result = commands.run(planned, out, calibration=calibration, budget=budget, force=force, progress=progress)
     emit(result, as_json)
     if not as_json:
         say(f"Next: pcq export {result.path} --onnx")

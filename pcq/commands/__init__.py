@@ -2,9 +2,10 @@
 
 from pcq.commands.analyzing import AnalyzedWeight, AnalyzeResult, analyze
 from pcq.commands.benching import BenchResult, BenchRow, Latency, Spread, bench
+from pcq.commands.budgeting import Allocation, allocate, everything
 from pcq.commands.calibrating import Calibrated, Calibration, calibrated
 from pcq.commands.doors import DoorResult, export_compressed, export_pt2, export_state_dict
-from pcq.commands.exporting import ExportResult, export_onnx
+from pcq.commands.exporting import ExportResult, Int8, export_onnx
 from pcq.commands.finetuning import FinetuneResult, FinetuneRow, finetune
 from pcq.commands.inspecting import (
     ProxPlot,
@@ -23,6 +24,7 @@ from pcq.commands.scoring import EvalResult, evaluate
 from pcq.commands.views import FileView, TensorView
 
 __all__ = [
+    "Allocation",
     "AnalyzeResult",
     "AnalyzedWeight",
     "BenchResult",
@@ -35,6 +37,7 @@ __all__ = [
     "FileView",
     "FinetuneResult",
     "FinetuneRow",
+    "Int8",
     "Latency",
     "LedgerRow",
     "Network",
@@ -47,11 +50,13 @@ __all__ = [
     "Shipped",
     "Spread",
     "TensorView",
+    "allocate",
     "analyze",
     "bench",
     "calibrated",
     "check",
     "evaluate",
+    "everything",
     "export_compressed",
     "export_onnx",
     "export_pt2",

@@ -4,9 +4,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch import Tensor
 
 from pcq import checkpoint
 from pcq.commands.networks import ONNX_SUFFIX, load_network
@@ -14,17 +15,57 @@ from pcq.errors import PcqError
 from pcq.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from pcq.export import OnnxReport
+    from pcq.export import Int8Report, OnnxReport
+
+SAMPLES = 256
+BATCH = 8
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What :func:`export_onnx` wrote: the ONNX file, and the proof it passed (see ``pcq.export``)."""
+    """What :func:`export_onnx` wrote: the ONNX file, and the proof it passed (see ``pcq.export``).
+
+    Attributes:
+        path: the file.
+        artifact: what it was made of.
+        arch: the architecture.
+        report: the proof of the exact file.
+        int8: what became of it with int8 activations; None in mode ``exact``.
+        data: the samples of int8 in words.
+    """
 
     path: Path
     artifact: Path
     arch: str
     report: "OnnxReport"
+    int8: "Int8Report | None" = None
+    data: str = ""
+
+
+@dataclass(frozen=True)
+class Int8:
+    """What to run on int8 activations with.
+
+    Attributes:
+        data: a data spec. Ranges are observed on its split ``train``, the drop is measured on its split ``val``; where
+            the data has no splits, on every other sample. None: only layers that need no ranges run in int8.
+        samples: how many for each.
+        ranges: how a range is chosen from what was seen; see ``pcq.export.ranges``.
+        max_drop: points of top-1 that int8 may cost against the exact file; without labels percent of predictions.
+        keep: layers that stay float: names of weights, patterns, ``first``, ``last``.
+    """
+
+    data: str | None = None
+    samples: int = SAMPLES
+    ranges: Literal["minmax", "percentile", "mse", "entropy"] = "minmax"
+    max_drop: float = 0.5
+    keep: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.samples < 2:
+            raise PcqError(f"{self.samples} samples are too few", where="--samples", allowed="2 or more")
+        if not 0 <= self.max_drop <= 100:
+            raise PcqError(f"{self.max_drop:g} is no drop", where="--max-drop", allowed="0 to 100 points")
 
 
 def export_onnx(
@@ -34,6 +75,7 @@ def export_onnx(
     arch: str | None = None,
     input_shape: Sequence[int] | None = None,
     target_ort: str = "1.17",
+    int8: Int8 | None = None,
     force: bool = False,
     progress: Progress = silent,
 ) -> ExportResult:
@@ -46,6 +88,7 @@ def export_onnx(
         input_shape: one sample's shape without the batch, such as ``(3, 224, 224)``; default: what the architecture
             is made for.
         target_ort: the oldest ONNX Runtime that must run the file.
+        int8: run on int8 activations, chosen and measured so; None: exact.
         force: replace a file at ``out`` that pcq did not write.
         progress: called at each stage.
 
@@ -53,7 +96,7 @@ def export_onnx(
         PcqError: the artifact, the architecture or the target is not usable.
         CheckFailed: the exported file is not bit-exact, does not agree with torch, or has not the size predicted.
     """
-    from pcq.export import write_onnx
+    from pcq.export import write_int8, write_onnx, writing
 
     source = Path(artifact)
     path = Path(out) if out is not None else source.with_suffix(ONNX_SUFFIX)
@@ -69,14 +112,52 @@ def export_onnx(
             where=str(source),
             todo="Give one sample's shape without the batch, such as --input 3x224x224",
         )
-    report = write_onnx(
-        network.module,
-        stored.quantized,
-        (torch.zeros(1, *shape),),
-        path,
-        metadata={"recipe": json.dumps(stored.recipe), "arch": network.arch, "source": source.name},
-        tied=stored.tied,
-        target_ort=target_ort,
-        progress=progress,
-    )
-    return ExportResult(path, source, network.arch, report)
+    calibration, held_out, said = _samples(int8, shape) if int8 is not None else ([], [], "")
+
+    def write(out: Path) -> "OnnxReport":
+        return write_onnx(
+            network.module,
+            stored.quantized,
+            (torch.zeros(1, *shape),),
+            out,
+            metadata={"recipe": json.dumps(stored.recipe), "arch": network.arch, "source": source.name},
+            tied=stored.tied,
+            target_ort=target_ort,
+            progress=progress,
+        )
+
+    if int8 is None:
+        return ExportResult(path, source, network.arch, write(path))
+    with writing.draft(path) as exact:
+        report = write(exact)
+        made = write_int8(
+            exact,
+            path,
+            (lambda: calibration) if calibration else None,
+            held_out,
+            ranges=int8.ranges,
+            keep=int8.keep,
+            max_drop=int8.max_drop,
+            progress=progress,
+        )
+    return ExportResult(path, source, network.arch, report, made, said)
+
+
+def _samples(int8: Int8, shape: tuple[int, ...]) -> tuple[list[Tensor], list[tuple[Tensor, Tensor | None]], str]:
+    """Batches to observe ranges on, batches held out of them, and both in words."""
+    from pcq.data import open_data
+
+    if int8.data is None:
+        return [], [], ""
+    data, held_out = open_data(int8.data, "train"), open_data(int8.data, "val")
+    if data.shape != shape:
+        raise PcqError(f"its samples are {list(data.shape)}, the network takes {list(shape)}", where=int8.data)
+    if data.n < 2:
+        raise PcqError("one sample cannot both calibrate and judge", where=int8.data, allowed="2 or more samples")
+    order, judging = data.order(int8.samples), held_out.order(int8.samples)
+    if (data.name, data.n) == (held_out.name, held_out.n):  # no splits
+        order = data.order(min(2 * int8.samples, data.n))
+        order, judging = order[::2], order[1::2]
+    said = f"ranges from {len(order)} samples of {data.name} ({data.split}), judged on {len(judging)} others"
+    observed = [x for x, _ in data.batches(BATCH, order=order)]
+    return observed, list(held_out.batches(BATCH, order=judging)), said

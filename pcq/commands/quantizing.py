@@ -3,15 +3,17 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
 from pcq import checkpoint, models, sources
+from pcq.budget import Bytes, parse_budget
+from pcq.commands.budgeting import Allocation, allocate, everything, named
 from pcq.commands.calibrating import Calibrated, Calibration, calibrated, stored
 from pcq.commands.networks import architecture
-from pcq.errors import CheckFailed
+from pcq.errors import CheckFailed, PcqError
 from pcq.plan import Plan, Quantized, make_plan
 from pcq.progress import Progress, silent
 from pcq.qtensor import QuantizedTensor
@@ -70,6 +72,7 @@ class QuantizeResult:
         bits: stored bits per quantized weight, scales and tables included.
         seconds: compute and writing, without imports.
         calibrated: what calibration found; None without.
+        allocation: how the levels were chosen; None where there was no budget.
     """
 
     path: Path
@@ -81,6 +84,7 @@ class QuantizeResult:
     bits: float
     seconds: float
     calibrated: Calibrated | None = None
+    allocation: Allocation | None = None
 
 
 def plan(
@@ -125,6 +129,7 @@ def run(
     out: str | Path | None = None,
     *,
     calibration: Calibration | None = None,
+    budget: str | None = None,
     force: bool = False,
     progress: Progress = silent,
 ) -> QuantizeResult:
@@ -136,19 +141,27 @@ def run(
         planned: from :func:`plan`.
         out: the artifact's path; default ``<model>.<recipe>.safetensors`` beside the model.
         calibration: what to calibrate with; None: every weight is rounded for itself.
+        budget: choose the levels so that it fits, such as ``3MB`` or ``2.5bits``; None: what the recipe says.
         force: replace a file at ``out`` that pcq did not write.
         progress: called after each tensor, or each calibrated layer.
 
     Raises:
         PcqError: a weight holds NaN or infinity, ``out`` cannot be written, or the network or the calibration samples
             are not usable.
-        CheckFailed: the file on disk is not what was predicted.
+        CheckFailed: the file on disk is not what was predicted, or more than the budget.
     """
+    budget = budget or planned.recipe.budget
+    if budget is not None:
+        planned = replace(planned, recipe=replace(planned.recipe, name=named(planned.recipe, budget)))
     path = Path(out) if out is not None else default_path(planned.model, planned.recipe.name)
     checkpoint.refuse_overwrite(path, inputs=[planned.model], force=force)
     start = time.perf_counter()
     source = planned.source
-    made = None if calibration is None else calibrated(planned, calibration, progress)
+    allocation = None if budget is None else allocate(planned, budget, calibration, progress)
+    if allocation is not None:
+        planned, made = allocation.planned, allocation.calibrated
+    else:
+        made = None if calibration is None else calibrated(planned, calibration, progress)
     header = checkpoint.make_header(
         planned.plan,
         arch=planned.arch,
@@ -171,10 +184,13 @@ def run(
     if size != predicted:
         path.unlink()
         raise CheckFailed(f"the artifact took {size:,} bytes where {predicted:,} were predicted", where=str(path))
+    if allocation is not None and isinstance(parse_budget(allocation.budget), Bytes) and size > allocation.limit:
+        path.unlink()
+        raise CheckFailed(f"the artifact takes {size:,} bytes, more than {allocation.budget}", where=str(path))
     weights = sum(math.prod(row.shape) for row in ledger)
     bits = 8 * sum(row.nbytes for row in ledger) / weights if weights else 0.0
     seconds = time.perf_counter() - start
-    return QuantizeResult(path, planned, tuple(ledger), source.nbytes, size, predicted, bits, seconds, made)
+    return QuantizeResult(path, planned, tuple(ledger), source.nbytes, size, predicted, bits, seconds, made, allocation)
 
 
 def ledger_row(done: checkpoint.Done) -> LedgerRow:
@@ -204,7 +220,7 @@ def default_path(model: Path, recipe: str) -> Path:
 
 def quantize(
     model: str | Path,
-    recipe: str | Path | Recipe,
+    recipe: str | Path | Recipe | None = None,
     *,
     out: str | Path | None = None,
     arch: str | None = None,
@@ -212,16 +228,22 @@ def quantize(
     allow_globals: Sequence[str] = (),
     unsafe_pickle: bool = False,
     calibration: Calibration | str | None = None,
+    budget: str | None = None,
     force: bool = False,
     progress: Progress = silent,
 ) -> QuantizeResult:
     """One-shot quantization of a checkpoint to an artifact: :func:`plan`, then :func:`run`, with their arguments.
 
-    ``calibration`` may be a data spec or ``random``, which stands for ``Calibration(spec)``.
+    ``calibration`` may be a data spec or ``random``, which stands for ``Calibration(spec)``. Without a recipe the
+    ``budget`` is for every weight that can be quantized.
     """
+    if recipe is None:
+        if budget is None:
+            raise PcqError("neither a recipe nor a budget is given", where="quantize")
+        recipe = everything(budget)
     planned = plan(
         model, recipe, arch=arch, overrides=overrides, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle
     )
     if isinstance(calibration, str):
         calibration = Calibration(calibration)
-    return run(planned, out, calibration=calibration, force=force, progress=progress)
+    return run(planned, out, calibration=calibration, budget=budget, force=force, progress=progress)

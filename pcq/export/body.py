@@ -139,14 +139,16 @@ class Body:
         by_channel = self.op("Reshape", spread, self.attribute("spread", shape))
         return self.op("Transpose", by_channel, perm=ir.RefAttr("perm", "perm", ir.AttributeType.INTS))
 
-    def finish(self, name: str, result: ir.Value, arrays: dict[str, Array]) -> Lowered:
+    def finish(self, name: str, result: ir.Value, arrays: dict[str, Array], also: ir.Value | None = None) -> Lowered:
+        """The function of inputs ``arrays`` and output ``result``, and ``also`` if it has a second one."""
         name += "Cut" if self.cut else ""
         if self.frame.way != "plain":
             name += self.frame.way.capitalize()
             result = self.op("Reshape", result, self.attribute("shape", self.frame.shape))
         result.name = "weight"
+        outputs = [result] if also is None else [result, also]
         graph = ir.Graph(
-            [self.inputs[key] for key in arrays], [result], nodes=self.tape.nodes, opset_imports={"": self.opset}
+            [self.inputs[key] for key in arrays], outputs, nodes=self.tape.nodes, opset_imports={"": self.opset}
         )
         kinds = {int: ir.AttributeType.INT, list: ir.AttributeType.INTS}
         declared = [ir.Attr(key, kinds[type(value)], None) for key, value in self.attributes.items()]

@@ -67,24 +67,24 @@ def _affine(body: Body, grid: Affine) -> tuple[str, ir.Value]:
     A zero point that all rows share is subtracted in the tables. For one of n/2 the tables hold twice the value and the
     scale is halved, which is exact unless a scale is so small that halving it rounds.
     """
-    zero, count, digits = grid.zero_point, grid.count, _digits(grid.count)
+    zero, count, tables = grid.zero_point, grid.count, digits(grid.count)
     scale = body.input("scale")
     if isinstance(zero, Tensor):
-        centred = body.op("Sub", body.codes(digits, FLOAT), body.per_row(body.cast(body.input("zero_point"), FLOAT)))
+        centred = body.op("Sub", body.codes(tables, FLOAT), body.per_row(body.cast(body.input("zero_point"), FLOAT)))
         return f"Affine{count}", body.op("Mul", centred, body.per_row(scale))
     name = {(2, 0.5): "Binary", (3, 1.0): "Ternary"}.get((count, zero)) or (
         f"Symmetric{count}" if zero == (count - 1) / 2 else f"Affine{count}Minus{zero:g}".replace(".", "_")
     )
     doubled = zero != int(zero)
-    terms = [table.astype(np.int64) * (2 if doubled else 1) for table in digits]
+    terms = [table.astype(np.int64) * (2 if doubled else 1) for table in tables]
     terms[-1] -= round(zero * (2 if doubled else 1))
-    fits = len(digits[0]) != 256 and all(table.min() >= -128 and table.max() <= 127 for table in terms)
+    fits = len(tables[0]) != 256 and all(table.min() >= -128 and table.max() <= 127 for table in terms)
     exact = not doubled or torch.equal(grid.scale * 0.5 * 2, grid.scale)
     if fits and exact:
         centred = body.codes([table.astype(np.int8) for table in terms], FLOAT)
         scale = body.op("Mul", scale, body.number(0.5)) if doubled else scale
     else:
-        codes = body.codes(digits, FLOAT)
+        codes = body.codes(tables, FLOAT)
         centred = body.op("Sub", codes, body.number(zero)) if zero else codes
         name += "" if exact else "Tiny"
     return name, body.op("Mul", centred, body.per_row(scale))
@@ -92,7 +92,7 @@ def _affine(body: Body, grid: Affine) -> tuple[str, ir.Value]:
 
 def _codebook(body: Body, grid: Codebook) -> tuple[str, ir.Value]:
     """``(scale * table)[row, code]``."""
-    count, digits = grid.count, _digits(grid.count)
+    count, tables = grid.count, digits(grid.count)
     levels = body.input("levels")
     name = f"Codebook{count}"
     if not _shared(grid):
@@ -102,19 +102,19 @@ def _codebook(body: Body, grid: Codebook) -> tuple[str, ir.Value]:
             table = body.op("Reshape", levels, body.ints(-1, count))
             levels = body.op("Mul", body.op("Reshape", body.input("scale"), body.ints(-1, 1)), table)
         flat = body.op("Reshape", levels, body.ints(-1))
-        entry = body.op("Add", body.codes(digits, INT32), body.per_row(body.row_starts()), name="entry")
+        entry = body.op("Add", body.codes(tables, INT32), body.per_row(body.row_starts()), name="entry")
         return name, body.op("Gather", flat, entry)
-    if len(digits) == 1 and len(digits[0]) != 256:
-        table = body.op("Gather", levels, body.cast(body.table(digits[0]), INT32), name="table")
+    if len(tables) == 1 and len(tables[0]) != 256:
+        table = body.op("Gather", levels, body.cast(body.table(tables[0]), INT32), name="table")
         weight = body.plane(0, table)
     else:
-        weight = body.op("Gather", levels, body.codes(digits, INT32))
+        weight = body.op("Gather", levels, body.codes(tables, INT32))
     if grid.scale is None:
         return name, weight
     return "Scaled" + name, body.op("Mul", weight, body.per_row(body.input("scale")))
 
 
-def _digits(count: int) -> list[npt.NDArray[np.uint8]]:
+def digits(count: int) -> list[npt.NDArray[np.uint8]]:
     """For each plane what its digits add to the code; digits that no code has are like the largest that one has."""
     tables, place = [], 1
     for radix in planes(count):

@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -116,27 +117,36 @@ def check_size(file: PackedFile, predicted: int) -> None:
 
 def check_unpacking(path: Path, weights: Mapping[str, QuantizedTensor], progress: Progress = silent) -> None:
     """ONNX Runtime's unpacking of every weight gives the very bits of ``dequantize()``; one weight at a time."""
+    calls = unpack_calls(path)
+    for done, (name, turned, run) in enumerate(calls):
+        progress("check unpacking", done, len(calls))
+        (got,) = run()
+        wanted = weights[name].dequantize()
+        wanted = wanted.t() if turned else wanted
+        if not np.array_equal(got.view(np.int32), wanted.contiguous().numpy().view(np.int32)):
+            raise CheckFailed("ONNX Runtime unpacks other weights than were packed", where=name)
+    progress("check unpacking", len(calls), len(calls))
+
+
+def unpack_calls(path: Path) -> list[tuple[str, bool, Callable[[], list[np.ndarray]]]]:
+    """Each call of an unpacking function: its weight, whether it gives the transpose, and what runs it alone."""
     model = onnx.load_model(path, load_external_data=False)
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-    calls = [node for node in model.graph.node if node.domain == DOMAIN]
-    for done, node in enumerate(calls):
-        progress("check unpacking", done, len(calls))
-        name = node.name.removesuffix("/unpack")
+
+    def run(node: onnx.NodeProto) -> list[np.ndarray]:
         single = onnx.ModelProto(ir_version=model.ir_version)
         single.opset_import.extend(model.opset_import)
         single.functions.extend(function for function in model.functions if function.name == node.op_type)
         single.graph.name = "unpack"
         single.graph.node.append(node)
-        single.graph.output.append(onnx.helper.make_empty_tensor_value_info(node.output[0]))
-        for key in node.input:
-            single.graph.initializer.append(initializers[key])
-            onnx.external_data_helper.load_external_data_for_model(single, str(path.parent))
-        (got,) = open_session(single.SerializeToString(), optimised=True).run(None, {})
-        wanted = weights[name].dequantize()
-        wanted = wanted.t() if node.output[0].endswith("/transposed") else wanted
-        if not np.array_equal(got.view(np.int32), wanted.contiguous().numpy().view(np.int32)):
-            raise CheckFailed("ONNX Runtime unpacks other weights than were packed", where=name)
-    progress("check unpacking", len(calls), len(calls))
+        single.graph.output.extend(onnx.helper.make_empty_tensor_value_info(output) for output in node.output)
+        single.graph.initializer.extend(initializers[key] for key in node.input)
+        onnx.external_data_helper.load_external_data_for_model(single, str(path.parent))
+        outputs: list[np.ndarray] = open_session(single.SerializeToString(), optimised=True).run(None, {})
+        return outputs
+
+    calls = [node for node in model.graph.node if node.domain == DOMAIN]
+    return [(node.name.rsplit("/", 1)[0], node.output[0].endswith("/transposed"), partial(run, node)) for node in calls]
 
 
 def check_outputs(

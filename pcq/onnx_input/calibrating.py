@@ -27,7 +27,7 @@ from pcq.calibrate.steps import Outcome, Step, better
 from pcq.errors import PcqError
 from pcq.export import verify, writing
 from pcq.onnx_input.feeds import Array, Feeds
-from pcq.onnx_input.graph import open_graph
+from pcq.onnx_input.graph import Opened, open_graph
 from pcq.onnx_input.inventory import Inventory, take_inventory
 from pcq.onnx_input.packing import reference
 from pcq.onnx_input.sites import Site, find_sites
@@ -77,32 +77,58 @@ def calibrate(
         place = Path(folder)
         aim = _outputs(_session(path, {}, {}, None, place), held_out, path)
         plain = _compared("nearest levels", path, nearest, {}, held_out, aim, place, seconds)
-        start = time.perf_counter()
-        quantized = {name: nearest[name] for name in refused}
-        changed: dict[str, Tensor] = {}
-        reports: list[LayerReport] = []
-        portions = list(_stages(sites, inventory))
-        for done, stage in enumerate(portions):
-            progress("calibrating", done, len(portions))
-            found = _moments(path, inventory, stage, samples, quantized, changed, settings, place)
-            for site, moments in zip(stage, found, strict=True):
-                name = site.layer.weight
-                bias = _bias(opened.model, site)
-                weight = inventory.weights[name].read()
-                fitted, report, fresh = _layer(site, weight, bias, moments, nearest[name], plan[name], settings)
-                quantized[name] = fitted
-                changed |= fresh
-                reports.append(report)
-        progress("calibrating", len(portions), len(portions))
-        seconds = time.perf_counter() - start
-        ordered = {name: quantized[name] for name in plan}
-        said = f"reconstruction ({settings.method}){', means matched' if changed else ''}"
-        step = _compared(said, path, ordered, changed, held_out, aim, place, seconds)
-    if better(step, plain):
-        kept, layers = ordered, tuple(reports)
-    else:
-        step, kept, changed, layers = replace(step, reason="not kept: the error is not lower"), nearest, {}, ()
-    return Outcome(kept, changed, {}, (plain, step), layers, refused, samples.n, held_out.n)
+        steps, best = [plain], plain
+        kept: Mapping[str, QuantizedTensor] = nearest
+        changed: Mapping[str, Tensor] = {}
+        layers: tuple[LayerReport, ...] = ()
+        for each in (replace(settings, corrected=False), settings) if settings.corrected else (settings,):
+            start = time.perf_counter()
+            trial = _reconstruct(path, opened, inventory, sites, samples, plan, nearest, each, place, progress)
+            seconds = time.perf_counter() - start
+            aimed = "errors before in view" if each.corrected else "each layer alone"
+            said = f"reconstruction ({each.method}), {aimed}"
+            step = _compared(said, path, trial[0], trial[1], held_out, aim, place, seconds)
+            if better(step, best):
+                best, (kept, changed, layers) = step, trial
+                steps = [plain, *map(_beaten, steps[1:]), step]
+            else:
+                steps.append(replace(step, reason="not kept: the error is not lower"))
+    return Outcome(kept, changed, {}, tuple(steps), layers, refused, samples.n, held_out.n)
+
+
+def _beaten(step: Step) -> Step:
+    return step if step.reason else replace(step, reason="not kept: the next one is better")
+
+
+def _reconstruct(
+    path: Path,
+    opened: Opened,
+    inventory: Inventory,
+    sites: Sequence[Site],
+    samples: Feeds,
+    plan: Mapping[str, tuple[Rows, Quantizer]],
+    nearest: Mapping[str, QuantizedTensor],
+    settings: Settings,
+    place: Path,
+    progress: Progress,
+) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor], tuple[LayerReport, ...]]:
+    """Every layer in turn: codes and levels of all weights, new biases, and what each layer loses."""
+    quantized = {name: nearest[name] for name in plan.keys() - {site.layer.weight for site in sites}}
+    changed: dict[str, Tensor] = {}
+    reports: list[LayerReport] = []
+    portions = list(_stages(sites, inventory))
+    for done, stage in enumerate(portions):
+        progress("calibrating", done, len(portions))
+        found = _moments(path, inventory, stage, samples, quantized, changed, settings, place)
+        for site, moments in zip(stage, found, strict=True):
+            name = site.layer.weight
+            weight, bias = inventory.weights[name].read(), _bias(opened.model, site)
+            fitted, report, fresh = _layer(site, weight, bias, moments, nearest[name], plan[name], settings)
+            quantized[name] = fitted
+            changed |= fresh
+            reports.append(report)
+    progress("calibrating", len(portions), len(portions))
+    return {name: quantized[name] for name in plan}, changed, tuple(reports)
 
 
 def run(session: ort.InferenceSession, batch: Mapping[str, Array], path: Path) -> list[Array]:

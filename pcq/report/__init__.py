@@ -6,6 +6,7 @@ Adding a result means adding one function to each of the two dispatchers.
 from pcq.report import (  # noqa: F401  (they register)
     analyzing,
     benching,
+    budgeting,
     doors,
     exporting,
     finetuning,

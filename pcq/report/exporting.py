@@ -1,6 +1,7 @@
 """The proof of an export."""
 
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -8,9 +9,14 @@ from rich.text import Text
 from pcq import commands
 from pcq.report.forms import render, shape, size, table, to_json
 
+if TYPE_CHECKING:
+    from pcq.export import Drop, Int8Report
+
 
 @render.register
 def _(result: commands.ExportResult) -> RenderableType:
+    if result.int8 is not None:
+        return _int8(result, result.int8)
     proof = result.report
     made = table(
         f"Packed: {result.path}", "weight", "shape", "function", "bits/weight", "bytes", right=("bits/weight", "bytes")
@@ -30,15 +36,49 @@ def _(result: commands.ExportResult) -> RenderableType:
     return Group(made, *[Text(line) for line in lines])
 
 
+def _int8(result: commands.ExportResult, int8: "Int8Report") -> RenderableType:
+    made = table(f"int8 activations: {result.path}", "weight", "runs in", "why float")
+    for layer in int8.layers:
+        made.add_row(layer.weight, f"int8, {layer.activations}" if layer.activations else "float", layer.reason)
+    running = sum(layer.activations is not None for layer in int8.layers)
+    fused = ", ".join(f"{count} {kind}" for kind, count in int8.fused.items()) or "nothing"
+    lines = [
+        f"{size(result.report.float_bytes)} of float weights and tensors -> {size(int8.nbytes)} on disk "
+        f"({result.report.float_bytes / int8.nbytes:.1f}x smaller; the exact file takes {size(int8.exact_bytes)}).",
+        f"{running} of {len(int8.layers)} packed weights run in int8; ONNX Runtime {result.report.ort_version} fused "
+        f"{fused}" + (f"; {int8.unfused} were not fused and gain nothing." if int8.unfused else "."),
+        "Proved: every code bit-exact, and the integers and scales that ONNX Runtime unpacks.",
+    ]
+    if result.data:
+        lines.append(f"Samples: {result.data}.")
+    if int8.drop is None:
+        lines.append("Nothing was held out, so what int8 costs was not measured: give --calib SPEC.")
+    else:
+        lines.append(f"Measured on {int8.drop.n} held-out samples: {_said(int8.drop)}.")
+    if int8.fallen_back and int8.first_drop is not None:
+        lines.append(f"With every layer in int8: {_said(int8.first_drop)}. So {len(int8.fallen_back)} went back to "
+                     f"float, worst first: {', '.join(int8.fallen_back)}.")  # fmt: skip
+    lines.append("Leave the runtime's default optimisation on; do not run onnxsim or onnxslim on the file.")
+    return Group(made, *[Text(line) for line in lines])
+
+
+def _said(drop: "Drop") -> str:
+    points = (
+        "" if drop.exact is None or drop.int8 is None else f"top-1 {drop.exact:.2f} % exact, {drop.int8:.2f} % int8, "
+    )
+    same = "" if drop.agreement is None else f"{drop.agreement:.2f} % equal predictions, "
+    return f"{points}{same}outputs {drop.relative_l2:.1e} apart (relative L2)"
+
+
 @to_json.register
 def _(result: commands.ExportResult) -> dict[str, Any]:
-    proof = result.report
+    proof, written = result.report, result.int8 or result.report
     return {
         "path": str(result.path),
-        "data_path": None if proof.data_path is None else str(proof.data_path),
+        "data_path": None if written.data_path is None else str(written.data_path),
         "artifact": str(result.artifact),
         "arch": result.arch,
-        "bytes": proof.nbytes,
+        "bytes": written.nbytes,
         "bytes_predicted": proof.predicted,
         "float_bytes": proof.float_bytes,
         "bits": proof.bits_per_weight,
@@ -62,4 +102,8 @@ def _(result: commands.ExportResult) -> dict[str, Any]:
         "target_ort": proof.target_ort,
         "ort_version": proof.ort_version,
         "seconds": proof.seconds,
-    }
+        "mode": "exact" if result.int8 is None else "int8",
+        "int8": None if result.int8 is None else {**asdict(result.int8), "path": str(result.int8.path),
+                                                  "data_path": result.int8.data_path and str(result.int8.data_path),
+                                                  "data": result.data},
+    }  # fmt: skip

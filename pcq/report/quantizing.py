@@ -85,9 +85,8 @@ def _(result: commands.QuantizeResult) -> RenderableType:
         f"({result.bytes_before / result.bytes_after:.1f}x smaller), {result.bits:.3f} bits per quantized weight with "
         f"scales and tables; size as predicted to the byte; {result.seconds:.1f} s."
     )
-    if result.calibrated is None:
-        return Group(made, Text(total))
-    return Group(made, render(result.calibrated), Text(total))
+    parts = [render(part) for part in (result.allocation, result.calibrated) if part is not None]
+    return Group(made, *parts, Text(total))
 
 
 @render.register
@@ -163,5 +162,6 @@ def _(result: commands.QuantizeResult) -> dict[str, Any]:
         "bytes_predicted": result.predicted,
         "bits": result.bits,
         "seconds": result.seconds,
+        "allocation": None if result.allocation is None else to_json(result.allocation),
         "calibration": None if result.calibrated is None else to_json(result.calibrated),
     }

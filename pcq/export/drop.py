@@ -1,0 +1,72 @@
+"""What an ONNX file's outputs lose against another's, on samples."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+import torch
+from torch import Tensor
+
+from pcq.errors import PcqError
+from pcq.export import verify
+
+Samples = Sequence[tuple[Tensor, Tensor | None]]
+"""Batches with their labels, if there are any."""
+
+
+@dataclass(frozen=True)
+class Drop:
+    """The int8 file beside the exact one on held-out samples.
+
+    Attributes:
+        n: samples.
+        relative_l2: distance of the outputs, relative to the exact ones.
+        agreement: percent of equal predictions; None where the output is not ``[n, classes]``.
+        exact, int8: top-1 in percent; None without labels.
+    """
+
+    n: int
+    relative_l2: float
+    agreement: float | None
+    exact: float | None
+    int8: float | None
+
+    @property
+    def points(self) -> float | None:
+        """What int8 costs: points of top-1, or percent of predictions changed where there are no labels."""
+        if self.exact is not None and self.int8 is not None:
+            return self.exact - self.int8
+        return None if self.agreement is None else 100 - self.agreement
+
+
+def compare(exact: npt.NDArray[np.float32], int8: npt.NDArray[np.float32], labels: Sequence[Tensor | None]) -> Drop:
+    """Both files' outputs, and the labels batch by batch."""
+    distance = float(np.linalg.norm((int8 - exact).astype(np.float64)) / max(1e-30, float(np.linalg.norm(exact))))
+    if not np.isfinite(distance):
+        distance = float("inf")
+    if exact.ndim != 2 or exact.shape[1] < 2:
+        return Drop(len(exact), distance, None, None, None)
+    ours, theirs = int8.argmax(1), exact.argmax(1)
+    known = [y for y in labels if y is not None]
+    truth = torch.cat(known).numpy() if known and len(known) == len(labels) else None
+    return Drop(
+        len(exact), distance, 100 * float((ours == theirs).mean()),
+        None if truth is None else 100 * float((theirs == truth).mean()),
+        None if truth is None else 100 * float((ours == truth).mean()),
+    )  # fmt: skip
+
+
+def outputs(path: Path, samples: Samples) -> npt.NDArray[np.float32]:
+    """The first output on all samples."""
+    session: ort.InferenceSession = verify.open_session(str(path), optimised=True)
+    name = session.get_inputs()[0].name
+    output = session.get_outputs()[0].name
+    try:
+        return np.concatenate([np.asarray(session.run([output], {name: x.numpy()})[0]) for x, _ in samples])
+    except Exception as error:  # onnxruntime's exceptions share no class of their own
+        raise PcqError(
+            f"the network does not take the samples: {str(error).splitlines()[0]}", where="--calib"
+        ) from error

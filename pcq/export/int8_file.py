@@ -1,0 +1,265 @@
+"""From a packed float ONNX file to one that runs on int8 activations, measured before it is accepted.
+
+The codes in the file stay as they are; what is new are ranges, and the place of each layer: *static*, *dynamic*
+(pcq.export.int8) or float. Layers whose int8 costs more than is allowed go back to float, worst first: they are ranked
+by how far the network's outputs move when that layer alone runs in int8, and as few of them as suffice go back.
+"""
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from torch import Tensor
+
+from pcq.errors import CheckFailed, PcqError
+from pcq.export import scheme, verify, writing
+from pcq.export.drop import Drop, Samples, compare, outputs
+from pcq.export.int8 import Activations, Converted, Site, convert, find_sites, place
+from pcq.export.integers import expected
+from pcq.export.ranges import Method, Range, observe
+from pcq.export.reading import PackedFile, open_packed
+from pcq.progress import Progress, silent
+
+FUSED = {"Conv": "QLinearConv", "Gemm": "QGemm", "MatMul": "DynamicQuantizeMatMul"}
+PARTLY_FUSED = "MatMulIntegerToFloat"
+"""What MatMul becomes where several read one quantized input."""
+
+FARTHEST = 0.5
+"""Relative L2 distance from the float file beyond which a file is refused, whatever was allowed."""
+
+RANKED_ON = 16
+"""Samples on which layers are ranked."""
+
+Batches = Callable[[], Iterable[Tensor]]
+
+
+@dataclass(frozen=True)
+class Int8Layer:
+    """A packed weight and how the layer that it belongs to runs; ``reason`` where that is float."""
+
+    weight: str
+    activations: Activations | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Int8Report:
+    """What :func:`write_int8` wrote.
+
+    Attributes:
+        path: the file.
+        data_path: its external data, for models above 2 GB.
+        nbytes: bytes of both.
+        exact_bytes: bytes of the float file it was made of.
+        layers: every packed weight.
+        fused: int8 kernels in ONNX Runtime's own graph of the file -> how many.
+        unfused: layers that were to run in int8 and that ONNX Runtime did not fuse.
+        drop: measured on held-out samples; None: there were none.
+        first_drop: with every layer in int8.
+        fallen_back: weights of layers that went back to float for the drop, worst first.
+        seconds: in all.
+    """
+
+    path: Path
+    data_path: Path | None
+    nbytes: int
+    exact_bytes: int
+    layers: tuple[Int8Layer, ...]
+    fused: dict[str, int]
+    unfused: int
+    drop: Drop | None
+    first_drop: Drop | None
+    fallen_back: tuple[str, ...]
+    seconds: float
+
+
+def write_int8(
+    exact: Path,
+    out: Path,
+    calibration: Batches | None,
+    held_out: Samples = (),
+    *,
+    ranges: Method = "minmax",
+    keep: Sequence[str] = (),
+    max_drop: float = 0.5,
+    external_above: int = writing.EXTERNAL_ABOVE,
+    progress: Progress = silent,
+) -> Int8Report:
+    """Write ``out``: the packed float ONNX file ``exact`` with int8 activations.
+
+    Args:
+        exact: a file of :func:`pcq.export.write_onnx`, of one input.
+        calibration: gives samples to observe ranges on; None: only layers that need none.
+        held_out: samples, and labels, to measure on.
+        ranges: how they are chosen.
+        keep: weights, or patterns of their names, whose layers stay float; ``first`` and ``last`` are the first and
+            last layers that could run in int8.
+        max_drop: points of top-1 (percent of predictions, without labels) that int8 may cost.
+
+    Raises:
+        PcqError: nothing can run in int8, a pattern matches nothing, or samples are missing or do not fit.
+        CheckFailed: no layer can run in int8 within ``max_drop``, or the file is not right.
+    """
+    start = time.perf_counter()
+    file = open_packed(exact)
+    work = _Work(exact, file, ranges=ranges, calibration=calibration, external_above=external_above)
+    found = find_sites(ir.load(exact), file.weights)
+    reasons = dict(found.left)
+    chosen = _without(found.sites, keep, reasons)
+    if calibration is None and any(site.activations == "static" for site in chosen):
+        reasons |= {site.weight: "static int8 needs calibration samples" for site in chosen
+                    if site.activations == "static"}  # fmt: skip
+        chosen = [site for site in chosen if site.activations == "dynamic"]
+    if not chosen:
+        raise PcqError("no layer of this network can run in int8", where=str(exact),
+                       allowed="Conv, Gemm and MatMul with evenly spaced levels per tensor or channel",
+                       todo="; ".join(f"{name}: {why}" for name, why in list(reasons.items())[:3]))  # fmt: skip
+    spans = work.observe(chosen, progress)
+    with writing.draft(out) as path:
+        first = measured = work.try_out(path, chosen, spans, held_out, progress)
+        fallen: list[str] = []
+        if measured is not None and not _accepted(measured, max_drop):
+            ranked = work.rank(path, chosen, spans, held_out, progress)
+            low, high = 0, len(ranked)
+            best: Drop | None = None
+            while high - low > 1:  # low falls short, high serves (all of them back is the exact file)
+                middle = (low + high) // 2
+                progress("fall back", middle, len(ranked))
+                rest = [site for site in chosen if site not in ranked[:middle]]
+                tried = work.try_out(path, rest, spans, held_out, progress)
+                if tried is not None and _accepted(tried, max_drop):
+                    high, best = middle, tried
+                else:
+                    low = middle
+            if best is None:
+                raise CheckFailed(f"int8 costs {first.points:.2f} points on {first.n} held-out samples, and no part of "  # type: ignore[union-attr]
+                                  "it stays within what is allowed", where="int8", allowed=f"up to {max_drop:g}",
+                                  todo="Other --ranges, more --samples, or --mode exact")  # fmt: skip
+            fallen = [site.weight for site in ranked[:high]]
+            reasons |= dict.fromkeys(fallen, "int8 costs more here than is allowed")
+            chosen = [site for site in chosen if site not in ranked[:high]]
+            measured = work.try_out(path, chosen, spans, held_out, progress)
+        progress("check int8", 0, 1)
+        data, converted = work.write(path, chosen, spans)
+        fused = work.prove(path, converted, progress)
+        nbytes = open_packed(path).file_bytes
+        data = writing.commit(path, data, out)
+    kinds = {site.weight: site.activations for site in chosen}
+    layers = tuple(Int8Layer(name, kinds.get(name), "" if name in kinds else reasons.get(name, "unused"))
+                   for name in file.weights)  # fmt: skip
+    return Int8Report(
+        Path(out), data, nbytes, file.file_bytes, layers, fused, len(chosen) - sum(fused.values()), measured, first,
+        tuple(fallen), time.perf_counter() - start,
+    )  # fmt: skip
+
+
+def _accepted(drop: Drop, max_drop: float) -> bool:
+    return drop.relative_l2 <= FARTHEST and (drop.points is None or drop.points <= max_drop)
+
+
+def _without(sites: Sequence[Site], keep: Sequence[str], reasons: dict[str, str]) -> list[Site]:
+    """The sites that no pattern keeps in float."""
+    kept: set[str] = set()
+    for pattern in keep:
+        named = {"first": [s.weight for s in sites[:1]], "last": [s.weight for s in sites[-1:]]}.get(pattern)
+        matched = named if named is not None else [s.weight for s in sites if fnmatchcase(s.weight, pattern)]
+        if not matched:
+            raise PcqError(f"'{pattern}' matches no layer that could run in int8", where="--float",
+                           allowed=", ".join(s.weight for s in sites[:8]))  # fmt: skip
+        kept |= set(matched)
+    reasons |= dict.fromkeys(kept, "kept in float as asked")
+    return [site for site in sites if site.weight not in kept]
+
+
+@dataclass(frozen=True)
+class _Work:
+    exact: Path
+    file: PackedFile
+    ranges: Method
+    calibration: Batches | None
+    external_above: int
+
+    def observe(self, sites: Sequence[Site], progress: Progress) -> dict[str, Range]:
+        model, again = self._fresh(sites)
+        names = place(model, again).observed
+        if not names:
+            return {}
+        assert self.calibration is not None
+        return observe(self.exact, names, self.calibration, self.ranges, progress)
+
+    def _fresh(self, sites: Sequence[Site]) -> tuple[ir.Model, list[Site]]:
+        """A new copy of the graph, and the same sites in it."""
+        model = ir.load(self.exact)
+        wanted = {(site.name, site.weight) for site in sites}
+        return model, [s for s in find_sites(model, self.file.weights).sites if (s.name, s.weight) in wanted]
+
+    def write(self, path: Path, sites: Sequence[Site], spans: Mapping[str, Range]) -> tuple[Path | None, Converted]:
+        model, again = self._fresh(sites)
+        converted = convert(model, self.file.weights, place(model, again), spans)
+        functions = {(node.name or "").rsplit("/", 1)[0]: node.op_type for node in model.graph if node.domain == "pcq"}
+        schemes = {name: replace(one, function=functions[name]) for name, one in self.file.schemes.items()}
+        model.metadata_props[scheme.KEY] = scheme.to_json(schemes)
+        model.metadata_props["pcq.mode"] = "int8"
+        model.metadata_props["pcq.int8"] = json.dumps({site.weight: site.activations for site in again})
+        for value in model.graph.initializers.values():
+            value.type = value.shape = None
+        return writing.save(model, path, self.external_above), converted
+
+    def try_out(
+        self, path: Path, sites: Sequence[Site], spans: Mapping[str, Range], samples: Samples, progress: Progress
+    ) -> Drop | None:
+        """Write it and measure it; None without samples."""
+        self.write(path, sites, spans)
+        if not samples:
+            return None
+        progress("measure", 0, len(samples))
+        return compare(outputs(self.exact, samples), outputs(path, samples), [y for _, y in samples])
+
+    def rank(
+        self, path: Path, sites: Sequence[Site], spans: Mapping[str, Range], samples: Samples, progress: Progress
+    ) -> list[Site]:
+        """Worst first: by how far the outputs move where that layer alone runs in int8."""
+        few, left = [], RANKED_ON
+        for x, y in samples:
+            if left > 0:
+                few.append((x[:left], None if y is None else y[:left]))
+                left -= len(x)
+        exact = outputs(self.exact, few)
+        moved: dict[int, float] = {}
+        for i, site in enumerate(sites):
+            progress("rank layers", i, len(sites))
+            self.write(path, [site], spans)
+            moved[i] = compare(exact, outputs(path, few), [None] * len(few)).relative_l2
+        return [sites[i] for i in sorted(moved, key=lambda i: -moved[i])]
+
+    def prove(self, path: Path, converted: Converted, progress: Progress) -> dict[str, int]:
+        """The codes are those that were packed; ONNX Runtime unpacks the very integers and scales; what it fused."""
+        verify.check_form(path)
+        verify.check_codes(path, self.file.weights)
+        calls = verify.unpack_calls(path)
+        for done, (name, turned, run) in enumerate(calls):
+            progress("check unpacking", done, len(calls))
+            weight = self.file.weights.get(name) or self.file.weights[name.rsplit("/", 1)[0]]
+            got = run()
+            if len(got) == 1:
+                wanted = weight.dequantize()
+                right = np.array_equal(got[0], (wanted.t() if turned else wanted).numpy())
+            else:
+                q, s = expected(weight, *converted.forms[name])
+                right = np.array_equal(got[0], (q.t() if turned else q).numpy()) and np.array_equal(got[1], s)
+            if not right:
+                raise CheckFailed("ONNX Runtime unpacks other integers than were packed", where=name)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            dump = Path(folder) / "optimised.onnx"
+            verify.open_session(str(path), optimised=True, dump=dump)
+            verify.check_folded(dump, set())
+            nodes = [node.op_type for node in onnx.load_model(dump, load_external_data=False).graph.node]
+        counts = {kind: nodes.count(kind) for kind in (*FUSED.values(), PARTLY_FUSED)}
+        return {kind: count for kind, count in counts.items() if count}

@@ -1,0 +1,130 @@
+"""Ranges of activations: what 8-bit codes of a tensor have to span, from runs of the float network.
+
+All give an interval that contains 0 and lies within what was seen: ``minmax`` all of it, ``percentile`` all but 1e-4 of
+the numbers at each end that is not 0, ``mse`` the one whose 8-bit rounding has the least squared error, ``entropy`` the
+one whose 8-bit histogram has the least Kullback-Leibler divergence from the numbers' own. The last three look at a
+histogram of 2048 bins and cost a second run.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from torch import Tensor
+
+from pcq.errors import CheckFailed
+from pcq.progress import Progress, silent
+
+Method = Literal["minmax", "percentile", "mse", "entropy"]
+BINS, TAIL, STEPS = 2048, 1e-4, 48
+Histogram = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Range:
+    """Codes 0 to 255 stand for ``scale * (code - zero_point)``, which spans ``low <= 0`` to ``high >= 0``."""
+
+    low: float
+    high: float
+
+    @property
+    def scale(self) -> np.float32:
+        return np.float32(max((self.high - self.low) / 255, 1e-12))
+
+    @property
+    def zero_point(self) -> np.uint8:
+        return np.uint8(np.clip(np.rint(-self.low / float(self.scale)), 0, 255))
+
+
+def observe(
+    path: Path,
+    names: Sequence[str],
+    batches: Callable[[], Iterable[Tensor]],
+    method: Method = "minmax",
+    progress: Progress = silent,
+) -> dict[str, Range]:
+    """Run the float ONNX file and choose a range for each tensor in ``names``.
+
+    Args:
+        path: the file; one input.
+        batches: gives the samples, anew at each call.
+
+    Raises:
+        CheckFailed: a tensor is not finite.
+    """
+    from pcq.export.verify import open_session
+
+    model = onnx.load_model(path)
+    (given,) = model.graph.input
+    known = {output.name for output in model.graph.output}
+    inner = [name for name in names if name != given.name]
+    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in inner if name not in known)
+    session = open_session(model.SerializeToString(), optimised=True)
+
+    def runs(stage: str) -> Iterable[Mapping[str, npt.NDArray[np.float32]]]:
+        for done, batch in enumerate(batches()):
+            progress(stage, done, 0)
+            x = batch.numpy()
+            yield dict(zip(inner, session.run(inner, {given.name: x}), strict=True)) | {given.name: x}
+
+    low, high = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    for tensors in runs("observe ranges"):
+        for name in names:
+            ends = float(tensors[name].min()), float(tensors[name].max())
+            if not np.isfinite(ends).all():
+                raise CheckFailed("it is not finite on the calibration samples", where=name)
+            low[name], high[name] = min(low[name], ends[0]), max(high[name], ends[1])
+    if method == "minmax":
+        return {name: Range(low[name], high[name]) for name in names}
+    counts = {name: np.zeros(BINS) for name in names}
+    for tensors in runs("count ranges"):
+        for name in names:
+            counts[name] += np.histogram(tensors[name], BINS, (low[name], max(high[name], low[name] + 1e-9)))[0]
+    return {name: narrowed(counts[name], low[name], high[name], method) for name in names}
+
+
+def narrowed(counts: Histogram, low: float, high: float, method: Method) -> Range:
+    """The interval within ``low .. high`` that ``method`` prefers for numbers with this histogram."""
+    edges = np.linspace(low, high, len(counts) + 1)
+    middles = (edges[1:] + edges[:-1]) / 2
+    share = counts / max(1.0, counts.sum())
+    if method == "percentile":
+        below = np.cumsum(share)
+        first, last = int(np.searchsorted(below, TAIL)), int(np.searchsorted(below, 1 - TAIL))
+        return Range(min(0.0, float(edges[first])), max(0.0, float(edges[min(last + 1, len(counts))])))
+    loss = _squared if method == "mse" else _divergence
+    parts = np.linspace(1, 0.1, STEPS)
+    candidates = [Range(low * part, high * part) for part in parts]
+    best = min(candidates, key=lambda one: loss(share, middles, one))
+    candidates = [Range(best.low * part, best.high) for part in parts] + [
+        Range(best.low, best.high * part) for part in parts
+    ]
+    return min([best, *candidates], key=lambda one: loss(share, middles, one))
+
+
+def _rounded(middles: Histogram, span: Range) -> Histogram:
+    scale, zero = float(span.scale), float(span.zero_point)
+    return (np.clip(np.rint(middles / scale) + zero, 0, 255) - zero) * scale
+
+
+def _squared(share: Histogram, middles: Histogram, span: Range) -> float:
+    width = float(middles[1] - middles[0])
+    inside = (width**2) / 12  # numbers are spread over their bin
+    return float((share * ((middles - _rounded(middles, span)) ** 2 + inside)).sum())
+
+
+def _divergence(share: Histogram, middles: Histogram, span: Range) -> float:
+    """KL(numbers || codes): each code's numbers are spread evenly over the bins that it stands for; what is clipped has
+    its own bins' share against nothing but the end code."""
+    codes = np.rint((_rounded(middles, span) - span.low) / float(span.scale)).astype(int).clip(0, 255)
+    used = share > 0
+    total = np.bincount(codes, share, 256)
+    inside = used & (middles >= span.low) & (middles <= span.high)
+    bins = np.bincount(codes[inside], minlength=256)
+    spread = total[codes] / np.maximum(bins[codes], 1)
+    kept = np.where(inside, spread, 1e-9)
+    return float((share[used] * np.log(share[used] / np.maximum(kept[used], 1e-12))).sum())

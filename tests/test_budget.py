@@ -1,0 +1,192 @@
+"""Budgets: the knapsack against trying everything, the file against its budget, the allocation against uniform."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pcq
+from pcq import cli, qtensor
+from pcq.budget import OPTIONS, Bits, Bytes, Option, literal, parse_budget, solve
+from pcq.commands import Calibration, allocate, everything, plan
+from pcq.demo import HERE
+from pcq.errors import PcqError
+from pcq.quantizers import Uniform
+from pcq.recipe import Recipe, parse_recipe
+from pcq.rules import Match, Rule
+
+ARCH = "pcq.demo.nets:resnet8?num_classes=10&in_channels=1"
+DIGITS = HERE / "digits-resnet8.safetensors"
+FASHION = HERE / "fashion-mnist-resnet20.safetensors"
+RESNET20 = "pcq.demo.nets:resnet20?num_classes=10&in_channels=1"
+
+
+def tried(costs, losses, budget):
+    """The slow twin: every combination."""
+    fitting = [
+        sum(loss[k] for loss, k in zip(losses, choice, strict=True))
+        for choice in itertools.product(*(range(len(c)) for c in costs))
+        if sum(c[k] for c, k in zip(costs, choice, strict=True)) <= budget
+    ]
+    return min(fitting, default=None)
+
+
+option = st.tuples(st.integers(0, 30), st.integers(0, 40))
+weights = st.lists(st.lists(option, min_size=1, max_size=5), min_size=1, max_size=5)
+
+
+@given(weights, st.integers(0, 120))
+@settings(deadline=None, max_examples=300)
+def test_the_solution_is_the_best_of_all_that_fit(options, budget):
+    costs = [[cost for cost, _ in each] for each in options]
+    losses = [[float(loss) for _, loss in each] for each in options]
+    best, found = tried(costs, losses, budget), solve(costs, losses, budget)
+    if best is None:
+        assert found is None
+        return
+    assert found is not None
+    assert found.loss == best == sum(loss[k] for loss, k in zip(losses, found.choice, strict=True))
+    assert found.cost == sum(cost[k] for cost, k in zip(costs, found.choice, strict=True)) <= budget
+    assert found.gap == 0
+
+
+@given(weights, st.integers(0, 120), st.integers(1, 3))
+@settings(deadline=None, max_examples=200)
+def test_a_solution_cut_short_states_a_true_bound(options, budget, states):
+    costs = [[cost for cost, _ in each] for each in options]
+    losses = [[float(loss) for _, loss in each] for each in options]
+    best, found = tried(costs, losses, budget), solve(costs, losses, budget, states)
+    if found is not None:
+        assert found.bound <= best + 1e-6 <= found.loss + 2e-6
+        assert found.cost <= budget
+
+
+def test_hundreds_of_weights_are_solved_exactly():
+    random = np.random.default_rng(0)
+    sizes, scale = random.integers(500, 2_000_000, 300), 10 ** random.normal(size=300)
+    bits = (1.1, 1.7, 2.1, 2.3, 3.1, 4.1, 5.1, 6.1, 8.1)
+    costs = [[int(size * b / 8) for b in bits] for size in sizes]
+    losses = [[float(s * 4.0**-b) for b in bits] for s in scale]
+    budget = int(sum(sizes) * 2.5 / 8)
+    found = solve(costs, losses, budget)
+    assert found is not None
+    assert found.gap == 0
+    assert 0.999 * budget < found.cost <= budget
+
+
+@pytest.mark.parametrize(
+    ("text", "means"),
+    [("3MB", Bytes(3_000_000)), ("2.5 MiB", Bytes(2_621_440)), ("900kB", Bytes(900_000)), ("120 bytes", Bytes(120)),
+     ("2.5bits", Bits(2.5)), ("1bit", Bits(1.0))],
+)  # fmt: skip
+def test_what_a_budget_says(text, means):
+    assert parse_budget(text) == means
+
+
+@pytest.mark.parametrize("text", ["3", "MB", "-3MB", "3 parsecs", "0MB", "1e3kB", ""])
+def test_what_is_no_budget(text):
+    with pytest.raises(PcqError, match="is not a budget"):
+        parse_budget(text)
+
+
+def test_names_stand_for_themselves_only():
+    rule = Option(Uniform(2)).rule(["a*[0]?"])
+    assert rule.match[0].name == (literal("a*[0]?"),)
+    planned = plan(DIGITS, Recipe("x", "", (Option(Uniform(2)).rule(["conv1.weight"]),)), arch=ARCH)
+    assert [entry.parameter.name for entry in planned.plan.quantized] == ["conv1.weight"]
+
+
+@pytest.mark.parametrize("budget", ["140kB", "90kB", "75kB", "1.7bits", "3bits"])
+def test_the_file_lands_within_a_percent_under_the_budget_and_beats_uniform_levels(budget, tmp_path):
+    result = pcq.quantize(FASHION, arch=RESNET20, budget=budget, out=tmp_path / "x.safetensors")
+    found = result.allocation
+    spent = result.bytes_after if budget.endswith("B") else sum(row.nbytes for row in result.ledger)
+    assert 0.99 * found.limit <= spent <= found.limit
+    assert spent == found.nbytes
+    assert not found.note
+    assert found.gap == 0
+    assert all(found.loss <= each.loss for each in found.uniform)
+    assert all(each.nbytes <= found.limit for each in found.uniform)
+    assert found.loss < 0.8 * found.uniform[0].loss
+    assert pcq.read_artifact(result.path).recipe["rules"] == found.planned.recipe.to_json()["rules"]
+
+
+def test_the_loss_is_the_noise_of_the_levels_chosen():
+    """Without samples: the sum over the weights of noise / signal, recomputed from the written network."""
+    planned = plan(FASHION, everything("2.2bits"), arch=RESNET20)
+    found = allocate(planned, "2.2bits")
+    result = 0.0
+    for entry in found.planned.plan.quantized:
+        weight = planned.source.tensor(entry.parameter.name)
+        noise = qtensor.quantize(entry.quantizer, weight, entry.rows).dequantize() - weight
+        result += float(noise.square().sum() / weight.square().sum())
+    assert found.loss == pytest.approx(result, rel=1e-4)
+
+
+def test_more_than_is_needed_is_left_and_the_reason_given(capsys):
+    assert cli.run(["quantize", str(DIGITS), "--budget", "1MB", "--arch", ARCH, "--dry-run", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["note"] == "every weight has the levels that lose least, and more bytes would gain nothing"
+    assert found["loss"] < min(each["loss"] for each in found["uniform"])
+    planned = plan(DIGITS, everything("1MB"), arch=ARCH)
+    finest = 0.0
+    for entry in planned.plan.quantized:
+        weight = planned.source.tensor(entry.parameter.name)
+        noises = [qtensor.quantize(each.levels, weight, each.rows(entry.parameter)).dequantize() - weight
+                  for each in OPTIONS]  # fmt: skip
+        finest += min(float(noise.square().sum() / weight.square().sum()) for noise in noises)
+    assert found["loss"] == pytest.approx(finest, rel=1e-4)
+
+
+def test_what_a_recipe_keeps_stays_float_and_its_budget_holds(tmp_path):
+    text = "pcq: 1\nbudget: 30kB\nrules:\n  - match: first\n    keep: fragile\n  - match: '*'\n    levels: ternary\n"
+    recipe = parse_recipe(text, "mine.yaml")
+    assert recipe.budget == "30kB"
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    result = pcq.quantize(DIGITS, recipe, arch=ARCH, out=tmp_path / "x.safetensors")
+    assert result.bytes_after <= 30_000
+    assert "conv1.weight" in pcq.read_artifact(result.path).floats
+    assert result.planned.recipe.name == "mine-30kB"
+    assert result.planned.recipe.budget is None
+
+
+def test_with_samples_the_better_on_those_held_out_is_taken(tmp_path):
+    result = pcq.quantize(DIGITS, arch=ARCH, budget="2.2bits", out=tmp_path / "x.safetensors",
+                          calibration=Calibration("digits", 64, "gptq"))  # fmt: skip
+    found = result.allocation
+    allocated, uniform = found.errors
+    assert found.uniformly == (uniform < allocated)
+    kept = [step.error for step in result.calibrated.outcome.steps if not step.reason][-1]
+    assert kept == min(allocated, uniform)
+    assert result.calibrated is found.calibrated
+    assert sum(row.nbytes for row in result.ledger) <= found.limit
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--budget", "3parsecs"], "such as 3MB, 900kB"),
+        (["--budget", "9kB"], "less than the smallest levels for every weight take"),
+        (["--budget", "0.5bits"], "bits. Give it more"),
+        (["--budget", "3MB", "--set", "rules.0.levels=ternery"], "Did you mean 'ternary'"),
+        (["--set", "budget=much", "-r", "w4"], "'much' is not a budget"),
+    ],
+)
+def test_mistakes_are_answered_and_leave_nothing(options, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    extra = ["-r", "w4"] if "--set" in options and "-r" not in options else []
+    assert cli.run(["quantize", str(DIGITS), "--arch", ARCH, "-o", "x.safetensors", *extra, *options]) == 2
+    assert says in " ".join(capsys.readouterr().err.split())
+    assert not list(Path().iterdir())
+
+
+def test_every_option_is_a_rule_that_takes_fewer_bytes_than_floats():
+    assert len(set(OPTIONS)) == len(OPTIONS)
+    planned = plan(FASHION, Recipe("x", "", (Rule((Match(name=("*",)),), Uniform(4)),)), arch=RESNET20)
+    for entry in planned.plan.quantized:
+        for each in OPTIONS:
+            assert each.rows(entry.parameter).shape == entry.parameter.shape

@@ -1,0 +1,321 @@
+"""int8 activations: integers equal a slow twin's, layers are fused, what costs too much goes back to float."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnxscript._framework_apis import torch_2_5
+from torch import Tensor, nn
+
+from pcq.errors import CheckFailed, PcqError
+from pcq.export import read_packed, verify, write_int8, write_onnx
+from pcq.export.drop import compare
+from pcq.export.integers import Channels, Integers, expected, integers, lower_int8
+from pcq.export.ranges import Method, Range, narrowed
+from pcq.grids import Affine, Codebook
+from pcq.qtensor import QuantizedTensor
+from pcq.rows import Rows
+
+Weights = dict[str, QuantizedTensor]
+KINDS = ("binary", "ternary", "2 bit", "3 bit", "affine 4 bit", "5 levels", "255 levels", "256 levels")
+
+
+def weight_of(kind: str, shape: tuple[int, ...], axis: int | None = 0) -> QuantizedTensor:
+    rows = Rows(shape, axis)
+    scale = torch.rand(rows.g) / 8 + 0.05
+    grid = {
+        "binary": Affine(scale, 0.5, 2),
+        "ternary": Affine(scale, 1.0, 3),
+        "2 bit": Affine(scale, 1.5, 4),
+        "3 bit": Affine(scale / 4, 3.5, 8),
+        "affine 4 bit": Affine(scale / 8, torch.randint(0, 16, (rows.g,)).to(torch.uint8), 16),
+        "5 levels": Affine(scale, 2.0, 5),
+        "255 levels": Affine(scale / 64, 127.0, 255),
+        "256 levels": Affine(scale / 64, 128.0, 256),
+    }[kind]
+    return QuantizedTensor(torch.randint(0, grid.count, shape, dtype=torch.uint8), grid, rows)
+
+
+def quantize(network: nn.Module, kinds: Sequence[str]) -> Weights:
+    weights: Weights = {}
+    for i, (name, parameter) in enumerate((n, p) for n, p in network.named_parameters() if p.ndim > 1):
+        weights[name] = weight_of(kinds[i % len(kinds)], tuple(parameter.shape))
+        parameter.data.copy_(weights[name].dequantize())
+    network.eval()
+    return weights
+
+
+class Residual(nn.Module):
+    """A stem with pooling, a residual block with a depthwise layer and ReLU6, SiLU, a head. BatchNorms have negative
+    and zero factors, one of them with a bias that its channel's weights cannot be seen beside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm1 = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.deep, self.norm2 = nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False), nn.BatchNorm2d(16)
+        self.point, self.norm3 = nn.Conv2d(16, 16, 1, bias=True), nn.BatchNorm2d(16)
+        self.last = nn.Conv2d(16, 24, 3, stride=2)
+        self.head = nn.Linear(24, 10)
+        for norm in (self.norm1, self.norm2, self.norm3):
+            norm.running_mean, norm.running_var = torch.randn(16), torch.rand(16) * 4 + 2
+            norm.weight.data = torch.randn(16)
+            norm.bias.data = torch.randn(16)
+        self.norm3.weight.data[3] = 0.0
+        self.norm1.weight.data[5] = 1e-12
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = torch.max_pool2d(torch.relu(self.norm1(self.stem(image))), 2)
+        y = nn.functional.relu6(self.norm2(self.deep(x)))
+        x = torch.relu(x + self.norm3(self.point(y)))
+        logits: Tensor = self.head(nn.functional.silu(self.last(x)).mean((2, 3)))
+        return logits
+
+
+class Tokens(nn.Module):
+    """Linear layers on 3-D inputs; two of them read one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(32, 48), nn.Linear(32, 48, bias=False), nn.Linear(48, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(nn.functional.gelu(self.a(x) * self.b(x))).mean(1)  # type: ignore[no-any-return]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _translations_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_2_5, "get_torchlib_ops", cache(torch_2_5.get_torchlib_ops))
+        yield
+
+
+@pytest.fixture(scope="module")
+def residual(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Weights]:
+    torch.manual_seed(1)
+    network = Residual()
+    weights = quantize(network, ("ternary", "255 levels", "2 bit", "binary", "256 levels"))
+    path = tmp_path_factory.mktemp("residual") / "exact.onnx"
+    write_onnx(network, weights, (torch.zeros(1, 3, 16, 16),), path)
+    return path, weights
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(8, 3, 16, 16, generator=generator) for _ in range(8)]
+
+
+def dumped(path: Path, folder: Path) -> Counter[str]:
+    """Operators of ONNX Runtime's own graph of the file."""
+    verify.open_session(str(path), optimised=True, dump=folder / "dump.onnx")
+    return Counter(node.op_type for node in onnx.load(folder / "dump.onnx", load_external_data=False).graph.node)
+
+
+def run(path: Path, batches: Sequence[Tensor], optimised: bool = True) -> np.ndarray:
+    session = verify.open_session(str(path), optimised=optimised)
+    name = session.get_inputs()[0].name
+    return np.concatenate([session.run(None, {name: x.numpy()})[0] for x in batches])
+
+
+def unpacked(weight: QuantizedTensor, form: Integers, channels: Channels, transposed: bool) -> list[np.ndarray]:
+    """What ONNX Runtime's run of the function gives."""
+    lowered = lower_int8(weight, form, channels, 20, transposed)
+    parts = [ir.Value(name=key, const_value=ir.tensor(array, name=key)) for key, array in lowered.arrays.items()]
+    outputs = [ir.Value(name=name, type=ir.TensorType(kind)) for name, kind in
+               (("q", ir.DataType.INT8), ("s", ir.DataType.FLOAT))]  # fmt: skip
+    attributes = ir.convenience.convert_attributes(lowered.attributes)
+    node = ir.Node("pcq", lowered.function.name, parts, attributes, outputs=outputs)
+    graph = ir.Graph([], outputs, nodes=[node], initializers=parts, opset_imports={"": 20, "pcq": 1}, name="g")
+    model = ir.Model(graph, ir_version=9, functions=[lowered.function])
+    session = verify.open_session(ir.to_proto(model).SerializeToString(), optimised=True)
+    got: list[np.ndarray] = session.run(None, {})
+    return got
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("axis", [0, None])
+@pytest.mark.parametrize("form", ["conv", "matrix", "transposed", "flipped"])
+def test_the_integers_are_a_twins(kind: str, axis: int | None, form: str) -> None:
+    shape = (6, 5) if form in ("matrix", "transposed") else (6, 3, 3, 1)
+    weight = weight_of(kind, shape, axis)
+    whole = integers(weight)
+    assert isinstance(whole, Integers)
+    factor = np.linspace(0.2, 3, 6).astype(np.float32)
+    channels = Channels(factor / whole.unit)
+    if form == "flipped":
+        sign = np.array([1, -1, 0, 1, -1, 1], np.int8)
+        channels = Channels(channels.gain, sign, np.where(sign == 0, 0.5, 0).astype(np.float32))
+        factor = factor * sign
+    q, s = unpacked(weight, whole, channels, form == "transposed")
+    if form == "transposed":
+        q = q.T
+    wanted, scales = expected(weight, whole, channels)
+    assert torch.equal(torch.from_numpy(np.ascontiguousarray(q)), wanted)
+    assert np.array_equal(s, np.broadcast_to(scales, s.shape))
+    rest = [1] * (len(shape) - 1)
+    real = weight.dequantize().double().numpy() * factor.reshape(-1, *rest)
+    assert np.allclose(wanted.numpy() * s.reshape(-1, *rest).astype(float), real, rtol=1e-6)
+    if kind not in ("255 levels", "256 levels"):
+        assert np.abs(q).max() <= 64
+
+
+def test_weights_that_are_no_integers_say_why() -> None:
+    rows = Rows((4, 8), 0, 1, 4)
+    grouped = QuantizedTensor(torch.zeros(4, 8, dtype=torch.uint8), Affine(torch.ones(8), 1.0, 3), rows)
+    listed = QuantizedTensor(torch.zeros(4, 8, dtype=torch.uint8), Codebook(torch.tensor([[0.0, 1.0]])), Rows((4, 8)))
+    wide = QuantizedTensor(torch.zeros(4, 8, dtype=torch.uint8), Affine(torch.ones(4), 127.5, 256), Rows((4, 8)))
+    turned = QuantizedTensor(torch.zeros(4, 8, dtype=torch.uint8), Affine(torch.ones(8), 1.0, 3), Rows((4, 8), 1))
+    reasons = [integers(weight) for weight in (grouped, listed, wide, turned)]
+    for reason, word in zip(reasons, ("groups", "list", "-255 to 255", "transposed"), strict=True):
+        assert isinstance(reason, str)
+        assert word in reason
+
+
+def test_a_conv_net_runs_in_int8(residual: tuple[Path, Weights], samples: list[Tensor], tmp_path: Path) -> None:
+    exact, weights = residual
+    out = tmp_path / "int8.onnx"
+    held_out: list[tuple[Tensor, Tensor | None]] = [(x, None) for x in samples[4:]]
+    report = write_int8(exact, out, lambda: samples[:4], held_out, max_drop=15)
+    assert list(tmp_path.iterdir()) == [out]
+    assert report.fused == {"QLinearConv": 4, "QGemm": 1}
+    assert (report.unfused, report.fallen_back) == (0, ())
+    assert all(layer.activations == "static" for layer in report.layers)
+    kinds = dumped(out, tmp_path)
+    assert kinds["QLinearAdd"] == 1
+    assert kinds["Conv"] == kinds["Relu"] == kinds["Clip"] == kinds["BatchNormalization"] == 0
+    again = read_packed(out)
+    for name, weight in weights.items():
+        assert torch.equal(again[name].codes, weight.codes)
+        assert torch.equal(again[name].dequantize(), weight.dequantize())
+    wanted = run(exact, samples[4:])
+    for optimised in (True, False):
+        assert compare(wanted, run(out, samples[4:], optimised), []).relative_l2 < 0.05
+    assert report.drop is not None
+    assert report.drop.relative_l2 == compare(wanted, run(out, samples[4:]), []).relative_l2
+    model = onnx.load(out)
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert metadata["pcq.mode"] == "int8"
+    assert json.loads(metadata["pcq.int8"]).keys() == weights.keys()
+    assert not [tensor.name for tensor in model.graph.initializer if "running" in tensor.name]
+
+
+def test_matrices_run_dynamically_without_samples(tmp_path: Path) -> None:
+    network = Tokens()
+    weights = quantize(network, ("ternary", "3 bit", "256 levels"))
+    exact, out = tmp_path / "exact.onnx", tmp_path / "int8.onnx"
+    write_onnx(network, weights, (torch.zeros(1, 7, 32),), exact)
+    report = write_int8(exact, out, None)
+    assert sum(report.fused.values()) == 3
+    assert [layer.activations for layer in report.layers] == ["dynamic"] * 3
+    assert report.drop is None
+    x = [torch.randn(2, 7, 32)]
+    assert compare(run(exact, x), run(out, x), []).relative_l2 < 0.03
+    assert dumped(out, tmp_path)["DynamicQuantizeLinear"] == 1  # shared by two layers
+    meta = ort.InferenceSession(str(out), providers=["CPUExecutionProvider"]).get_modelmeta()
+    assert json.loads(meta.custom_metadata_map["pcq.int8"])["a.weight"] == "dynamic"
+
+
+def test_float_layers_stay_float(residual: tuple[Path, Weights], samples: list[Tensor], tmp_path: Path) -> None:
+    exact, _ = residual
+    out = tmp_path / "int8.onnx"
+    report = write_int8(exact, out, lambda: samples[:2], keep=("deep.*", "first"))
+    assert report.fused == {"QLinearConv": 2, "QGemm": 1}
+    assert dumped(out, tmp_path)["Conv"] == 2  # ONNX Runtime did not quantize them itself
+    reasons = {layer.weight: layer.reason for layer in report.layers if layer.activations is None}
+    assert reasons == dict.fromkeys(("stem.weight", "deep.weight"), "kept in float as asked")
+    with pytest.raises(PcqError, match="'nothing' matches no layer"):
+        write_int8(exact, out, lambda: samples[:2], keep=("nothing",))
+
+
+def test_what_costs_too_much_goes_back_worst_first(tmp_path: Path) -> None:
+    """One layer's input has a number 10,000 times the others': its 8 bits see nothing else."""
+
+    class Spiked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 1)
+            self.c = nn.Conv2d(8, 6, 3)
+            for layer in (self.a, self.b, self.c):
+                nn.init.zeros_(layer.bias)
+            nn.init.ones_(self.b.bias[:1])  # the spiked channel is alive
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.b(torch.relu(self.a(x))))
+            x = x * torch.tensor([1e4, *[1.0] * 7])[:, None, None]
+            return self.c(x)[:, :, 0, 0]
+
+    network = Spiked()
+    weights = quantize(network, ("255 levels",))
+    weights["c.weight"].codes[:, 0] = 127  # the spiked channel counts for nothing
+    network.c.weight.data.copy_(weights["c.weight"].dequantize())
+    exact, out = tmp_path / "exact.onnx", tmp_path / "int8.onnx"
+    write_onnx(network, weights, (torch.zeros(1, 4, 8, 8),), exact)
+    x = torch.randn(544, 4, 8, 8)
+    held_out: list[tuple[Tensor, Tensor | None]] = [(x[32:], None)]
+    report = write_int8(exact, out, lambda: [x[:32]], held_out, max_drop=10)
+    assert report.fallen_back == ("c.weight",)
+    assert report.first_drop is not None
+    assert report.drop is not None
+    assert report.first_drop.points is not None
+    assert report.drop.points is not None
+    assert report.drop.points <= 10 < report.first_drop.points
+    before = out.read_bytes()
+    with pytest.raises(CheckFailed, match="no part of it stays within"):
+        write_int8(exact, out, lambda: [x[:32] * 1e-3], held_out, max_drop=0)
+    assert out.read_bytes() == before
+
+
+def test_the_drop_is_points_with_labels_and_agreement_without() -> None:
+    exact, int8 = np.eye(4, dtype=np.float32), np.eye(4, dtype=np.float32)[[0, 1, 2, 2]]
+    labelled = compare(exact, int8, [torch.tensor([0, 1]), torch.tensor([2, 2])])
+    assert (labelled.exact, labelled.int8, labelled.points) == (75.0, 100.0, -25.0)
+    assert compare(exact, int8, [None]).points == 25.0
+    assert compare(exact[0], int8[0], [None]).points is None
+    assert compare(exact, int8 * np.nan, [None]).relative_l2 == float("inf")
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 2**31), st.booleans())
+def test_ranges_hold_zero_and_lie_within_what_was_seen(seed: int, positive: bool) -> None:
+    random = np.random.default_rng(seed)
+    numbers = random.standard_t(3, 20_000)
+    numbers = np.abs(numbers) if positive else numbers
+    low, high = min(0.0, numbers.min()), numbers.max()
+    counts = np.histogram(numbers, 2048, (low, high))[0].astype(float)
+
+    def squared(span: Range) -> float:
+        scale, zero = float(span.scale), float(span.zero_point)
+        codes = np.clip(np.rint(numbers / scale) + zero, 0, 255)
+        return float((((codes - zero) * scale - numbers) ** 2).sum())
+
+    methods: tuple[Method, ...] = ("percentile", "mse", "entropy")
+    spans = {method: narrowed(counts, low, high, method) for method in methods}
+    for span in spans.values():
+        assert low <= span.low <= 0 <= span.high <= high
+        assert span.high - span.low > 0
+    assert squared(spans["mse"]) <= squared(Range(low, high)) * 1.001
+    assert squared(spans["mse"]) <= squared(spans["entropy"]) * 1.02
+
+
+def test_codes_of_a_range_have_an_exact_zero() -> None:
+    for low, high in ((-1.0, 2.0), (0.0, 6.0), (-3.0, 0.0), (0.0, 0.0)):
+        span = Range(low, high)
+        assert 0 <= int(span.zero_point) <= 255
+        assert span.scale > 0
+    assert Range(0.0, 6.0).zero_point == 0
+    assert Range(-3.0, 0.0).zero_point == 255
