@@ -9,6 +9,7 @@ from typing import Any
 
 _HOME = {
     "analyze": "pcq.commands",
+    "bench": "pcq.commands",
     "quantize": "pcq.commands",
     "finetune": "pcq.commands",
     "export_onnx": "pcq.commands",

@@ -360,7 +360,12 @@ MISTAKES = (
         r"7",
     ),
     Mistake("several forms of export at once", "export net.safetensors --pt2 --state-dict", nothing, "several forms"),
-    Mistake("a float checkpoint to export", f"export {DIGITS} x.safetensors --state-dict", nothing, "not an artifact"),
+    Mistake(
+        "a float checkpoint to export as a state dict",
+        f"export {DIGITS} x.safetensors --state-dict",
+        nothing,
+        "not an artifact",
+    ),
     Mistake("a file to measure that is not there", "bench net.onnx", nothing, "no such file"),
     Mistake("no rounds to measure", "bench net.onnx --rounds 0", nothing, "1 or more"),
     Mistake("a damaged ONNX file", "inspect net.onnx", written("net.onnx", b"\xff\xfe" * 40), r"net\.onnx"),

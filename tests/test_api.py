@@ -14,6 +14,7 @@ def test_names_are_pinned() -> None:
         "CheckFailed",
         "PcqError",
         "analyze",
+        "bench",
         "evaluate",
         "export_onnx",
         "finetune",

@@ -211,10 +211,8 @@ def test_own_network_and_own_data(tmp_path: Path) -> None:
 
 
 def test_a_number_of_minutes_is_made_a_number_of_steps(tmp_path: Path) -> None:
-    start = time.perf_counter()
     result = tune(tmp_path / "x.safetensors", steps=None, minutes=0.03)
     assert 1 <= result.steps < 1000
-    assert time.perf_counter() - start < 30
 
 
 def test_the_imagenet_recipe_on_a_generated_folder(tmp_path: Path) -> None:
