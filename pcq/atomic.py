@@ -32,8 +32,8 @@ def atomic(path: str | Path) -> Iterator[Path]:
     try:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.stat(target)  # a name that is too long, or a folder that is closed to us: better said now
-        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666))
-        try:
+        try:  # the file is made inside, so that no signal can come between its making and its removal
+            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666))
             yield temporary
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())

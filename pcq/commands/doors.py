@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -207,9 +208,10 @@ def export_compressed(
 
 def _write_folder(path: Path, tensors: dict[str, Tensor], described: str) -> None:
     """The folder appears whole or not at all."""
+    draft = path.resolve().with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.partial")
     try:
-        draft = Path(tempfile.mkdtemp(prefix=f".{path.name[:100]}.", suffix=".partial", dir=path.resolve().parent))
         try:
+            draft.mkdir(mode=0o700)
             save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
             (draft / "config.json").write_text(described)
             draft.chmod(0o755)

@@ -3,8 +3,8 @@
 import glob
 import hashlib
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,9 +29,10 @@ def draft(out: Path) -> Iterator[Path]:
     target = Path(os.path.realpath(out))
     if target.is_dir():
         raise PcqError("cannot be written: it is a folder", where=str(out), todo="Name a file")
+    folder = target.with_name(f".{target.name[:100]}.{secrets.token_hex(4)}.partial")
     try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", suffix=".partial", dir=target.parent))
-        try:
+        try:  # the folder is made inside, so that no signal can come between its making and its removal
+            folder.mkdir(mode=0o700)
             yield folder / target.name
         finally:
             shutil.rmtree(folder, ignore_errors=True)
