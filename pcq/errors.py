@@ -33,6 +33,14 @@ class CheckFailed(PcqError):
     exit_code = 3
 
 
+class Elsewhere(PcqError):
+    """Of several processes another one failed; it says so itself, and this one has nothing to add."""
+
+    def __init__(self, what: str, code: int) -> None:
+        super().__init__(what, where="another process")
+        self.exit_code = code
+
+
 class Problems(PcqError):
     """Several mistakes found in one reading, reported together, one a line."""
 

@@ -4,7 +4,7 @@ A prediction is the first of the largest outputs; a sample counts for top-5 if f
 its label's, or equal and before it. So a network whose outputs are all equal predicts class 0 and gains nothing by it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,18 @@ def evaluate(
         100 * agreeing / n if compares else None,
         100 * theirs / n if labelled and compares else None,
     )
+
+
+def merged(parts: Sequence[Scores]) -> Scores:
+    """The scores of a set from those of its parts, exact."""
+    n = sum(part.n for part in parts)
+
+    def percent(values: Sequence[float | None]) -> float | None:
+        counts = [round(v * part.n / 100) for v, part in zip(values, parts, strict=True) if v is not None]
+        return 100 * sum(counts) / n if len(counts) == len(parts) else None
+
+    columns = ("top1", "top5", "agreement", "reference_top1")
+    return Scores(n, *(percent([getattr(part, column) for part in parts]) for column in columns))
 
 
 def _rank(out: Tensor, y: Tensor) -> Tensor:

@@ -250,12 +250,6 @@ def test_the_plain_loop_of_the_examples() -> None:
     assert main() > 95
 
 
-def test_torchrun_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(PcqError, match="several processes"):
-        tune(tmp_path / "x.safetensors")
-
-
 # -- going on ----------------------------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from pcq.cli.app import app
-from pcq.cli.frame import answers, bar, emit, say
+from pcq.cli.frame import answers, bar, emit, first, say
 from pcq.cli.options import AllowGlobal, Arch, Force, Json, Model, Set, UnsafePickle
 
 
@@ -70,5 +70,5 @@ def finetune(
             progress=progress,
         )
     emit(result, as_json)
-    if not as_json:
+    if not as_json and first():
         say(f"Next: pcq export {result.path} --onnx")

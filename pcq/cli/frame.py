@@ -6,6 +6,7 @@ Results go to standard output (``--json`` for machines), everything else to stan
 
 import functools
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, ParamSpec
 
 import typer
 
-from pcq.errors import PcqError
+from pcq.errors import Elsewhere, PcqError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,6 +37,11 @@ def console(*, stderr: bool = False) -> "Console":
     return shown if shown.is_terminal else Console(stderr=stderr, highlight=False, width=max(shown.width, 160))
 
 
+def first() -> bool:
+    """Whether this is the process that speaks: of those that ``torchrun`` started, one."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+
+
 def say(message: str) -> None:
     """One line on standard error."""
     console(stderr=True).print(message, markup=False, soft_wrap=True)
@@ -48,13 +54,17 @@ def answers(command: Callable[P, None]) -> Callable[P, None]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             command(*args, **kwargs)
+        except Elsewhere as error:
+            time.sleep(1)  # torchrun ends all processes after the first: let the one that failed have its say
+            raise typer.Exit(error.exit_code) from None
         except PcqError as error:
             if kwargs.get("as_json"):
                 print(json.dumps({"error": str(error), "exit_code": error.exit_code}))
             say(f"pcq: {error}")
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt as stop:
-            say(f"pcq: {stop}" if str(stop) else "pcq: interrupted; no output file was changed.")
+            if first():
+                say(f"pcq: {stop}" if str(stop) else "pcq: interrupted; no output file was changed.")
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
             sys.stderr.close()
@@ -67,6 +77,8 @@ def emit(result: object, as_json: bool) -> None:
     """Print a result on standard output."""
     from pcq import report
 
+    if not first():
+        return
     if as_json:
         print(json.dumps(report.to_json(result), indent=1))
     else:
@@ -76,7 +88,12 @@ def emit(result: object, as_json: bool) -> None:
 @contextmanager
 def bar(label: str) -> Iterator["Progress"]:
     """Progress on standard error: a bar with the time left in a terminal, elsewhere a line every few seconds."""
+    from pcq.progress import silent
+
     shown = console(stderr=True)
+    if not first():
+        yield silent
+        return
     if not shown.is_terminal:
         yield lines()
         return
@@ -102,15 +119,15 @@ def bar(label: str) -> Iterator["Progress"]:
 def lines() -> "Progress":
     """Progress for logs: at most one line every five seconds, none for what is quicker."""
     last = begun = time.monotonic()
-    first = None
+    start: int | None = None
 
     def progress(stage: str, done: int, total: int) -> None:
-        nonlocal last, first
-        first = done if first is None else first
+        nonlocal last, start
+        start = done if start is None else start
         if time.monotonic() - last > LOG_SECONDS:
             last = time.monotonic()
-            left = (last - begun) / max(1, done - first) * (total - done)
-            soon = "" if left < 2 * LOG_SECONDS or done <= first else f", about {duration(left)} left"
+            left = (last - begun) / max(1, done - start) * (total - done)
+            soon = "" if left < 2 * LOG_SECONDS or done <= start else f", about {duration(left)} left"
             say(f"{stage} ({done:,} of {total:,}{soon})" if total else stage)
 
     return progress

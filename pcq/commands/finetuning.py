@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from pcq.proxconnect import Telemetry, targets
 from pcq.qtensor import QuantizedTensor
 from pcq.recipe import Recipe, load_recipe
 from pcq.settings import Finetune, changed
+from pcq.train import ranks
 from pcq.train.batches import own_randomness
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ class FinetuneResult:
 
 
 @own_randomness()
+@ranks.joined()
 def finetune(
     model: str | Path,
     recipe: str | Path | Recipe,
@@ -107,6 +108,9 @@ def finetune(
     progress: Progress = silent,
 ) -> FinetuneResult:
     """Train a network whose weights are to lie on the recipe's levels, and write the artifact.
+
+    Started by ``torchrun`` on several processes, these train together, each on its part of every batch; the first
+    writes the files.
 
     Beside the artifact ``X.safetensors`` are written ``X.metrics.jsonl`` and, while the run goes on, ``X.resume``.
 
@@ -136,13 +140,11 @@ def finetune(
     from pcq.train.splits import open_splits
 
     begun = time.perf_counter()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise PcqError("several processes cannot train one network yet", where="torchrun", todo="Start one without it")
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     said = {"method": method, "distill": distill, "seed": seed, "epochs": epochs, "steps": steps, "minutes": minutes}
     given = {key: value for key, value in said.items() if value is not None}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings = loop.settled(changed(loaded.finetune or Finetune(), **given), data, device)
+    here = ranks.current()
+    settings = loop.settled(changed(loaded.finetune or Finetune(), **given), data, here.device)
     rules = replace(loaded, finetune=settings)
     planned = plan(model, rules, arch=arch, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle)
     files = Files.beside(Path(out) if out is not None else default_path(planned.model, f"{rules.name}.ft"))
@@ -150,17 +152,18 @@ def finetune(
     if files.saved.exists() and not (resume or force):
         todo = "Go on with it by --resume, or start over with --force"
         raise PcqError("a run was interrupted here", where=str(files.saved), todo=todo)
+    here.wait()  # all have looked before the first one writes
     splits = open_splits(data, settings.augment == "resized-crop")
     if splits.train.labels is None:
         settings = replace(settings, distill=1.0)
         rules = replace(rules, finetune=settings)
     original = build(planned)
-    module = original_or_new(planned, original, settings.seed if scratch else None).to(device)
+    module = original_or_new(planned, original, settings.seed if scratch else None).to(here.device)
     fixed = freeze(module, planned, settings)
     weights = targets(planned.plan, dict(module.named_parameters()))
     job = loop.Job(
         module,
-        original.to(device) if settings.distill else None,
+        original.to(here.device) if settings.distill else None,
         {name: target for name, target in weights.items() if name not in fixed},
         splits,
         data,
@@ -169,14 +172,18 @@ def finetune(
         files.metrics,
         fingerprint(planned, rules, splits, data, scratch),
         save_every,
+        here,
     )
     trained = loop.train(job, resume=resume, progress=progress)
     header = checkpoint.make_header(planned.plan, arch=planned.arch, recipe=rules.to_json(), source=planned.source)
     values = stored(planned, module, {**trained.quantized, **fixed})
-    size = checkpoint.write_artifact(files.artifact, header, values)
-    if size != files.artifact.stat().st_size:
-        raise CheckFailed("the artifact does not have the size that was predicted", where=str(files.artifact))
-    files.saved.unlink(missing_ok=True)
+    size = 0
+    if here.first:
+        size = checkpoint.write_artifact(files.artifact, header, values)
+        if size != files.artifact.stat().st_size:
+            raise CheckFailed("the artifact does not have the size that was predicted", where=str(files.artifact))
+        files.saved.unlink(missing_ok=True)
+    size = here.agree(size)
     rows = table(job, planned, original, files.artifact, progress)
     return FinetuneResult(
         files.artifact,
@@ -312,16 +319,20 @@ def table(
     job: "Job", planned: Planned, original: nn.Module, artifact: Path, progress: Progress
 ) -> tuple[FinetuneRow, ...]:
     """Score the float network, its one-shot quantization, and the file that was written, read back."""
-    from pcq.scores import evaluate, module_predictor
+    from pcq.scores import module_predictor
 
-    device = next(job.module.parameters()).device
+    device = job.ranks.device
     oneshot = original_or_new(planned, original.cpu(), None)
     parameters = dict(oneshot.named_parameters())
     for entry in planned.plan.quantized:
         if entry.parameter.tied_to is None:
             data = parameters[entry.parameter.name].data
             data.copy_(qtensor.quantize(entry.quantizer, data, entry.rows).dequantize())
-    tuned = load_network(checkpoint.read_artifact(artifact), artifact, planned.arch).module.float()
+    if job.ranks.first:
+        tuned = load_network(checkpoint.read_artifact(artifact), artifact, planned.arch).module.float()
+    else:
+        tuned = original_or_new(planned, original, None)
+    job.ranks.share(tuned.state_dict().values())
     sets = [each for each in (job.splits.val, job.splits.test) if each is not None]
     labelled = job.splits.val.labels is not None
     reference = module_predictor(original.to(device))
@@ -331,7 +342,7 @@ def table(
             continue
         compared = None if name == "float" else reference
         scores = [
-            evaluate(
+            job.ranks.evaluate(
                 module_predictor(module.to(device)), each, reference=compared, progress=labelled_by(name, progress)
             )
             for each in sets

@@ -18,10 +18,11 @@ from pcq.errors import CheckFailed, PcqError
 from pcq.progress import Progress, silent
 from pcq.proxconnect import ProxConnect, Target, Telemetry
 from pcq.qtensor import QuantizedTensor
-from pcq.scores import Scores, evaluate, module_predictor
+from pcq.scores import Scores, module_predictor
 from pcq.settings import EPOCHS, Finetune, method_of, schedule_of
 from pcq.train import augment, batchnorm, saving
 from pcq.train.batches import Batches, own_randomness
+from pcq.train.ranks import ALONE, Ranks
 from pcq.train.splits import Splits
 from pcq.train.step import logits, loss_of, make_optimizer, rate, update
 from pcq.train.stopping import Interrupted, Stop, listening
@@ -51,6 +52,7 @@ class Job:
         metrics: where the measurements go.
         fingerprint: of recipe, model and data: what a saved state has to agree with.
         save_every: steps between saves; None: by the clock.
+        ranks: the processes that train together; the first one writes the files.
     """
 
     module: nn.Module
@@ -63,6 +65,7 @@ class Job:
     metrics: Path
     fingerprint: Mapping[str, str]
     save_every: int | None = None
+    ranks: Ranks = ALONE
 
 
 @dataclass(frozen=True)
@@ -154,14 +157,16 @@ def train(job: Job, *, resume: bool = False, progress: Progress = silent) -> Tra
         CheckFailed: the loss is not a number any more.
         Interrupted: SIGINT or SIGTERM; the state was saved.
     """
-    settings, module = job.settings, job.module
+    settings, module, ranks = job.settings, job.module, job.ranks
     size = min(settings.batch, job.splits.train.n)
+    if size < ranks.world:
+        raise PcqError(f"a batch of {size} samples is too few for {ranks.world} processes", where="finetune.batch")
     change = augment.make(settings.augment, job.splits.plain.shape)  # type: ignore[arg-type]
     threads = 2 if job.data.startswith("folder:") else 0
-    batches = Batches(job.splits.train, size, settings.seed, change, threads)
-    saved = saving.load(job.saved, job.fingerprint) if resume else None
-    with own_randomness(), listening() as stop:
-        total = saved["total"] if saved else _total(job, batches)
+    batches = Batches(job.splits.train, size, settings.seed, change, threads, ranks.rank, ranks.world)
+    saved = ranks.agree(saving.load(job.saved, job.fingerprint) if resume and ranks.first else None)
+    with own_randomness(), listening(patient=ranks.world > 1) as stop, ranks.whole_batches():
+        total = saved["total"] if saved else ranks.agree(_total(job, batches))
         optimizer = make_optimizer(settings, module.parameters())
         prox = ProxConnect(
             optimizer,
@@ -175,7 +180,7 @@ def train(job: Job, *, resume: bool = False, progress: Progress = silent) -> Tra
         run = _Run(optimizer, prox, total, torch.zeros((), dtype=torch.float64, device=device))
         if saved:
             _restore(run, module, saved)
-        measured = saving.Metrics(job.metrics, saved["metrics"] if saved else 0)
+        measured = saving.Metrics(job.metrics if ranks.first else None, saved["metrics"] if saved else 0)
         try:
             _steps(job, run, batches, measured, stop, progress)
             return _finished(job, run, batches, measured, stop, saved["step"] if saved else None)
@@ -198,9 +203,9 @@ def _total(job: Job, batches: Batches) -> int:
     times: list[float] = []
     for x, y in batches.run(0, 12):
         start = time.perf_counter()
-        update(settings, optimizer, trial, _loss(job, trial, x, y), 1e-8)
+        update(settings, optimizer, trial, _loss(job, trial, x, y), 1e-8, job.ranks)
         times.append(time.perf_counter() - start)
-        if time.perf_counter() > limit:
+        if job.ranks.any(time.perf_counter() > limit) == (True,):
             break
     seconds = sorted(times)[len(times) // 2] * 1.1  # looks and measurements
     return max(1, round(settings.minutes * 60 / seconds))
@@ -243,22 +248,23 @@ def _steps(job: Job, run: _Run, batches: Batches, measured: saving.Metrics, stop
     while True:
         run.seconds = time.perf_counter() - begun
         if run.looked < run.step and (run.step % batches.an_epoch == 0 or run.step == total):
-            _look(job, run, batches, measured, _heeding(stop))
+            _look(job, run, batches, measured, _heeding(job, stop))
         due = run.step % job.save_every == 0 if job.save_every else time.perf_counter() - saved_at > SAVE_SECONDS
-        if stop.wanted or (due and run.step > first) or run.step == total:
+        stops, due = job.ranks.any(bool(stop.wanted), due)
+        if stops or (due and run.step > first) or run.step == total:
             _save(job, run, measured)
             saved_at = time.perf_counter()
-        if stop.wanted:
+        if stops:
             raise _interrupted(job, run, stop)
         if run.step == total:
             return
         x, y = next(coming)
         learning_rate = rate(settings, run.step / total)
         module.train()
-        loss = _loss(job, module, x, y)
-        update(settings, run.optimizer, module, loss, learning_rate)
+        loss = job.ranks.part(_loss(job, module, x, y), len(x), batches.size)
+        update(settings, run.optimizer, module, loss, learning_rate, job.ranks)
         run.step += 1
-        run.losses += loss.detach().to(run.losses)
+        run.losses += job.ranks.mean(loss.detach().to(run.losses))
         run.counted += 1
         if run.step % every == 0 or run.step == total:
             _refuse_nan(job, run)
@@ -275,11 +281,11 @@ def _stage(run: _Run, batches: Batches) -> str:
     return f"epoch {(run.step - 1) // batches.an_epoch + 1} of {-(-run.total // batches.an_epoch)}{score}"
 
 
-def _heeding(stop: Stop) -> Progress:
-    """Scoring takes long, so a signal ends it."""
+def _heeding(job: Job, stop: Stop) -> Progress:
+    """Scoring takes long, so a signal ends it, in all processes."""
 
     def progress(stage: str, done: int, total: int) -> None:
-        if stop.wanted:
+        if job.ranks.any(bool(stop.wanted)) == (True,):
             raise _ScoringStopped
 
     return progress
@@ -302,7 +308,7 @@ def _refuse_nan(job: Job, run: _Run) -> None:
 def scored(module: nn.Module, job: Job, progress: Progress = silent) -> Scores:
     """Of the held-out samples; without labels, agreement with the float network."""
     reference = None if job.teacher is None or job.splits.val.labels is not None else module_predictor(job.teacher)
-    return evaluate(module_predictor(module), job.splits.val, reference=reference, progress=progress)
+    return job.ranks.evaluate(module_predictor(module), job.splits.val, reference=reference, progress=progress)
 
 
 def number(scores: Scores) -> float:
@@ -314,7 +320,7 @@ def number(scores: Scores) -> float:
 
 def _plain(job: Job, batches: Batches, count: int) -> Iterator[Tensor]:
     """``count`` batches of training samples as they are, in a fixed order that mixes the classes."""
-    calm = replace(batches, data=job.splits.plain, augment=None, rank=0, world=1)
+    calm = replace(batches, data=job.splits.plain, augment=None)
     device = next(job.module.parameters()).device
     for step in range(min(count, calm.an_epoch)):
         yield placed(calm.make(step)[0], device)
@@ -323,6 +329,8 @@ def _plain(job: Job, batches: Batches, count: int) -> Iterator[Tensor]:
 def _look(job: Job, run: _Run, batches: Batches, measured: saving.Metrics, progress: Progress) -> None:
     """Score the held-out samples with the weights on their levels."""
     _refuse_nan(job, run)
+    job.ranks.check_same({name: target.parameter.data for name, target in job.weights.items()})
+    job.ranks.share(job.module.buffers())
     samples = _plain(job, batches, min(LOOK_BATCHES, job.settings.batchnorm))
     try:
         with run.prox.quantized(), batchnorm.borrowed(job.module, samples):
@@ -339,6 +347,8 @@ def _look(job: Job, run: _Run, batches: Batches, measured: saving.Metrics, progr
 
 def _save(job: Job, run: _Run, measured: saving.Metrics) -> None:
     _refuse_nan(job, run)
+    if not job.ranks.first:
+        return
     mine = {name: tensor for name, tensor in job.module.state_dict().items() if name not in job.weights}
     state = {
         "module": mine,
@@ -368,17 +378,24 @@ def _restore(run: _Run, module: nn.Module, saved: Mapping[str, Any]) -> None:
 
 
 def _interrupted(job: Job, run: _Run, stop: Stop) -> Interrupted:
+    by = stop.wanted or "a signal to another process"
     return Interrupted(
-        f"stopped by {stop.wanted} after {run.step:,} of {run.total:,} steps; the run is saved in {job.saved}. "
+        f"stopped by {by} after {run.step:,} of {run.total:,} steps; the run is saved in {job.saved}. "
         "Give the same command with --resume to go on."
     )
 
 
 def _finished(
-    job: Job, run: _Run, batches: Batches, measured: saving.Metrics, stop: Stop, resumed_at: int | None
+    job: Job,
+    run: _Run,
+    batches: Batches,
+    measured: saving.Metrics,
+    stop: Stop,
+    resumed_at: int | None,
 ) -> Trained:
     """Round what is left, check that every weight is on its levels, settle BatchNorm."""
-    module, settings, heed = job.module, job.settings, _heeding(stop)
+    job.ranks.share(job.module.buffers())
+    module, settings, heed = job.module, job.settings, _heeding(job, stop)
     unquantized = number(scored(module, job, heed)) if run.prox.method.posttraining else None
     quantized = run.prox.finish()
     settled_as = None

@@ -5,7 +5,7 @@ import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -71,24 +71,33 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
 
 
 class Metrics:
-    """``metrics.jsonl``: a line for each measurement; going on cuts off what came after the saved step."""
+    """``metrics.jsonl``: a line for each measurement; going on cuts off what came after the saved step.
 
-    def __init__(self, path: Path, keep: int = 0) -> None:
+    Without a path nothing is written: of several processes one does.
+    """
+
+    def __init__(self, path: Path | None, keep: int = 0) -> None:
+        self._file: BinaryIO | None = None
+        if path is None:
+            return
         if keep and (not path.is_file() or path.stat().st_size < keep):
             keep = 0
-        self.path = path
         self._file = open(path, "r+b" if keep else "wb")  # noqa: SIM115  (closed by close)
         self._file.truncate(keep)
         self._file.seek(keep)
 
     def write(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(line).encode() + b"\n")
+            self._file.flush()
 
     def flushed(self) -> int:
         """Bytes so far, all of them on the disk."""
+        if self._file is None:
+            return 0
         os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()

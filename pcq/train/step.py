@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pcq.errors import PcqError
 from pcq.settings import Finetune
+from pcq.train.ranks import ALONE, Ranks
 
 TEMPERATURE = 2.0
 """By which outputs are divided before networks are compared (arXiv 1503.02531)."""
@@ -78,13 +79,19 @@ def loss_of(settings: Finetune, out: Tensor, labels: Tensor | None, teacher: Ten
 
 
 def update(
-    settings: Finetune, optimizer: torch.optim.Optimizer, module: nn.Module, loss: Tensor, learning_rate: float
+    settings: Finetune,
+    optimizer: torch.optim.Optimizer,
+    module: nn.Module,
+    loss: Tensor,
+    learning_rate: float,
+    ranks: Ranks = ALONE,
 ) -> None:
-    """Backward, clip, step."""
+    """Backward, mean over the processes, clip, step."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    ranks.average(module.parameters())
     if settings.clip:
         torch.nn.utils.clip_grad_norm_(module.parameters(), settings.clip)
     optimizer.step()

@@ -22,8 +22,8 @@ class Stop:
 
 
 @contextmanager
-def listening() -> Iterator[Stop]:
-    """Within it the first SIGINT or SIGTERM is only noted; the second interrupts at once.
+def listening(patient: bool = False) -> Iterator[Stop]:
+    """Within it the first SIGINT or SIGTERM is only noted; the second interrupts at once, unless ``patient``.
 
     Only in a program's main thread, where signals arrive; elsewhere nothing is changed.
     """
@@ -33,7 +33,7 @@ def listening() -> Iterator[Stop]:
         return
 
     def note(number: int, _frame: FrameType | None) -> None:
-        if stop.wanted:
+        if stop.wanted and not patient:
             raise KeyboardInterrupt
         stop.wanted = signal.Signals(number).name
 
