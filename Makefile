@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check fix clean
+.PHONY: demo test check fix clean torchao bench-quick
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/pcq demo
@@ -37,5 +37,20 @@ $(VENV)/test.stamp: $(VENV)/base.stamp
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	touch $@
 
+# torchao's PARQ, the peer of the comparisons, has an environment of its own: .venv-torchao.
+AO := .venv-torchao
+torchao: $(AO)/stamp
+$(AO)/stamp: constraints.txt
+	$(PYTHON) -m venv $(AO)
+	$(AO)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy pillow pyyaml safetensors pydantic rich
+	$(AO)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps torchao==0.18.0
+	touch $@
+
+# Every method on Fashion-MNIST with a LeNet; torchao's rows need `make torchao` first.
+QUICK := build/bench-quick
+bench-quick: $(VENV)/test.stamp
+	$(BIN)/python -m tests.benchmarks.cifar10 tests/benchmarks/quick.yaml --data fashion-mnist --float $(QUICK) --work $(QUICK) \
+		--jobs 2 --torchao $(AO)/bin/python --out $(QUICK)/table
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(AO) build dist *.egg-info

@@ -1,8 +1,8 @@
-"""The CIFAR-form residual networks of He et al. (arXiv 1512.03385, section 4.2), used by the demo and the benchmarks.
+"""Small networks of the demo and the benchmarks: a LeNet, and the residual networks of He et al. for CIFAR.
 
-Depth ``6n + 2``: one 3x3 stem convolution, three stages of ``n`` basic blocks with 16, 32 and 64 channels, global
-average pooling and one linear layer. Shortcuts that change the shape are parameter-free (option A: every second pixel,
-new channels zero), so ResNet-20 has 0.27 M parameters.
+The latter (arXiv 1512.03385, section 4.2) have depth ``6n + 2``: one 3x3 stem convolution, three stages of ``n`` basic
+blocks with 16, 32 and 64 channels, global average pooling and one linear layer. Shortcuts that change the shape are
+parameter-free (option A: every second pixel, new channels zero), so ResNet-20 has 0.27 M parameters.
 """
 
 import torch
@@ -76,3 +76,32 @@ def resnet20(num_classes: int = 10, in_channels: int = 3) -> ResNet:
 def resnet56(num_classes: int = 10, in_channels: int = 3) -> ResNet:
     """Depth 56, 0.85 M parameters."""
     return ResNet(56, num_classes, in_channels)
+
+
+class LeNet(nn.Module):
+    """LeNet-5's shapes (LeCun et al. 1998) with ReLU, maximum pooling and BatchNorm: ``[b, c, 28, 28]`` to logits."""
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, 6, 5, bias=False)
+        self.bn1 = nn.BatchNorm2d(6)
+        self.conv2 = nn.Conv2d(6, 16, 5, bias=False)
+        self.bn2 = nn.BatchNorm2d(16)
+        self.fc1 = nn.Linear(256, 120, bias=False)
+        self.bn3 = nn.BatchNorm1d(120)
+        self.fc2 = nn.Linear(120, 84, bias=False)
+        self.bn4 = nn.BatchNorm1d(84)
+        self.fc3 = nn.Linear(84, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 2)
+        x = F.max_pool2d(F.relu(self.bn2(self.conv2(x))), 2)
+        x = F.relu(self.bn3(self.fc1(x.flatten(1))))
+        x = F.relu(self.bn4(self.fc2(x)))
+        logits: Tensor = self.fc3(x)
+        return logits
+
+
+def lenet(num_classes: int = 10, in_channels: int = 1) -> LeNet:
+    """0.04 M parameters; for 28x28 images."""
+    return LeNet(num_classes, in_channels)

@@ -1,36 +1,50 @@
-"""The comparison of the ProxConnect family: every method from the same start, data order and budget.
+"""The comparison of the ProxConnect family and its peers: every method from the same start, data order and budget.
 
     python -m tests.benchmarks.cifar10 tests/benchmarks/cifar10.yaml --data cifar10:DIR --float FOLDER --work FOLDER
     python -m tests.benchmarks.cifar10 --table results.jsonl
 
-Cells of the YAML file are run one after the other by ``pcq.finetune``; each adds a line to ``FOLDER/results.jsonl``. A
-cell that has its line is not run again, and one that was interrupted goes on where it was. Every cell's artifact is
-exported and scored in ONNX Runtime as well.
+Float networks that are not in ``--float`` yet are trained first, for the file's ``floats: {epochs: N}``. Then the cells
+of the YAML file run in its order, ``--jobs`` of them side by side; each adds a line to ``WORK/results.jsonl``. A cell
+that has its line is not run again, and one of pcq's that was interrupted goes on where it was; ``--minutes`` interrupts
+all that is still running then. Every artifact of pcq's is exported and scored in ONNX Runtime as well.
 
 All weights get levels, the first and last layer too. ``sets: refitted`` (the default) are least-squares levels of each
 channel, refitted during training; ``sets: paper`` are the fixed sets of arXiv 2110.13220: {-1, 1}, {-1, 0, 1} and
 {-1, -0.3, 0.3, 1}, BatchNorm taking over the scale. ``scratch: true`` trains from random weights (end-to-end).
+Methods are pcq's and those of ``torchao_parq.py``: ``control`` (no levels), and torchao's, run by the interpreter that
+``--torchao`` names (``make torchao`` makes it); without it they are left out, and said to be.
 """
 
 import argparse
 import datetime
+import fcntl
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
+import pickle
 import platform
+import signal
 import subprocess
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 
 import pcq
+from pcq.data import open_data
+from pcq.data.folder import find_images, open_image
+from pcq.spec import parse
+from tests.benchmarks import torchao_parq
 
 LEVELS: dict[tuple[str, str], dict[str, Any]] = {
     ("ternary", "refitted"): {"levels": "ternary"},
@@ -40,8 +54,12 @@ LEVELS: dict[tuple[str, str], dict[str, Any]] = {
     ("binary", "paper"): {"levels": {"kind": "fixed", "levels": [-1, 1]}, "per": "tensor"},
     ("quaternary", "paper"): {"levels": {"kind": "fixed", "levels": [-1, -0.3, 0.3, 1]}, "per": "tensor"},
 }
+COUNT = {"ternary": 3, "binary": 2, "quaternary": 4}
 
-DEFAULTS = {"sets": "refitted", "seed": 0, "scratch": False}
+DEFAULTS = {"levels": "float", "sets": "refitted", "seed": 0, "scratch": False}
+ROOT = Path(__file__).parents[2]
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
+"""Two-sided 95 % quantiles of Student's t, by the number of seeds."""
 
 
 def cells(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -61,32 +79,45 @@ def name(cell: dict[str, Any]) -> str:
     return "-".join([*words, hashlib.sha256(json.dumps(cell["settings"], sort_keys=True).encode()).hexdigest()[:6]])
 
 
-def run(cell: dict[str, Any], data: str, folder: Path, work: Path) -> dict[str, Any]:
-    """Fine-tune, export, score; what one line of the results holds."""
-    label = name(cell)
-    recipe, out = work / f"{label}.yaml", work / f"{label}.safetensors"
+# -- one cell ----------------------------------------------------------------------------------------------------------
+
+
+def run(
+    cell: dict[str, Any], data: str, shape: tuple[int, ...], folder: Path, work: Path, torchao: str | None
+) -> dict[str, Any]:
+    """Train, score; what one line of the results holds. ``shape`` is one sample's."""
+    arch = f"pcq.demo.nets:{cell['net']}?num_classes=10&in_channels={shape[0]}"
+    by = run_peer if cell["method"] in torchao_parq.METHODS else run_pcq
+    begun = time.perf_counter()
+    start, out = folder / f"{cell['net']}.safetensors", work / f"{name(cell)}.safetensors"
+    found = by(cell, data, start, arch, shape, out, torchao)
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {"cell": cell} | found | {
+        "cell_seconds": round(time.perf_counter() - begun),
+        "date": datetime.date.today().isoformat(),
+        "commit": head.stdout.strip(),
+        "torch": torch.__version__,
+        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {device}",
+        "load": round(os.getloadavg()[0], 1),
+    }  # fmt: skip
+
+
+def run_pcq(
+    cell: dict[str, Any], data: str, float_: Path, arch: str, shape: tuple[int, ...], out: Path, _: str | None
+) -> dict[str, Any]:
+    """By pcq.finetune; its artifact is exported and scored in ONNX Runtime too."""
+    recipe = out.with_suffix(".yaml")
     rule = {"match": "*"} | LEVELS[cell["levels"], cell["sets"]]
     refit = {"refit": 0} if cell["sets"] == "paper" else {}
     section = refit | cell["settings"] | {"method": cell["method"], "seed": cell["seed"]}
     recipe.write_text(yaml.safe_dump({"pcq": 1, "rules": [rule], "finetune": section}))
-    shape = (1, 28, 28) if data.startswith("fashion") else (3, 32, 32)
-    result = pcq.finetune(
-        folder / f"{cell['net']}.safetensors",
-        recipe,
-        data,
-        out=out,
-        arch=f"pcq.demo.nets:{cell['net']}?num_classes=10&in_channels={shape[0]}",
-        scratch=cell["scratch"],
-        resume=out.with_suffix(".resume").exists(),
-        force=True,
-    )
-    onnx = pcq.export_onnx(out, work / f"{label}.onnx", input_shape=shape, force=True).path
-    scored = pcq.evaluate(onnx, data)
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    resume = out.with_suffix(".resume").exists()
+    result = pcq.finetune(float_, recipe, data, out=out, arch=arch, scratch=cell["scratch"], resume=resume, force=True)
+    onnx = pcq.export_onnx(out, out.with_suffix(".onnx"), input_shape=shape, force=True).path
     return {
-        "cell": cell,
         "rows": {row.weights: {"val": row.val.top1, "test": row.test and row.test.top1} for row in result.rows},
-        "ort_test": scored.scores.top1,
+        "ort_test": pcq.evaluate(onnx, data).scores.top1,
         "unquantized_val": result.unquantized,
         "epochs": [vars(epoch) for epoch in result.epochs],
         "batchnorm": None if result.batchnorm is None else vars(result.batchnorm),
@@ -96,31 +127,214 @@ def run(cell: dict[str, Any], data: str, folder: Path, work: Path) -> dict[str, 
         "bytes": {"artifact": out.stat().st_size, "onnx": onnx.stat().st_size},
         "artifact": hashlib.sha256(out.read_bytes()).hexdigest(),
         "seconds": round(result.seconds),
-        "date": datetime.date.today().isoformat(),
-        "commit": head.stdout.strip(),
-        "torch": torch.__version__,
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, CPU",
     }
 
 
+def run_peer(
+    cell: dict[str, Any], data: str, float_: Path, arch: str, shape: tuple[int, ...], out: Path, torchao: str | None
+) -> dict[str, Any]:
+    """By ``torchao_parq.py`` in a process of its own; what it leaves is scored as pcq's networks are."""
+    if cell["method"] != "control" and (reason := missing(torchao)):
+        raise Missing(reason)
+    if cell["sets"] != "refitted":
+        raise Missing(f"{cell['method']} has no fixed levels")
+    job = out.with_suffix(".job.json")
+    keys = ("levels", "method", "settings", "seed", "scratch")
+    told = {key: cell[key] for key in keys} | {"float": str(float_), "arch": arch, "data": data, "out": str(out)}
+    job.write_text(json.dumps(told))
+    python = torchao if cell["method"] != "control" else None
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [python or sys.executable, "-m", "tests.benchmarks.torchao_parq", str(job)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    peer = json.loads(out.with_suffix(".json").read_text())
+    if cell["method"] != "control" and peer["levels_a_row"] > COUNT[cell["levels"]]:
+        raise RuntimeError(f"{name(cell)} has {peer['levels_a_row']} levels in a row, not {COUNT[cell['levels']]}")
+    rows = {
+        label: {split: pcq.evaluate(path, data, arch=arch, split=split).scores.top1 for split in ("val", "test")}
+        for label, path in (("float", float_), ("fine-tuned", out))
+    }
+    return {"rows": rows, "ort_test": None, "peer": peer, "seconds": peer["seconds"]}
+
+
+class Missing(Exception):
+    """A cell that cannot be run here, and why."""
+
+
+def missing(torchao: str | None) -> str | None:
+    """Why torchao cannot be run, if so."""
+    if torchao is None:
+        return "no --torchao INTERPRETER was given; `make torchao` makes one"
+    try:
+        asked = subprocess.run(
+            [torchao, "-c", "import torchao; print(torchao.__version__)"], capture_output=True, text=True
+        )
+    except OSError as error:
+        return f"{torchao} does not run: {error.strerror}; `make torchao` makes one"
+    found = asked.stdout.strip().partition("+")[0]
+    return (
+        None
+        if found == torchao_parq.PINNED
+        else f"{torchao} has {found or 'no torchao'} and not torchao {torchao_parq.PINNED}"
+    )
+
+
+# -- all of them -------------------------------------------------------------------------------------------------------
+
+
+def packed(data: str, work: Path) -> str:
+    """A spec that opens at once: CIFAR-10's image folders are decoded once, into the form of its Python batches."""
+    spec = parse(data)
+    root = Path(spec.name).expanduser()
+    if spec.kind != "cifar10" or any((root / f / "test_batch").is_file() for f in ("", "cifar-10-batches-py")):
+        return data
+    folder = work / "cifar10"
+    if not (folder / "test_batch").is_file():
+        folder.mkdir(exist_ok=True)
+        for split in ("train", "test"):
+            found = find_images(root / split)
+            pixels = np.stack([np.asarray(open_image(file, "RGB")) for file in found.files]).transpose(0, 3, 1, 2)
+            parts = 5 if split == "train" else 1
+            labels = np.array_split(np.array(found.labels), parts)
+            for i, (some, theirs) in enumerate(zip(np.array_split(pixels, parts), labels, strict=True), 1):
+                batch = pickle.dumps({"data": some.reshape(len(some), -1), "labels": theirs.tolist()})
+                (folder / (f"data_batch_{i}" if parts > 1 else "test_batch")).write_bytes(batch)
+    return f"cifar10:{folder}"
+
+
+def train_floats(nets: set[str], data: str, folder: Path, epochs: int, jobs: int) -> None:
+    """The networks that are not there yet, side by side."""
+    spec = parse(data)
+    folder.mkdir(parents=True, exist_ok=True)
+    running: list[subprocess.Popen[bytes]] = []
+    for net in sorted(net for net in nets if not (folder / f"{net}.safetensors").exists()):
+        command = [sys.executable, "-m", "tests.benchmarks.train_float", spec.kind, "--net", net]
+        command += ["--epochs", str(epochs), "--out", str((folder / f"{net}.safetensors").resolve())]
+        command += ["--root", str(Path(spec.name).expanduser().resolve())] if spec.name else []
+        print(" ".join(command), flush=True)
+        running.append(subprocess.Popen(command, cwd=ROOT))
+        if len(running) == jobs:
+            _waited(running.pop(0))
+    for process in running:
+        _waited(process)
+
+
+def _waited(process: subprocess.Popen[bytes]) -> None:
+    if process.wait():
+        raise SystemExit(f"training a float network failed: {process.args!r}")
+
+
+def read(results: Path) -> list[dict[str, Any]]:
+    """The lines; a last one that was cut off is dropped from the file."""
+    if not results.exists():
+        return []
+    text = results.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    if whole != text:
+        os.truncate(results, len(whole))
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def run_all(todo: list[dict[str, Any]], args: argparse.Namespace, data: str, results: Path) -> tuple[list[str], bool]:
+    """Run ``todo``, ``args.jobs`` at a time; every line is on the disk before the next.
+
+    What was left out, and why; and whether any of it should have worked.
+    """
+    begun, left_out, done, failed = time.time(), [], 0, False
+    shape = open_data(data, "test").shape
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, torch.get_num_threads() // args.jobs)
+    with ProcessPoolExecutor(args.jobs, context, _prepare, (threads,)) as pool:
+        waiting: dict[Future[dict[str, Any]], dict[str, Any]] = {
+            pool.submit(run, cell, data, shape, args.float, args.work, args.torchao): cell for cell in todo
+        }
+        while waiting:
+            left = None if args.minutes is None else max(0.0, args.started + args.minutes * 60 - time.time())
+            finished, _ = wait(waiting, left, "FIRST_COMPLETED")
+            if not finished:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for child in multiprocessing.active_children():
+                    child.terminate()
+                left_out.append(f"{len(waiting)} cells: {args.minutes:g} minutes are over; the same command goes on")
+                break
+            for future in finished:
+                cell = waiting.pop(future)
+                try:
+                    line = future.result()
+                except Exception as error:  # one cell's failure is not the others'
+                    failed = failed or not isinstance(error, Missing)
+                    left_out.append(f"{name(cell)}: {error if isinstance(error, Missing) else repr(error)}")
+                    print(f"NOT RUN {left_out[-1]}", flush=True)
+                    continue
+                with results.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+                done += 1
+                minutes = (time.time() - begun) / done * len(waiting) / 60
+                told = f"{name(cell)} {json.dumps(line['rows'])} {line['cell_seconds']} s"
+                print(f"{done} of {len(todo)}: {told}; {minutes:.0f} min to go", flush=True)
+    return left_out, failed
+
+
+def _prepare(threads: int) -> None:
+    """Of a process that runs cells: its threads, and that SIGTERM ends what it has started, too."""
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
 def table(lines: list[dict[str, Any]]) -> str:
-    """Points lost against the float network (mean and standard deviation over seeds), markdown."""
-    groups = defaultdict[tuple[Any, ...], list[dict[str, Any]]](list)
+    """Points lost against the float network (mean and standard deviation over seeds), markdown; the best first.
+
+    Behind the best of its group by the test split: the mean of the differences seed by seed; ``tie`` where a paired t
+    test of these does not tell it from 0 (two-sided, 95 %); nothing where there is one seed.
+    """
+    groups = defaultdict[tuple[str, ...], dict[str, dict[int, dict[str, Any]]]](dict)
     for line in lines:
         cell = line["cell"]
         start = "end-to-end" if cell["scratch"] else "fine-tune"
         settings = ", ".join(f"{k} {v}" for k, v in sorted(cell["settings"].items()))
-        groups[cell["net"], start, settings, cell["levels"], cell["sets"], cell["method"]].append(line)
-    out = ["| network | start | levels | method | seeds | lost, val | lost, test | test | ONNX Runtime - torch |"]
-    out.append("|---|---|---|---|---|---|---|---|---|")
-    for (net, start, settings, levels, sets, method), found in sorted(groups.items()):
-        lost = {s: [x["rows"]["float"][s] - x["rows"]["fine-tuned"][s] for x in found] for s in ("val", "test")}
-        test = [x["rows"]["fine-tuned"]["test"] for x in found]
-        apart = max(abs(x["ort_test"] - x["rows"]["fine-tuned"]["test"]) for x in found)
-        seeds = ", ".join(str(s) for s in sorted(x["cell"]["seed"] for x in found))
-        row = [net, f"{start}, {settings}", f"{levels}, {sets}", method, seeds, *map(_spread, lost.values())]
-        out.append("| " + " | ".join([*row, _spread(test), f"{apart:.2f}"]) + " |")
+        key = (cell["net"], f"{start}, {settings}", f"{cell['levels']}, {cell['sets']}")
+        groups[key].setdefault(cell["method"], {})[cell["seed"]] = line
+    out = [
+        "| network | start | levels | method | seeds | lost, val | lost, test | test | behind the best | ORT - torch |"
+    ]
+    out.append("|---|---|---|---|---|---|---|---|---|---|")
+    for key, methods in sorted(groups.items()):
+        lost = {m: {s: _lost(line, "test") for s, line in found.items()} for m, found in methods.items()}
+        ranked = sorted(methods, key=lambda m: mean(lost[m].values()))
+        for method in ranked:
+            found = methods[method]
+            apart = [abs(x["ort_test"] - x["rows"]["fine-tuned"]["test"]) for x in found.values() if x["ort_test"]]
+            row = [
+                *key,
+                method,
+                ", ".join(map(str, sorted(found))),
+                _spread([_lost(line, "val") for line in found.values()]),
+                _spread(list(lost[method].values())),
+                _spread([x["rows"]["fine-tuned"]["test"] for x in found.values()]),
+                _behind(lost[ranked[0]], lost[method]),
+                f"{max(apart):.2f}" if apart else "",
+            ]
+            out.append("| " + " | ".join(row) + " |")
     return "\n".join(out) + "\n"
+
+
+def _lost(line: dict[str, Any], split: str) -> float:
+    rows = line["rows"]
+    return float(rows["float"][split] - rows["fine-tuned"][split])
+
+
+def _behind(best: dict[int, float], other: dict[int, float]) -> str:
+    apart = [other[seed] - best[seed] for seed in best.keys() & other.keys()]
+    if len(apart) < 2 or best == other:
+        return "best" if best == other else ""
+    tie = abs(mean(apart)) <= STUDENT[min(5, len(apart))] * stdev(apart) / len(apart) ** 0.5
+    return f"tie ({mean(apart):.2f})" if tie else f"{mean(apart):.2f}"
 
 
 def _spread(values: list[float]) -> str:
@@ -133,24 +347,40 @@ def main() -> None:
     parser.add_argument("--data")
     parser.add_argument("--float", type=Path, help="folder of <net>.safetensors")
     parser.add_argument("--work", type=Path)
+    parser.add_argument("--jobs", type=int, default=1, help="cells side by side")
+    parser.add_argument("--minutes", type=float, help="stop after so many, to go on by the same command")
+    parser.add_argument("--torchao", help="interpreter of an environment with torchao")
+    parser.add_argument("--out", type=Path, help="write the table and the results' lines to OUT.md and OUT.jsonl")
     parser.add_argument("--table", type=Path, help="only print the table of these results")
     args = parser.parse_args()
+    args.started = time.time()
     if args.table:
-        print(table([json.loads(line) for line in args.table.read_text().splitlines()]))
+        print(table(read(args.table)))
         return
+    args.work, args.float = args.work.resolve(), args.float.resolve()
     args.work.mkdir(parents=True, exist_ok=True)
-    results = args.work / "results.jsonl"
-    done = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    todo = [cell for cell in cells(yaml.safe_load(args.cells.read_text())) if cell not in [x["cell"] for x in done]]
-    start = time.time()
-    for i, cell in enumerate(todo):
-        print(f"{i + 1} of {len(todo)}: {name(cell)}", flush=True)
-        line = run(cell, args.data, args.float, args.work)
-        with results.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        left = (time.time() - start) / (i + 1) * (len(todo) - i - 1)
-        print(f"  {json.dumps(line['rows'])} {line['seconds']} s; {left / 60:.0f} min to go", flush=True)
-    print(table([json.loads(line) for line in results.read_text().splitlines()]))
+    with (args.work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"another run works in {args.work}") from None
+        document = yaml.safe_load(args.cells.read_text())
+        wanted = list(cells(document))
+        data = packed(args.data, args.work)
+        train_floats(
+            {c["net"] for c in wanted}, data, args.float, document.get("floats", {}).get("epochs", 30), args.jobs
+        )
+        results = args.work / "results.jsonl"
+        had = [line["cell"] for line in read(results)]
+        left_out, failed = run_all([cell for cell in wanted if cell not in had], args, data, results)
+        lines = [line for line in read(results) if line["cell"] in wanted]
+    text = table(lines) + "".join(f"\nNot run: {each}\n" for each in left_out)
+    print(text)
+    if args.out:
+        args.out.with_suffix(".md").write_text(text)
+        args.out.with_suffix(".jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if failed:
+        raise SystemExit(3)
 
 
 if __name__ == "__main__":

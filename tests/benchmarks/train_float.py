@@ -20,7 +20,6 @@ import subprocess
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
@@ -39,7 +38,8 @@ def augment(images: torch.Tensor, pad: int, flip: bool, generator: torch.Generat
     if flip:
         mirror = torch.rand(n, 1, 1, generator=generator) < 0.5
         cols = torch.where(mirror, cols.flip(-1), cols)
-    return padded.permute(0, 2, 3, 1)[torch.arange(n)[:, None, None], rows, cols].permute(0, 3, 1, 2)
+    index = [i.to(images.device, non_blocking=True) for i in (torch.arange(n)[:, None, None], rows, cols)]
+    return padded.permute(0, 2, 3, 1)[index[0], index[1], index[2]].permute(0, 3, 1, 2)
 
 
 def accuracy(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
@@ -67,9 +67,10 @@ def main() -> None:
     generator = torch.Generator().manual_seed(args.seed)
     spec = args.data if args.data == "digits" else f"{args.data}:{args.root}"
     sets = {split: open_data(spec, split) for split in ("train", "val", "test")}
-    (x, y), held, test = (next(data.batches(data.n)) for data in sets.values())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    (x, y), held, test = ([part.to(device) for part in next(data.batches(data.n))] for data in sets.values())
     net = args.net or ("resnet8" if args.data == "digits" else "resnet20")
-    model = getattr(nets, net)(num_classes=10, in_channels=x.shape[1]).to(memory_format=torch.channels_last)
+    model = getattr(nets, net)(num_classes=10, in_channels=x.shape[1]).to(device, memory_format=torch.channels_last)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.SGD(
@@ -83,30 +84,30 @@ def main() -> None:
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda t: min(1, (t + 1) / steps) * 0.5 * (1 + math.cos(math.pi * min(1, t / total)))
     )
-    bf16 = quick_in_bf16(torch.device("cpu"))
+    bf16 = quick_in_bf16(device)
     start = time.time()
     for epoch in range(args.epochs):
         model.train()
-        losses = []
+        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         shuffled = torch.randperm(len(x), generator=generator)
-        for batch in shuffled[: steps * args.batch].split(args.batch):
+        for batch in shuffled[: steps * args.batch].to(device).split(args.batch):
             images = augment(x[batch], 1 if args.data == "digits" else 4, args.data != "digits", generator)
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 logits = model(images.to(memory_format=torch.channels_last))
             loss = F.cross_entropy(logits.float(), y[batch], label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             scheduler.step()
-            losses.append(loss.item())
+            loss_sum += loss.detach()
         print(
-            f"epoch {epoch + 1}/{args.epochs} loss {np.mean(losses):.4f} held-out {accuracy(model, *held):.2f} "
+            f"epoch {epoch + 1}/{args.epochs} loss {loss_sum.item() / steps:.4f} held-out {accuracy(model, *held):.2f} "
             f"{time.time() - start:.0f} s",
             flush=True,
         )
     scores = {"held_out": accuracy(model, *held), "test": accuracy(model, *test)}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, args.out)
+    save_file({k: v.cpu().contiguous() for k, v in model.state_dict().items()}, args.out)
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     record = {
         "data": args.data,
@@ -117,7 +118,7 @@ def main() -> None:
         "seconds": round(time.time() - start),
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
-        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, CPU",
+        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {device.type}",
         "commit": head.stdout.strip(),
     }
     args.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
