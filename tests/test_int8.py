@@ -319,3 +319,5 @@ def test_codes_of_a_range_have_an_exact_zero() -> None:
         assert span.scale > 0
     assert Range(0.0, 6.0).zero_point == 0
     assert Range(-3.0, 0.0).zero_point == 255
+    assert Range(-3.0, 0.0, 127).zero_point == 127
+    assert Range(0.0, 6.0, 127).scale == np.float32(6 / 127)

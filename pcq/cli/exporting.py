@@ -57,6 +57,10 @@ def export(
         list[str] | None,
         typer.Option("--float", metavar="PATTERN", help="int8: layers that stay float; also first, last; repeatable."),
     ] = None,
+    vnni: Annotated[
+        bool,
+        typer.Option("--vnni", help="int8: every x86 that runs it has VNNI; inputs of 8-bit layers need no 7 bits."),
+    ] = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -67,10 +71,11 @@ def export(
     from pcq import commands
     from pcq.errors import PcqError
 
-    if mode is Mode.exact and (calib is not None or keep):
-        given = "--calib" if calib is not None else "--float"
+    if mode is Mode.exact and (calib is not None or keep or vnni):
+        given = "--calib" if calib is not None else "--float" if keep else "--vnni"
         raise PcqError("it belongs to --mode int8", where=given, todo="Add --mode int8, or leave it out")
-    int8 = commands.Int8(calib, samples, ranges.value, max_drop, tuple(keep or ())) if mode is Mode.int8 else None
+    asked = commands.Int8(calib, samples, ranges.value, max_drop, tuple(keep or ()), vnni)
+    int8 = asked if mode is Mode.int8 else None
     with bar("exporting") as progress:
         result = commands.export_onnx(
             artifact,

@@ -53,6 +53,8 @@ class Int8:
         ranges: how a range is chosen from what was seen; see ``pcq.export.ranges``.
         max_drop: points of top-1 that int8 may cost against the exact file; without labels percent of predictions.
         keep: layers that stay float: names of weights, patterns, ``first``, ``last``.
+        vnni: every x86 processor that will run the file has VNNI, so no layer's input needs to be cut to 7 bits for the
+            sums of 16 bits that the others add in.
     """
 
     data: str | None = None
@@ -60,6 +62,7 @@ class Int8:
     ranges: Literal["minmax", "percentile", "mse", "entropy"] = "minmax"
     max_drop: float = 0.5
     keep: tuple[str, ...] = ()
+    vnni: bool = False
 
     def __post_init__(self) -> None:
         if self.samples < 2:
@@ -136,6 +139,7 @@ def export_onnx(
             (lambda: calibration) if calibration else None,
             held_out,
             ranges=int8.ranges,
+            vnni=int8.vnni,
             keep=int8.keep,
             max_drop=int8.max_drop,
             progress=progress,

@@ -1,5 +1,6 @@
 """What an ONNX file is: packed by pcq, packed and unpacked since, quantized by another tool, or float."""
 
+import json
 import math
 import tempfile
 from collections import Counter
@@ -11,7 +12,7 @@ from pcq.commands.views import FileView, TensorView, float_view, quantized_view
 from pcq.errors import CheckFailed, PcqError
 from pcq.export import is_packed, open_packed
 from pcq.export.reading import PackedFile, file_bytes
-from pcq.export.scheme import KEY, Scheme, from_json
+from pcq.export.scheme import KEY, SATURATING, Scheme, from_json
 from pcq.packing import DIGITS
 
 INT8 = {
@@ -60,13 +61,23 @@ def _packed(path: Path, packed: PackedFile) -> FileView:
         ("bits per packed weight", f"{packed.bits_per_weight:.3f}"),
         ("other tensors", f"{packed.float_bytes:,} bytes"),
         *runs(path, resident, LOADING * numbers),
-        *((key, value) for key, value in packed.metadata.items() if key != KEY and len(value) < 200),
+        *_saturating(packed.metadata),
+        *((key, value) for key, value in packed.metadata.items() if key not in (KEY, SATURATING) and len(value) < 200),
     ]
     rows = tuple(
         quantized_view(name, tensor, f"{tensor.grid.count} levels ({_layout(packed.schemes[name])})")
         for name, tensor in packed.weights.items()
     )
     return FileView(path, "packed ONNX", tuple(facts), rows, packed.file_bytes)
+
+
+def _saturating(metadata: dict[str, str]) -> list[tuple[str, str]]:
+    """Which layers of a file with int8 activations give other results on x86 processors without VNNI."""
+    if metadata.get("pcq.mode") != "int8":
+        return []
+    names = json.loads(metadata.get(SATURATING, "null"))
+    said = "not recorded" if names is None else ", ".join(names) or "none: it computes the same integers everywhere"
+    return [("layers that saturate on x86 without VNNI", said)]
 
 
 def _layout(scheme: Scheme) -> str:

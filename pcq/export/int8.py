@@ -10,6 +10,10 @@ weights, unasked.
 
 A tensor that a static layer, or an operation between static layers, computes is quantized where it is made, and
 everything reads its codes; any other tensor is quantized for the static layers that read it.
+
+x86 processors without VNNI add pairs of products in 16 bits and saturate there. Integers up to 64 cannot (``SAFE``),
+nor can depthwise layers, which have a kernel of their own; what enters any other static layer has 7 bits instead of 8,
+unless every target is known to have VNNI. Dynamic layers always see 8 bits.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,8 +26,8 @@ import onnx_ir as ir
 
 from pcq.export.body import DOMAIN
 from pcq.export.editing import add_op, initializer, int_attribute, is_constant, numbers, only_reader, sweep, typed_value
-from pcq.export.integers import Channels, Integers, integers, lower_int8
-from pcq.export.ranges import Range
+from pcq.export.integers import Channels, Integers, integers, large, lower_int8
+from pcq.export.ranges import FULL, HALF, Range
 from pcq.qtensor import QuantizedTensor
 
 Activations = Literal["static", "dynamic"]
@@ -33,7 +37,10 @@ SAME = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze")
 
 @dataclass(frozen=True)
 class Site:
-    """A node that can run in int8: ``node`` multiplies by the packed ``weight``."""
+    """A node that can run in int8: ``node`` multiplies by the packed ``weight``.
+
+    ``saturates``: with inputs of 8 bits it can, on x86 without VNNI.
+    """
 
     name: str
     node: ir.Node
@@ -41,7 +48,7 @@ class Site:
     transposed: bool
     form: Integers
     activations: Activations
-    depthwise: bool
+    saturates: bool
 
 
 @dataclass(frozen=True)
@@ -68,8 +75,10 @@ def find_sites(model: ir.Model, weights: Mapping[str, QuantizedTensor]) -> Found
                 left[name] = f"{node.op_type} has no int8 kernel that serves"
             else:
                 shape = weights[name].rows.shape
-                depthwise = node.op_type == "Conv" and shape[1] == 1 and int_attribute(node, "group", 1) > 1
-                sites.append(Site(node.name or name, node, name, transposed, form, kind, depthwise))
+                alone = shape[1] == 1 and int_attribute(node, "group", 1) == shape[0] and len(shape) <= 4
+                depthwise = node.op_type == "Conv" and alone
+                saturates = not depthwise and large(weights[name].grid)
+                sites.append(Site(node.name or name, node, name, transposed, form, kind, saturates))
     order = {node: i for i, node in enumerate(model.graph)}
     return Found(tuple(sorted(sites, key=lambda site: order[site.node])), left)
 
@@ -102,10 +111,12 @@ class Placement:
     partly: dict[ir.Value, tuple[ir.Node, ...]]
     same: dict[ir.Value, ir.Value]
 
-    @property
-    def observed(self) -> list[str]:
-        """Names of the tensors whose ranges are needed, for these sites and any fewer."""
-        return [value.name or "" for value in dict.fromkeys([*self.whole, *self.partly])]
+    def observed(self, vnni: bool) -> dict[str, int]:
+        """Tensors whose ranges are needed, for these sites and any fewer -> the last of their codes."""
+        values = dict.fromkeys([*self.whole, *self.partly])
+        entering = [site.node.inputs[0] for site in self.sites if site.saturates and site.activations == "static"]
+        halved = set() if vnni else {self.same.get(value, value) for value in entering if value is not None}
+        return {value.name or "": HALF if self.same.get(value, value) in halved else FULL for value in values}
 
 
 def place(model: ir.Model, sites: Sequence[Site]) -> Placement:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pcq.errors import CheckFailed, PcqError
 from pcq.export import scheme, verify, writing
+from pcq.export.cpu import described
 from pcq.export.drop import Drop, Samples, compare, outputs
 from pcq.export.int8 import Activations, Converted, Site, convert, find_sites, place
 from pcq.export.integers import expected
@@ -62,6 +63,9 @@ class Int8Report:
         fused: int8 kernels in ONNX Runtime's own graph of the file -> how many.
         unfused: layers that were to run in int8 and that ONNX Runtime did not fuse.
         drop: measured on held-out samples; None: there were none.
+        cpu: the processor that measured it, as far as int8 is concerned.
+        seven_bits: weights of layers whose input has 7 bits, so that they do not saturate anywhere.
+        saturating: weights of layers that can saturate on x86 without VNNI.
         first_drop: with every layer in int8.
         fallen_back: weights of layers that went back to float for the drop, worst first.
         seconds: in all.
@@ -75,6 +79,9 @@ class Int8Report:
     fused: dict[str, int]
     unfused: int
     drop: Drop | None
+    cpu: str
+    seven_bits: tuple[str, ...]
+    saturating: tuple[str, ...]
     first_drop: Drop | None
     fallen_back: tuple[str, ...]
     seconds: float
@@ -87,6 +94,7 @@ def write_int8(
     held_out: Samples = (),
     *,
     ranges: Method = "minmax",
+    vnni: bool = False,
     keep: Sequence[str] = (),
     max_drop: float = 0.5,
     external_above: int = writing.EXTERNAL_ABOVE,
@@ -99,6 +107,7 @@ def write_int8(
         calibration: gives samples to observe ranges on; None: only layers that need none.
         held_out: samples, and labels, to measure on.
         ranges: how they are chosen.
+        vnni: the file will run on no x86 processor without VNNI, so that sums that saturate there may have 8 bits.
         keep: weights, or patterns of their names, whose layers stay float; ``first`` and ``last`` are the first and
             last layers that could run in int8.
         max_drop: points of top-1 (percent of predictions, without labels) that int8 may cost.
@@ -109,7 +118,7 @@ def write_int8(
     """
     start = time.perf_counter()
     file = open_packed(exact)
-    work = _Work(exact, file, ranges=ranges, calibration=calibration, external_above=external_above)
+    work = _Work(exact, file, ranges=ranges, vnni=vnni, calibration=calibration, external_above=external_above)
     found = find_sites(ir.load(exact), file.weights)
     reasons = dict(found.left)
     chosen = _without(found.sites, keep, reasons)
@@ -155,8 +164,9 @@ def write_int8(
     layers = tuple(Int8Layer(name, kinds.get(name), "" if name in kinds else reasons.get(name, "unused"))
                    for name in file.weights)  # fmt: skip
     return Int8Report(
-        Path(out), data, nbytes, file.file_bytes, layers, fused, len(chosen) - sum(fused.values()), measured, first,
-        tuple(fallen), time.perf_counter() - start,
+        Path(out), data, nbytes, file.file_bytes, layers, fused, len(chosen) - sum(fused.values()), measured,
+        described(), tuple(s.weight for s in chosen if s.saturates and s.activations == "static" and not vnni),
+        work.saturating(chosen), first, tuple(fallen), time.perf_counter() - start,
     )  # fmt: skip
 
 
@@ -183,16 +193,21 @@ class _Work:
     exact: Path
     file: PackedFile
     ranges: Method
+    vnni: bool
     calibration: Batches | None
     external_above: int
 
     def observe(self, sites: Sequence[Site], progress: Progress) -> dict[str, Range]:
         model, again = self._fresh(sites)
-        names = place(model, again).observed
-        if not names:
+        tops = place(model, again).observed(self.vnni)
+        if not tops:
             return {}
         assert self.calibration is not None
-        return observe(self.exact, names, self.calibration, self.ranges, progress)
+        return observe(self.exact, tops, self.calibration, self.ranges, progress)
+
+    def saturating(self, sites: Sequence[Site]) -> tuple[str, ...]:
+        """Weights of layers that can saturate: all with large integers where VNNI is promised, else dynamic ones."""
+        return tuple(s.weight for s in sites if s.saturates and (self.vnni or s.activations == "dynamic"))
 
     def _fresh(self, sites: Sequence[Site]) -> tuple[ir.Model, list[Site]]:
         """A new copy of the graph, and the same sites in it."""
@@ -208,6 +223,7 @@ class _Work:
         model.metadata_props[scheme.KEY] = scheme.to_json(schemes)
         model.metadata_props["pcq.mode"] = "int8"
         model.metadata_props["pcq.int8"] = json.dumps({site.weight: site.activations for site in again})
+        model.metadata_props[scheme.SATURATING] = json.dumps(self.saturating(again))
         for value in model.graph.initializers.values():
             value.type = value.shape = None
         return writing.save(model, path, self.external_above), converted

@@ -16,7 +16,7 @@ from torch import Tensor
 from pcq.export.body import INT32, Body, Lowered
 from pcq.export.frame import Array, Frame
 from pcq.export.lowering import digits
-from pcq.grids import Affine
+from pcq.grids import Affine, Grid
 from pcq.packing import pack, planes
 from pcq.qtensor import QuantizedTensor
 
@@ -61,6 +61,15 @@ def integers(weight: QuantizedTensor) -> Integers | str:
     if low < -128 or high > 127:
         return f"its integers reach from {low:g} to {high:g}"
     return Integers(halves, max(1, int(SAFE // max(-low, high, 1))))
+
+
+def large(grid: Grid) -> bool:
+    """Whether a weight of this form of levels may have integers above ``SAFE``."""
+    if not isinstance(grid, Affine):
+        return False
+    zero = grid.zero_point
+    reach = grid.count - 1 if isinstance(zero, Tensor) else max(zero, grid.count - 1 - zero)
+    return reach * (1 if isinstance(zero, Tensor) or zero == int(zero) else 2) > SAFE
 
 
 @dataclass(frozen=True)

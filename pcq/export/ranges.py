@@ -6,7 +6,7 @@ one whose 8-bit histogram has the least Kullback-Leibler divergence from the num
 histogram of 2048 bins and cost a second run.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,33 +21,40 @@ from pcq.progress import Progress, silent
 
 Method = Literal["minmax", "percentile", "mse", "entropy"]
 BINS, TAIL, STEPS = 2048, 1e-4, 48
+FULL, HALF = 255, 127
+"""The last code of a tensor in 8 bits and in 7."""
+
 Histogram = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Range:
-    """Codes 0 to 255 stand for ``scale * (code - zero_point)``, which spans ``low <= 0`` to ``high >= 0``."""
+    """Codes 0 to ``top`` stand for ``scale * (code - zero_point)``, which spans ``low <= 0`` to ``high >= 0``.
+
+    Codes go on to 255 in any case; ``top`` is 127 where products with large weights are to fit into 16 bits.
+    """
 
     low: float
     high: float
+    top: int = FULL
 
     @property
     def scale(self) -> np.float32:
-        return np.float32(max((self.high - self.low) / 255, 1e-12))
+        return np.float32(max((self.high - self.low) / self.top, 1e-12))
 
     @property
     def zero_point(self) -> np.uint8:
-        return np.uint8(np.clip(np.rint(-self.low / float(self.scale)), 0, 255))
+        return np.uint8(np.clip(np.rint(-self.low / float(self.scale)), 0, self.top))
 
 
 def observe(
     path: Path,
-    names: Sequence[str],
+    tops: Mapping[str, int],
     batches: Callable[[], Iterable[Tensor]],
     method: Method = "minmax",
     progress: Progress = silent,
 ) -> dict[str, Range]:
-    """Run the float ONNX file and choose a range for each tensor in ``names``.
+    """Run the float ONNX file and choose a range for each tensor in ``tops``, which says its last code.
 
     Args:
         path: the file; one input.
@@ -58,7 +65,7 @@ def observe(
     """
     from pcq.export.verify import open_session
 
-    model = onnx.load_model(path)
+    names, model = list(tops), onnx.load_model(path)
     (given,) = model.graph.input
     known = {output.name for output in model.graph.output}
     inner = [name for name in names if name != given.name]
@@ -79,15 +86,15 @@ def observe(
                 raise CheckFailed("it is not finite on the calibration samples", where=name)
             low[name], high[name] = min(low[name], ends[0]), max(high[name], ends[1])
     if method == "minmax":
-        return {name: Range(low[name], high[name]) for name in names}
+        return {name: Range(low[name], high[name], top) for name, top in tops.items()}
     counts = {name: np.zeros(BINS) for name in names}
     for tensors in runs("count ranges"):
         for name in names:
             counts[name] += np.histogram(tensors[name], BINS, (low[name], max(high[name], low[name] + 1e-9)))[0]
-    return {name: narrowed(counts[name], low[name], high[name], method) for name in names}
+    return {name: narrowed(counts[name], low[name], high[name], method, top) for name, top in tops.items()}
 
 
-def narrowed(counts: Histogram, low: float, high: float, method: Method) -> Range:
+def narrowed(counts: Histogram, low: float, high: float, method: Method, top: int = FULL) -> Range:
     """The interval within ``low .. high`` that ``method`` prefers for numbers with this histogram."""
     edges = np.linspace(low, high, len(counts) + 1)
     middles = (edges[1:] + edges[:-1]) / 2
@@ -95,20 +102,20 @@ def narrowed(counts: Histogram, low: float, high: float, method: Method) -> Rang
     if method == "percentile":
         below = np.cumsum(share)
         first, last = int(np.searchsorted(below, TAIL)), int(np.searchsorted(below, 1 - TAIL))
-        return Range(min(0.0, float(edges[first])), max(0.0, float(edges[min(last + 1, len(counts))])))
+        return Range(min(0.0, float(edges[first])), max(0.0, float(edges[min(last + 1, len(counts))])), top)
     loss = _squared if method == "mse" else _divergence
     parts = np.linspace(1, 0.1, STEPS)
-    candidates = [Range(low * part, high * part) for part in parts]
+    candidates = [Range(low * part, high * part, top) for part in parts]
     best = min(candidates, key=lambda one: loss(share, middles, one))
-    candidates = [Range(best.low * part, best.high) for part in parts] + [
-        Range(best.low, best.high * part) for part in parts
+    candidates = [Range(best.low * part, best.high, top) for part in parts] + [
+        Range(best.low, best.high * part, top) for part in parts
     ]
     return min([best, *candidates], key=lambda one: loss(share, middles, one))
 
 
 def _rounded(middles: Histogram, span: Range) -> Histogram:
     scale, zero = float(span.scale), float(span.zero_point)
-    return (np.clip(np.rint(middles / scale) + zero, 0, 255) - zero) * scale
+    return (np.clip(np.rint(middles / scale) + zero, 0, span.top) - zero) * scale
 
 
 def _squared(share: Histogram, middles: Histogram, span: Range) -> float:
@@ -120,7 +127,7 @@ def _squared(share: Histogram, middles: Histogram, span: Range) -> float:
 def _divergence(share: Histogram, middles: Histogram, span: Range) -> float:
     """KL(numbers || codes): each code's numbers are spread evenly over the bins that it stands for; what is clipped has
     its own bins' share against nothing but the end code."""
-    codes = np.rint((_rounded(middles, span) - span.low) / float(span.scale)).astype(int).clip(0, 255)
+    codes = np.rint((_rounded(middles, span) - span.low) / float(span.scale)).astype(int).clip(0, span.top)
     used = share > 0
     total = np.bincount(codes, share, 256)
     inside = used & (middles >= span.low) & (middles <= span.high)

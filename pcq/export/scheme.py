@@ -24,6 +24,7 @@ from pcq.packing import planes
 from pcq.qtensor import QuantizedTensor
 
 KEY = "pcq.scheme"
+SATURATING = "pcq.int8_saturating"
 
 
 @dataclass(frozen=True)

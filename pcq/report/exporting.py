@@ -54,10 +54,17 @@ def _int8(result: commands.ExportResult, int8: "Int8Report") -> RenderableType:
     if int8.drop is None:
         lines.append("Nothing was held out, so what int8 costs was not measured: give --calib SPEC.")
     else:
-        lines.append(f"Measured on {int8.drop.n} held-out samples: {_said(int8.drop)}.")
+        lines.append(f"Measured on {int8.drop.n} held-out samples, on {int8.cpu}: {_said(int8.drop)}.")
     if int8.fallen_back and int8.first_drop is not None:
         lines.append(f"With every layer in int8: {_said(int8.first_drop)}. So {len(int8.fallen_back)} went back to "
                      f"float, worst first: {', '.join(int8.fallen_back)}.")  # fmt: skip
+    if int8.seven_bits:
+        lines.append(f"What enters {len(int8.seven_bits)} layers of 8-bit weights has 7 bits: so their sums saturate "
+                     "on no x86; --vnni gives them 8.")  # fmt: skip
+    if int8.saturating:
+        lines.append(f"{len(int8.saturating)} layers of 8-bit weights can saturate on x86 without VNNI, so results "
+                     f"differ between processors: {', '.join(int8.saturating)}. There the session option "
+                     "session.x64quantprecision=1 computes exactly, but slower.")  # fmt: skip
     lines.append("Leave the runtime's default optimisation on; do not run onnxsim or onnxslim on the file.")
     return Group(made, *[Text(line) for line in lines])
 
