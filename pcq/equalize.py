@@ -21,7 +21,7 @@ from pcq import tape as tapes
 from pcq.calibrate.batchnorm import reestimate
 from pcq.calibrate.layers import Layer, Norm, find, norms
 from pcq.calibrate.oneshot import Settings, calibrate
-from pcq.calibrate.steps import Outcome, Step, better, compared, outputs
+from pcq.calibrate.steps import HIGHER, Outcome, Step, better, compared, last_kept, outputs
 from pcq.errors import PcqError
 from pcq.progress import Progress, silent
 from pcq.qtensor import QuantizedTensor, Quantizer
@@ -273,7 +273,7 @@ def care(
         result = calibrate(module, plan, (samples,), trial_settings, teacher, progress)
         fresh = {**floats, **result.changed}
         step = measure(name, result.quantized, fresh)
-        if better(step, next(each for each in reversed(steps) if not each.reason)):
+        if better(step, last_kept(steps)):
             best, changed = result.quantized, fresh
             outcome = replace(outcome, layers=result.layers)
         else:
@@ -281,9 +281,6 @@ def care(
         steps.append(step)
     changed = transferred(all_norms, changed, teacher, trained)
     return replace(outcome, quantized=best, changed=changed, moved=moved, steps=tuple(steps), plain=refused)
-
-
-HIGHER = "not kept: the error is not lower"
 
 
 def _most_common(refused: Mapping[str, str]) -> str:

@@ -114,6 +114,7 @@ def run(
     start: int,
     stop: int,
     interpret: Mapping[str, Interpret] | None = None,
+    gradient: bool = False,
 ) -> dict[int, Tensor]:
     """Replay operations ``start .. stop - 1`` and return the tensors alive then.
 
@@ -124,6 +125,7 @@ def run(
         start: the first operation.
         stop: the operation to stop before; ``len(tape.ops)`` for all.
         interpret: operations (by name) to compute by ``(op, args) -> outputs`` instead of the recorded function.
+        gradient: let autograd follow.
     """
     now = dict(values)
 
@@ -134,7 +136,7 @@ def run(
             return tensors[tape.names[leaf.number]]
         return now[leaf.number] if leaf.number in now else tape.constants[leaf.number]
 
-    with torch.no_grad():
+    with torch.set_grad_enabled(gradient):
         for index in range(start, stop):
             op = tape.ops[index]
             args, kwargs = pytree.tree_map(look, (op.args, dict(op.kwargs)))

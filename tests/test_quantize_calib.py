@@ -24,7 +24,7 @@ DIGITS = HERE / "digits-resnet8.safetensors"
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory):
     out = tmp_path_factory.mktemp("made") / "x.safetensors"
-    return pcq.quantize(DIGITS, "ternary", arch=ARCH, out=out, calibration=Calibration("digits", 128))
+    return pcq.quantize(DIGITS, "ternary", arch=ARCH, out=out, calibration=Calibration("digits", 128, refine=12))
 
 
 def test_the_artifact_holds_what_calibration_found(made):
@@ -37,7 +37,7 @@ def test_the_artifact_holds_what_calibration_found(made):
     for name, tensor in outcome.changed.items():
         assert torch.equal(stored.floats[name], tensor)
     assert made.bytes_after == made.predicted == made.path.stat().st_size
-    assert stored.calibration == {"data": "digits", "method": "proxconnect", "samples": 128, "seed": 0}
+    assert stored.calibration == {"data": "digits", "method": "proxconnect", "samples": 128, "seed": 0, "refine": 12}
 
 
 def test_the_steps_are_those_of_the_written_network(made):
@@ -62,11 +62,10 @@ def test_calibration_wins_back_what_rounding_loses(made, tmp_path):
 
 def test_a_seed_settles_everything(made, tmp_path):
     again, other = (
-        pcq.quantize(
-            DIGITS, "ternary", arch=ARCH, out=tmp_path / f"{s}", calibration=Calibration("digits", 128, seed=s)
-        )
-        for s in (0, 1)
-    )
+        pcq.quantize(DIGITS, "ternary", arch=ARCH, out=tmp_path / f"{seed}",
+                     calibration=Calibration("digits", 128, seed=seed, refine=12))
+        for seed in (0, 1)
+    )  # fmt: skip
     assert made.path.read_bytes() == again.path.read_bytes() != other.path.read_bytes()
 
 
@@ -99,6 +98,9 @@ def test_random_is_called_invented(tmp_path, capsys):
         (["--calib", "digits", "--samples", "5000"], "--samples 8 to"),
         (["--calib", "fashion-mnist", "--arch", "pcq.demo.nets:resnet8?num_classes=10&in_channels=3"], "another shape"),
         (["--samples", "8"], "--calib random"),
+        (["--refine", "8"], "--calib random"),
+        (["--calib", "digits", "--refine", "-1"], "0 or more"),
+        (["--calib", "random", "--input", "1x8x8", "--refine", "8"], "too unlike"),
         (["--calib", "digitz"], "Did you mean 'digits'"),
         (["--calib", "npz:wide.npz"], "does not take them"),
     ],

@@ -47,7 +47,8 @@ class Settings:
             large, but at least 16 for each weight of a row.
         batch: samples that go through the network at once.
         memory: bytes of activations to keep between layers.
-        seed: of the positions drawn.
+        refine: optimizer steps in which each block is refined after its layers; 0: none.
+        seed: of the positions drawn, and of the order of the batches.
     """
 
     method: Method = "gptq"
@@ -60,6 +61,7 @@ class Settings:
     positions: int = 16384
     batch: int = 32
     memory: int = 2**30
+    refine: int = 0
     seed: int = 0
 
 

@@ -218,9 +218,9 @@ def refit(quadratic: Quadratic, start: Codes, steps: int = 8) -> Codes:
     """
     grid, row = start.grid, start.row
     scaled = isinstance(grid, Affine) or grid.scale is not None
-    parameters = _parameters(grid)
+    parameters = parameters_of(grid)
     if scaled:
-        unit = _with_parameters(grid, torch.ones_like(parameters))
+        unit = with_parameters(grid, torch.ones_like(parameters))
         slot, base = row, _decode(unit, row, start.codes)
     else:
         slot = (row if parameters.shape[0] > 1 else torch.zeros_like(row)) * parameters.shape[1] + start.codes.long()
@@ -266,26 +266,26 @@ def refit(quadratic: Quadratic, start: Codes, steps: int = 8) -> Codes:
     fitted = values.reshape(parameters.shape)
     valid = (fitted >= 0).all(1) if scaled else (fitted[:, 1:] >= fitted[:, :-1]).all(1)
     valid &= fitted.isfinite().all(1)
-    better = _per_owner(quadratic.loss(_decode(_with_parameters(grid, fitted), row, start.codes)), channels)
+    better = _per_owner(quadratic.loss(_decode(with_parameters(grid, fitted), row, start.codes)), channels)
     better = better < _per_owner(quadratic.loss(start.decode()), channels)
     owners = owner.reshape(parameters.shape)[:, 0]
     broken = torch.zeros(channels, dtype=torch.long).index_add_(0, owners, (~valid).long())
     keep = (better & (broken == 0))[owners]
-    return replace(start, grid=_with_parameters(grid, torch.where(keep[:, None], fitted, parameters)))
+    return replace(start, grid=with_parameters(grid, torch.where(keep[:, None], fitted, parameters)))
 
 
 def _per_owner(losses: Tensor, channels: int) -> Tensor:
     return losses.flatten() if channels == losses.numel() else losses.sum().reshape(1)
 
 
-def _parameters(grid: Grid) -> Tensor:
+def parameters_of(grid: Grid) -> Tensor:
     """What :func:`refit` moves: ``[g, 1]`` scales or ``[g, k]`` tables."""
     if isinstance(grid, Affine):
         return grid.scale[:, None]
     return grid.table if grid.scale is None else grid.scale[:, None]
 
 
-def _with_parameters(grid: Grid, parameters: Tensor) -> Grid:
+def with_parameters(grid: Grid, parameters: Tensor) -> Grid:
     if isinstance(grid, Affine):
         return replace(grid, scale=parameters[:, 0].contiguous())
     if grid.scale is None:

@@ -1,7 +1,7 @@
 """Calibration step by step: each measured against the float network on samples it did not use, kept if it helps."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +11,8 @@ from torch.utils import _pytree as pytree
 from pcq import qtensor
 from pcq import tape as tapes
 from pcq.calibrate.batchnorm import reestimate
+from pcq.calibrate.blocks import BlockReport, blocks, refine
+from pcq.calibrate.layers import find
 from pcq.calibrate.oneshot import LayerReport, Settings, batches, calibrate
 from pcq.errors import PcqError
 from pcq.progress import Progress, silent
@@ -47,6 +49,7 @@ class Outcome:
         moved: name -> the float weight that was quantized, where it is not the network's own.
         steps: what each step bought, in order.
         layers: one report for each reconstructed layer; empty if that was not kept.
+        blocks: one report for each refined block; empty if that was not kept.
         plain: name -> why this weight was only rounded to nearest.
         samples: how many the steps used.
         held_out: how many others they were measured on.
@@ -60,6 +63,7 @@ class Outcome:
     plain: Mapping[str, str]
     samples: int
     held_out: int
+    blocks: tuple[BlockReport, ...] = ()
 
     def tensors(self) -> dict[str, Tensor]:
         """All that differs from the float network, dequantized, by name."""
@@ -105,10 +109,10 @@ def calibrate_measured(
     settings: Settings,
     progress: Progress = silent,
 ) -> Outcome:
-    """Reconstruct layer by layer on ``samples``, then try BatchNorm statistics taken anew; judge on ``held_out``.
+    """Reconstruct layer by layer on ``samples``, refine block by block, try BatchNorm statistics taken anew.
 
-    The reconstruction stays if the network's output error on ``held_out`` is lower than that of the nearest levels;
-    BatchNorm statistics taken anew if both the error and the agreement are then no worse.
+    The reconstruction and the refinement stay if they lower the network's output error on ``held_out``; BatchNorm
+    statistics taken anew if both the error and the agreement are then no worse.
 
     Args:
         module: the float network; it is left as it is.
@@ -116,7 +120,7 @@ def calibrate_measured(
         samples: ``[N, ...]``, without labels.
         held_out: other samples, to judge by.
         settings: of the reconstruction.
-        progress: called once a layer.
+        progress: called once a layer, and once a block.
 
     Raises:
         PcqError: the network does not take the samples, or its pass cannot be replayed.
@@ -138,17 +142,35 @@ def calibrate_measured(
         best = trial
         outcome = replace(outcome, quantized=result.quantized, changed=result.changed, layers=result.layers)
     else:
-        step = replace(step, reason="not kept: the error is not lower")
+        step = replace(step, reason=HIGHER)
     steps.append(step)
-    start = time.perf_counter()
     parts = batches((samples,), settings.batch)
     tape = tapes.record(module, parts[0])
+    if settings.refine:
+        start = time.perf_counter()
+        layers, _ = find(tape, {name: rows.shape for name, (rows, _) in plan.items()})
+        found = blocks(tape, layers, list(plan))
+        refined = refine(
+            tape, found, outcome.quantized, outcome.changed, own, parts, settings.refine, settings.memory,
+            settings.seed, progress,
+        )  # fmt: skip
+        seconds = time.perf_counter() - start
+        trial = {**refined.changed, **{name: q.dequantize() for name, q in refined.quantized.items()}}
+        name = f"{len(refined.blocks)} blocks refined" + _fewer(refined.samples, result.samples)
+        step = compared(name, outputs(module, trial, held_out), aim, seconds)
+        if better(step, last_kept(steps)):
+            best = trial
+            outcome = replace(outcome, quantized=refined.quantized, changed=refined.changed, blocks=refined.blocks)
+        else:
+            step = replace(step, reason=HIGHER)
+        steps.append(step)
+    start = time.perf_counter()
     fresh = reestimate(tape, {**own, **best}, parts)
     name = "BatchNorm statistics taken anew"
     if fresh:
         seconds = time.perf_counter() - start
         step = compared(name, outputs(module, {**best, **fresh}, held_out), aim, seconds)
-        kept = next(each for each in reversed(steps) if not each.reason)
+        kept = last_kept(steps)
         if better(step, kept) and (step.agreement or 0) >= (kept.agreement or 0):
             outcome = replace(outcome, changed={**outcome.changed, **fresh})
         else:
@@ -157,6 +179,18 @@ def calibrate_measured(
     else:
         steps.append(Step(name, None, None, "the network has no BatchNorm"))
     return replace(outcome, steps=tuple(steps))
+
+
+HIGHER = "not kept: the error is not lower"
+
+
+def last_kept(steps: Sequence[Step]) -> Step:
+    """The last step that was."""
+    return next(each for each in reversed(steps) if not each.reason)
+
+
+def _fewer(used: int, given: int) -> str:
+    return "" if used == given else f" on {used:,} of the samples, which fit into memory"
 
 
 def better(step: Step, other: Step) -> bool:

@@ -43,6 +43,13 @@ def quantize(
         Literal["proxconnect", "gptq", "rounding", "nearest"] | None,
         typer.Option(help="How each layer is reconstructed (default: proxconnect; for random gptq)."),
     ] = None,
+    refine: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Optimizer steps to refine each block in, after its layers (default: 160; 0: none).",
+        ),
+    ] = None,
     budget: Annotated[
         str | None,
         typer.Option(
@@ -66,9 +73,9 @@ def quantize(
     from pcq import commands
 
     calibration = None
-    given = {"--samples": samples, "--calib-method": calib_method, "--seed": seed}
+    given = {"--samples": samples, "--calib-method": calib_method, "--refine": refine, "--seed": seed}
     if calib is not None:
-        calibration = commands.Calibration(calib, samples, calib_method, seed or 0, shape_of(input_shape))
+        calibration = commands.Calibration(calib, samples, calib_method, seed or 0, shape_of(input_shape), refine)
     elif said := [option for option, value in given.items() if value is not None]:
         todo = "Say on what: --calib folder:DIR, or --calib random"
         raise PcqError("this is about calibration, which was not asked for", where=said[0], todo=todo)
@@ -78,6 +85,8 @@ def quantize(
             raise PcqError("this is about checkpoints, and an ONNX model was given", where="--arch, --input")
         if budget is not None:
             raise PcqError("budgets are for checkpoints, and an ONNX model was given", where="--budget")
+        if refine is not None:
+            raise PcqError("blocks are refined in checkpoints, and an ONNX model was given", where="--refine")
         if detect and calib is not None:
             raise PcqError("nothing is rounded with --detect, so there is nothing to calibrate", where="--calib")
         planned = commands.plan_onnx(model, recipe, overrides=overrides or (), detect=detect)

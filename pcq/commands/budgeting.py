@@ -175,10 +175,7 @@ class Problem:
         """Bytes as the budget counts them."""
         if isinstance(self.limit, Bits):
             return sum(entry.nbytes for entry in planned.plan.quantized)
-        asked = self.calibration
-        record = None
-        if asked is not None:
-            record = {"data": asked.data, "method": asked.solver, "samples": asked.samples or 512, "seed": asked.seed}
+        record = None if self.calibration is None else self.calibration.to_json(self.calibration.samples or 512)
         header = checkpoint.make_header(
             planned.plan,
             arch=planned.arch,

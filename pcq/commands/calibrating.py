@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 RANDOM = "random"
 SAMPLES = 512
+REFINE = 160
 FEWEST = 8
 
 Method = Literal["proxconnect", "gptq", "rounding", "nearest"]
@@ -32,6 +33,8 @@ class Calibration:
             Of ``random``: as many as have 4 million numbers together, 8 to 128.
         method: how each layer's quadratic is minimised; None: ``gptq`` for ``random``, else ``proxconnect``.
         seed: which samples are drawn.
+        refine: optimizer steps in which each block is refined after its layers; None: 160; 0: none.
+            Invented samples are not good enough for it.
         input_shape: one sample's shape, for ``random`` where the architecture does not tell.
     """
 
@@ -40,14 +43,30 @@ class Calibration:
     method: Method | None = None
     seed: int = 0
     input_shape: tuple[int, ...] | None = None
+    refine: int | None = None
 
     def __post_init__(self) -> None:
+        if self.refine is not None and self.refine < 0:
+            raise PcqError(f"{self.refine} steps cannot be made", where="--refine", allowed="0 or more")
+        if self.refine and self.data == RANDOM:
+            what = "blocks are not refined on invented samples, which are too unlike the real ones for that"
+            raise PcqError(what, where="--refine", todo="Leave it out")
         if self.samples is not None and self.samples < FEWEST:
             raise PcqError(f"{self.samples} samples are too few", where="--samples", allowed=f"{FEWEST} or more")
 
     @property
     def solver(self) -> Method:
         return self.method or ("gptq" if self.data == RANDOM else "proxconnect")
+
+    @property
+    def refinement(self) -> int:
+        """Optimizer steps for each block."""
+        return 0 if self.data == RANDOM else REFINE if self.refine is None else self.refine
+
+    def to_json(self, samples: int) -> dict[str, object]:
+        """What an artifact records of it; ``samples`` were used."""
+        said = {"data": self.data, "method": self.solver, "samples": samples, "seed": self.seed}
+        return {**said, "refine": self.refinement}
 
 
 @dataclass(frozen=True)
@@ -68,8 +87,7 @@ class Calibrated:
 
     def to_json(self) -> dict[str, object]:
         """What an artifact records of it."""
-        return {"data": self.asked.data, "method": self.asked.solver, "samples": self.outcome.samples,
-                "seed": self.asked.seed}  # fmt: skip
+        return self.asked.to_json(self.outcome.samples)
 
 
 def calibrated(planned: "Planned", asked: Calibration, progress: Progress = silent) -> Calibrated:
@@ -102,7 +120,7 @@ def calibrated(planned: "Planned", asked: Calibration, progress: Progress = sile
         said = f"{outcome.samples} invented samples of {'x'.join(map(str, shape))}: no real data was seen"
         return Calibrated(replace(asked, samples=outcome.samples), network, said, outcome)
     samples, held_out, said = draw(asked)
-    settings = Settings(method=asked.solver, seed=asked.seed)
+    settings = Settings(method=asked.solver, seed=asked.seed, refine=asked.refinement)
     outcome = calibrate_measured(network, chosen, samples, held_out, settings, progress)
     return Calibrated(replace(asked, samples=outcome.samples), network, said, outcome)
 

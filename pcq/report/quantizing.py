@@ -136,6 +136,7 @@ def _(result: commands.Calibrated) -> dict[str, Any]:
             for step in outcome.steps
         ],
         "layers": [vars(layer) for layer in outcome.layers],
+        "blocks": [vars(block) for block in outcome.blocks],
         "only_rounded": dict(outcome.plain),
     }
 
