@@ -16,8 +16,8 @@ from torch import Tensor
 
 from pcq.errors import PcqError
 from pcq.export.body import Lowered
+from pcq.export.facts import RUNTIMES, target
 from pcq.export.frame import Frame, can_transpose
-from pcq.export.layouts import RUNTIMES, target
 from pcq.export.lowering import lower
 from pcq.export.reading import decode
 from pcq.export.scheme import describe, from_json, to_json

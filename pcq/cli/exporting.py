@@ -17,6 +17,17 @@ class Mode(StrEnum):
 
     exact = "exact"
     int8 = "int8"
+    native = "native"
+    low_memory = "low-memory"
+    matmulnbits = "matmulnbits"
+
+
+class Aim(StrEnum):
+    """What layouts are chosen for."""
+
+    size = "size"
+    speed = "speed"
+    ram = "ram"
 
 
 class Ranges(StrEnum):
@@ -41,9 +52,28 @@ def export(
     pt2: Pt2 = False,
     compressed_tensors: Compressed = False,
     mode: Annotated[
-        Mode,
-        typer.Option(help="exact: float speed, torch's outputs. int8: activations in 8 bits too, 2-3 times faster."),
-    ] = Mode.exact,
+        Mode | None,
+        typer.Option(
+            help="exact (default): float speed, torch's outputs. int8: activations in 8 bits too, 2-3 times faster. "
+            "native: loads quicker, on ONNX Runtime 1.23 and later. low-memory: convolutions stay packed in memory, "
+            "and run slower. matmulnbits: so do matrices, by an operator of ONNX Runtime's own.",
+            show_default=False,
+        ),
+    ] = None,
+    optimize: Annotated[
+        Aim | None,
+        typer.Option(
+            help="Choose a layout for each weight instead: fewest bytes, quickest (int8 with --calib), least memory.",
+            show_default=False,
+        ),
+    ] = None,
+    accuracy_level: Annotated[
+        int | None,
+        typer.Option(
+            help="matmulnbits: 4 may round activations to int8 (default; what it costs is measured), 1 does not.",
+            show_default=False,
+        ),
+    ] = None,
     calib: Annotated[
         str | None,
         typer.Option(metavar="SPEC", help="int8: data to observe ranges on and to judge by.", show_default=False),
@@ -71,11 +101,19 @@ def export(
     from pcq import commands
     from pcq.errors import PcqError
 
-    if mode is Mode.exact and (calib is not None or keep or vnni):
+    if mode is not None and optimize is not None:
+        raise PcqError("--mode and --optimize both choose the layout", where="export", todo="Give one of them")
+    fast = mode is Mode.int8 or (optimize is Aim.speed and calib is not None)
+    if not fast and (calib is not None or keep or vnni):
         given = "--calib" if calib is not None else "--float" if keep else "--vnni"
         raise PcqError("it belongs to --mode int8", where=given, todo="Add --mode int8, or leave it out")
+    if accuracy_level is not None and mode is not Mode.matmulnbits:
+        raise PcqError("it belongs to --mode matmulnbits", where="--accuracy-level", todo="Leave it out")
+    if accuracy_level not in (None, 1, 4):
+        raise PcqError(f"{accuracy_level} is no accuracy level that is offered", where="--accuracy-level",
+                       allowed="1 (float32) or 4 (int8 where ONNX Runtime can)")  # fmt: skip
     asked = commands.Int8(calib, samples, ranges.value, max_drop, tuple(keep or ()), vnni)
-    int8 = asked if mode is Mode.int8 else None
+    int8 = asked if fast else None
     with bar("exporting") as progress:
         result = commands.export_onnx(
             artifact,
@@ -83,6 +121,9 @@ def export(
             arch=arch,
             input_shape=shape_of(input_shape),
             target_ort=target_ort,
+            layout="exact" if mode is None or fast else mode.value,  # type: ignore[arg-type]
+            aim=None if optimize is None or fast else optimize.value,
+            level=1 if accuracy_level == 1 else 4,
             int8=int8,
             force=force,
             progress=progress,

@@ -32,6 +32,7 @@ class ExportResult:
         report: the proof of the exact file.
         int8: what became of it with int8 activations; None in mode ``exact``.
         data: the samples of int8 in words.
+        mode: ``int8``, the layout that was asked for, or ``optimized for`` an aim.
     """
 
     path: Path
@@ -40,6 +41,7 @@ class ExportResult:
     report: "OnnxReport"
     int8: "Int8Report | None" = None
     data: str = ""
+    mode: str = "exact"
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,9 @@ def export_onnx(
     arch: str | None = None,
     input_shape: Sequence[int] | None = None,
     target_ort: str = "1.17",
+    layout: Literal["exact", "native", "low-memory", "matmulnbits"] = "exact",
+    aim: Literal["size", "speed", "ram"] | None = None,
+    level: Literal[1, 4] = 4,
     int8: Int8 | None = None,
     force: bool = False,
     progress: Progress = silent,
@@ -91,6 +96,9 @@ def export_onnx(
         input_shape: one sample's shape without the batch, such as ``(3, 224, 224)``; default: what the architecture
             is made for.
         target_ort: the oldest ONNX Runtime that must run the file.
+        layout: how weights lie in the file where that serves, ``exact`` elsewhere; see ``pcq.export.layouts``.
+        aim: choose a layout for each weight instead.
+        level: accuracy level of MatMulNBits in layout ``matmulnbits``: 4 may round activations to int8, 1 does not.
         int8: run on int8 activations, chosen and measured so; None: exact.
         force: replace a file at ``out`` that pcq did not write.
         progress: called at each stage.
@@ -100,6 +108,11 @@ def export_onnx(
         CheckFailed: the exported file is not bit-exact, does not agree with torch, or has not the size predicted.
     """
     from pcq.export import write_int8, write_onnx, writing
+
+    if int8 is not None and (layout != "exact" or aim is not None):
+        raise PcqError(
+            "int8 activations take the layout exact", where="export", todo="Leave out the layout and the aim"
+        )
 
     source = Path(artifact)
     path = Path(out) if out is not None else source.with_suffix(ONNX_SUFFIX)
@@ -126,11 +139,15 @@ def export_onnx(
             metadata={"recipe": json.dumps(stored.recipe), "arch": network.arch, "source": source.name},
             tied=stored.tied,
             target_ort=target_ort,
+            layout=layout,
+            aim=aim,
+            level=level,
             progress=progress,
         )
 
     if int8 is None:
-        return ExportResult(path, source, network.arch, write(path))
+        mode = layout if aim is None else f"optimized for {aim}"
+        return ExportResult(path, source, network.arch, write(path), mode=mode)
     with writing.draft(path) as exact:
         report = write(exact)
         made = write_int8(
@@ -144,7 +161,7 @@ def export_onnx(
             max_drop=int8.max_drop,
             progress=progress,
         )
-    return ExportResult(path, source, network.arch, report, made, said)
+    return ExportResult(path, source, network.arch, report, made, said, "int8")
 
 
 def _samples(int8: Int8, shape: tuple[int, ...]) -> tuple[list[Tensor], list[tuple[Tensor, Tensor | None]], str]:

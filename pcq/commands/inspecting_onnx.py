@@ -11,8 +11,10 @@ import onnx
 from pcq.commands.views import FileView, TensorView, float_view, quantized_view
 from pcq.errors import CheckFailed, PcqError
 from pcq.export import is_packed, open_packed
+from pcq.export.layouts import LOADING
 from pcq.export.reading import PackedFile, file_bytes
 from pcq.export.scheme import KEY, SATURATING, Scheme, from_json
+from pcq.export.verify import STAY_PACKED
 from pcq.packing import DIGITS
 
 INT8 = {
@@ -26,9 +28,6 @@ MULTIPLYING = {
     "Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose", "MatMul", "FusedMatMul", "Gemm", "FusedGemm", "MatMulNBits",
 }  # fmt: skip
 """Operators that multiply by weights in float."""
-
-LOADING = 16
-"""Bytes for each packed weight that loading takes for a moment, about (docs/onnx.md): 12 to 20."""
 
 
 def inspect_onnx(path: Path) -> FileView:
@@ -52,15 +51,19 @@ def inspect_onnx(path: Path) -> FileView:
 
 
 def _packed(path: Path, packed: PackedFile) -> FileView:
-    numbers = sum(weight.numel for weight in packed.weights.values())
-    resident = 4 * numbers + packed.float_bytes
+    numel = {name: weight.numel for name, weight in packed.weights.items()}
+    layouts = {name: scheme.layout for name, scheme in packed.schemes.items()}
+    resident = packed.float_bytes + sum(
+        packed.weight_bytes[name] if layout in STAY_PACKED else 4 * numel[name] for name, layout in layouts.items()
+    )
+    loading = sum(LOADING[layout] * numel[name] for name, layout in layouts.items())
     facts = [
         ("opset", str(packed.opset)),
         ("IR version", str(packed.ir_version)),
         ("unpacking functions", ", ".join(packed.functions)),
         ("bits per packed weight", f"{packed.bits_per_weight:.3f}"),
         ("other tensors", f"{packed.float_bytes:,} bytes"),
-        *runs(path, resident, LOADING * numbers),
+        *runs(path, resident, loading),
         *_saturating(packed.metadata),
         *((key, value) for key, value in packed.metadata.items() if key not in (KEY, SATURATING) and len(value) < 200),
     ]
@@ -81,7 +84,9 @@ def _saturating(metadata: dict[str, str]) -> list[tuple[str, str]]:
 
 
 def _layout(scheme: Scheme) -> str:
-    """``5 to a byte`` for trits, ``4 + 8 to a byte`` for two planes; and how the matrix lies."""
+    """``5 to a byte`` for trits, ``4 + 8 to a byte`` for two planes, or the layout; and how the matrix lies."""
+    if scheme.layout != "exact":
+        return f"{scheme.layout}, {scheme.bits} bits{', stored transposed' if scheme.transposed else ''}"
     digits = " + ".join(str(DIGITS[radix]) for radix in scheme.planes)
     return f"{digits} to a byte{', stored transposed' if scheme.transposed else ''}"
 
@@ -148,6 +153,8 @@ def _inflated(path: Path, model: onnx.ModelProto, schemes: dict[str, Scheme], go
 def _stored(scheme: Scheme) -> int:
     """Bytes of the codes alone."""
     numel = math.prod(scheme.shape)
+    if scheme.layout != "exact":
+        return -(-numel * scheme.bits // 8)
     return sum(-(-numel // DIGITS[radix]) for radix in scheme.planes)
 
 

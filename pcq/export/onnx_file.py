@@ -15,7 +15,9 @@ from torch.export import ExportedProgram
 
 from pcq.errors import PcqError, did_you_mean, raise_all
 from pcq.export import passes, scheme, verify, writing
-from pcq.export.layouts import Target, target
+from pcq.export.facts import Target, target
+from pcq.export.layouts import Aim, Choice, Layout, Level, Plan, plan
+from pcq.export.nbits import OPERATOR
 from pcq.export.tracing import Example, Traced, tensors_of, trace
 from pcq.progress import Progress, silent
 from pcq.qtensor import QuantizedTensor
@@ -23,7 +25,8 @@ from pcq.qtensor import QuantizedTensor
 
 @dataclass(frozen=True)
 class OnnxTensor:
-    """One packed weight in the file: ``function`` unpacks it; ``nbytes`` with scales, zero points and levels."""
+    """One packed weight in the file: ``function`` unpacks it or multiplies by it; ``nbytes`` with scales, zero points
+    and levels; why it has its ``layout``."""
 
     name: str
     shape: tuple[int, ...]
@@ -31,6 +34,8 @@ class OnnxTensor:
     transposed: bool
     nbytes: int
     bits: float
+    layout: Layout = "exact"
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,12 @@ class OnnxReport:
         dynamic_batch: whether the file takes any number of samples.
         opset, ir_version, target_ort: what the file is written for.
         ort_version: the ONNX Runtime it was tried in.
+        resident: predicted bytes of all tensors in memory while the network runs.
+        transient: predicted bytes that a run takes for a moment to unpack its largest weight.
+        loading: predicted bytes that loading takes for a moment.
+        load: how long loading takes, in words.
+        level4: where MatMulNBits may round activations to int8: how far the outputs are from torch's, ``|y - y0| /
+            |y0|`` and as ``error``, in this ONNX Runtime; ``agreements`` are then of the same file in float32.
         seconds: in all.
     """
 
@@ -70,6 +81,11 @@ class OnnxReport:
     target_ort: str
     ort_version: str
     seconds: float
+    resident: int = 0
+    transient: int = 0
+    loading: int = 0
+    load: str = ""
+    level4: verify.Rounded | None = None
 
     @property
     def error(self) -> float:
@@ -87,6 +103,9 @@ def write_onnx(
     tied: Mapping[str, str] | None = None,
     samples: Sequence[Sequence[Tensor]] = (),
     target_ort: str = "1.17",
+    layout: Layout = "exact",
+    aim: Aim | None = None,
+    level: Level = 4,
     external_above: int = writing.EXTERNAL_ABOVE,
     progress: Progress = silent,
 ) -> OnnxReport:
@@ -102,6 +121,10 @@ def write_onnx(
         tied: names that stand for another parameter; recorded in the metadata.
         samples: real inputs to compare on besides random ones, each one tensor per input.
         target_ort: the oldest ONNX Runtime that has to run the file.
+        layout: how weights lie in the file where that serves; see :mod:`pcq.export.layouts`.
+        aim: choose a layout for each weight instead, for ``size``, ``speed`` or ``ram``.
+        level: accuracy level of MatMulNBits in layout ``matmulnbits``: 1 computes in float32, 4 with activations
+            rounded to int8 where a runtime can.
         external_above: bytes of initializers beyond which they get a file of their own beside ``out``.
         progress: called at each stage.
 
@@ -116,25 +139,29 @@ def write_onnx(
     _check_weights(tensors_of(network), weights)
     progress("trace", 0, 1)
     traced = trace(network, example, goal.opset)
-    packing = _pack(traced, weights, goal, {**(metadata or {})}, dict(tied or {}), progress)
+    wanted = _Wanted(goal, layout, aim, level)
+    packing = _pack(traced, weights, wanted, {**(metadata or {})}, dict(tied or {}), progress)
     kept = {name: weights[name] for name in packing.names}
     trials = _trials(traced, samples)
     with writing.draft(out) as path:
         progress("write", 0, 1)
         data = writing.save(traced.model, path, external_above)
-        file, agreements = verify.prove(path, kept, packing.predicted, traced.run, trials, progress)
+        file, agreements = verify.prove(path, kept, packing.predicted, traced.run, trials, progress, packing.nbytes)
+        level4 = verify.rounded(path, traced.run, trials) if verify.rounds(path) else None
         data = writing.commit(path, data, out)
     return OnnxReport(
         path=out, data_path=data, nbytes=file.file_bytes, predicted=packing.predicted,
         float_bytes=packing.float_bytes, bits_per_weight=file.bits_per_weight,
         tensors=tuple(
             OnnxTensor(name, weight.rows.shape, file.schemes[name].function, file.schemes[name].transposed,
-                       file.weight_bytes[name], 8 * file.weight_bytes[name] / weight.numel)
+                       file.weight_bytes[name], 8 * file.weight_bytes[name] / weight.numel,
+                       packing.choices[name].layout, packing.choices[name].reason)
             for name, weight in kept.items()
         ),
         unused=packing.unused, shared=packing.shared, agreements=agreements, dynamic_batch=any(traced.batched),
         opset=file.opset, ir_version=file.ir_version, target_ort=goal.ort, ort_version=onnxruntime.__version__,
-        seconds=time.perf_counter() - start,
+        seconds=time.perf_counter() - start, resident=packing.plan.resident + file.float_bytes,
+        transient=packing.plan.transient, loading=packing.plan.loading, load=packing.plan.load, level4=level4,
     )  # fmt: skip
 
 
@@ -167,18 +194,35 @@ def _check_weights(tensors: Mapping[str, Tensor], weights: Mapping[str, Quantize
 
 
 @dataclass(frozen=True)
+class _Wanted:
+    goal: Target
+    layout: Layout
+    aim: Aim | None
+    level: Level
+
+
+@dataclass(frozen=True)
 class _Packing:
     names: tuple[str, ...]
     unused: tuple[str, ...]
     shared: dict[str, str]
     predicted: int
     float_bytes: int
+    plan: Plan
+
+    @property
+    def choices(self) -> dict[str, Choice]:
+        return {choice.name: choice for choice in self.plan.choices}
+
+    @property
+    def nbytes(self) -> dict[str, int]:
+        return {choice.name: choice.nbytes for choice in self.plan.choices}
 
 
 def _pack(
     traced: Traced,
     weights: Mapping[str, QuantizedTensor],
-    goal: Target,
+    wanted: _Wanted,
     metadata: dict[str, str],
     tied: dict[str, str],
     progress: Progress,
@@ -208,23 +252,31 @@ def _pack(
     progress("optimise", 0, 1)
     left = passes.distinct_bytes(model)
     passes.optimise(model)
+    made = plan(passes.needs(model, weights, packed), wanted.goal, wanted.layout, wanted.aim, wanted.level)
+    packed = passes.lay_out(model, weights, packed, made)
     structure = passes.structure_bytes(model, packed)
-    filled = passes.fill(model, packed)
-    names = tuple(one.name for one in filled)
+    filled = {one.name: one for one in passes.fill(model, packed)}
+    choices = {choice.name: choice for choice in made.choices}
+    names = tuple(choices)
     unused += [name for name in weights if name not in names and name not in shared and name not in unused]
     schemes = {
-        one.name: scheme.describe(weights[one.name], one.lowered.function.name, one.transposed) for one in filled
-    }
+        name: scheme.describe(
+            weights[name], filled[name].lowered.function.name if name in filled else OPERATOR,
+            name in filled and filled[name].transposed, choices[name].layout, choices[name].stored,
+        )
+        for name in names
+    }  # fmt: skip
     version = importlib.metadata.version("pcq")
     entries = {"version": version, **metadata}
     if tied or shared:
         entries["tied"] = json.dumps({**tied, **shared})
     properties = {f"pcq.{key}": value for key, value in entries.items()} | {scheme.KEY: scheme.to_json(schemes)}
-    passes.finish(model, goal.ir_version, version, properties)
+    if wanted.aim is not None or wanted.layout != "exact":
+        properties["pcq.mode"] = wanted.layout if wanted.aim is None else f"optimized for {wanted.aim}"
+    passes.finish(model, made.ir_version, version, properties)
     described = sum(len(key) + len(value.encode()) + 12 for key, value in properties.items())
-    quantized = sum(weights[name].nbytes for name in names)
-    predicted = left + quantized + structure + described
-    return _Packing(names, tuple(unused), shared, predicted, float_bytes)
+    predicted = left + made.nbytes + structure + described
+    return _Packing(names, tuple(unused), shared, predicted, float_bytes, made)
 
 
 def _equal_values(a: QuantizedTensor, b: QuantizedTensor) -> bool:

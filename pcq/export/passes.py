@@ -7,7 +7,7 @@ node without inputs, so no rule can fold, merge or rename what is behind it.
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +17,12 @@ from onnxscript import optimizer
 
 from pcq.errors import PcqError
 from pcq.export.body import DOMAIN, Lowered
+from pcq.export.editing import int_attribute
 from pcq.export.frame import can_transpose
+from pcq.export.layouts import Need, Plan
 from pcq.export.lowering import lower
+from pcq.export.nbits import blocks, multiply
+from pcq.export.typed import lower_dequantize, lower_native
 from pcq.qtensor import QuantizedTensor
 
 PLACEHOLDER = "Weight"
@@ -40,11 +44,13 @@ class Packed:
         name: the parameter.
         lowered: what comes into its place.
         transposed: whether it is stored transposed.
+        opset: the operator set that it is lowered for.
     """
 
     name: str
     lowered: Lowered
     transposed: bool
+    opset: int
 
 
 def find(model: ir.Model, weights: Mapping[str, QuantizedTensor]) -> dict[str, list[Held]]:
@@ -109,7 +115,7 @@ def pack(model: ir.Model, name: str, weight: QuantizedTensor, held: list[Held]) 
     assert first is not None, name
     model.graph.insert_before(first, nodes)
     model.opset_imports[DOMAIN] = 1
-    return Packed(name, lowered, transposed)
+    return Packed(name, lowered, transposed, model.opset_imports[""])
 
 
 def optimise(model: ir.Model) -> None:
@@ -124,6 +130,57 @@ def optimise(model: ir.Model) -> None:
         for node in graph:
             for value in node.outputs:
                 value.metadata_props.clear()
+
+
+def needs(model: ir.Model, weights: Mapping[str, QuantizedTensor], packed: Sequence[Packed]) -> list[Need]:
+    """What has to be laid out, and what reads it in the optimised graph; weights that nothing uses are left out."""
+    by_name = {one.name: one for one in packed}
+    found = []
+    for node in placeholders(model):
+        name = node.attributes["name"].as_string()
+        value, weight = node.outputs[0], weights[name]
+        readers = [_reader(use.node, use.idx) for use in value.uses()]
+        if value.is_graph_output():
+            readers.append("an output of the graph")
+        found.append(Need(name, weight.grid, weight.rows, by_name[name].transposed, tuple(dict.fromkeys(readers))))
+    return found
+
+
+def placeholders(model: ir.Model) -> list[ir.Node]:
+    """Of weights that the graph uses."""
+    return [node for node in model.graph if node.domain == DOMAIN and node.op_type == PLACEHOLDER]
+
+
+def _reader(node: ir.Node, index: int) -> str:
+    """``Conv``, ``ConvTranspose``, ``MatMul`` and ``Gemm`` where the weight is what a layer multiplies by."""
+    plain = index == 1 and node.domain == ""
+    if plain and node.op_type == "Gemm":
+        ones = all(node.attributes[key].as_float() == 1 for key in ("alpha", "beta") if key in node.attributes)
+        plain = ones and int_attribute(node, "transB", 0) == 1 and int_attribute(node, "transA", 0) == 0
+    return node.op_type if plain else f"{node.op_type} in another way"
+
+
+def lay_out(model: ir.Model, weights: Mapping[str, QuantizedTensor], packed: list[Packed], plan: Plan) -> list[Packed]:
+    """Give each placeholder its layout, and the graph the operator set that they need.
+
+    MatMulNBits comes into the graph at once; the others are left to :func:`fill`.
+    """
+    model.opset_imports[""] = plan.opset
+    choices = {choice.name: choice for choice in plan.choices}
+    nodes = {node.attributes["name"].as_string(): node for node in placeholders(model)}
+    rest = []
+    for one in packed:
+        choice, weight = choices.get(one.name), weights[one.name]
+        if choice is None or choice.stored is None:
+            lowered = one.lowered if plan.opset == one.opset else lower(weight, plan.opset, one.transposed)
+            rest.append(replace(one, lowered=lowered, opset=plan.opset))
+        elif choice.layout == "matmulnbits":
+            multiply(model, nodes[one.name], one.name, blocks(weight, choice.stored, plan.level))
+        else:
+            lowering = lower_native if choice.layout == "native" else lower_dequantize
+            lowered = lowering(weight, choice.stored, plan.opset, one.transposed)
+            rest.append(replace(one, lowered=lowered, opset=plan.opset))
+    return rest
 
 
 def fill(model: ir.Model, packed: list[Packed]) -> list[Packed]:

@@ -103,7 +103,7 @@ def open_packed(path: Path | str) -> PackedFile:
         parts = {part: f"{name}/{part}" for part in PARTS if f"{name}/{part}" in initializers}
         used |= set(parts.values())
         arrays = {part: _array(initializers[key], path) for part, key in parts.items()}
-        weight_bytes[name] = sum(array.nbytes for array in arrays.values())
+        weight_bytes[name] = sum(_nbytes(initializers[key]) for key in parts.values())
         try:
             weights[name] = decode(scheme, arrays)
         except (ValueError, KeyError, IndexError, AssertionError) as error:
@@ -125,17 +125,9 @@ def decode(scheme: Scheme, arrays: dict[str, np.ndarray]) -> QuantizedTensor:
         ValueError, KeyError, IndexError: they do not fit the scheme.
     """
     rows = Rows(scheme.shape, scheme.axis, scheme.blocks, scheme.group)
-    numel, packed = math.prod(scheme.shape), arrays["packed"]
-    digits = [max(d for d in range(1, 9) if radix**d <= 256) for radix in scheme.planes]
-    ends = np.cumsum([-(-numel // per_byte) for per_byte in digits])
-    if packed.dtype != np.uint8 or packed.shape != (ends[-1],):
-        raise ValueError(f"{packed.size} packed bytes where {ends[-1]} are needed")
-    codes, place = np.zeros(numel, np.int64), 1
-    for radix, per_byte, plane in zip(scheme.planes, digits, np.split(packed.astype(np.int64), ends[:-1]), strict=True):
-        codes += place * np.stack([plane // radix**i % radix for i in range(per_byte)], 1).reshape(-1)[:numel]
-        place *= radix
-    if numel and codes.max() >= scheme.levels:
-        raise ValueError(f"code {codes.max()} of {scheme.levels} levels")
+    codes = _codes(scheme, arrays["packed"])
+    if codes.size and not 0 <= codes.min() <= codes.max() < scheme.levels:
+        raise ValueError(f"codes from {codes.min()} to {codes.max()} of {scheme.levels} levels")
     shape = scheme.shape[::-1] if scheme.transposed else scheme.shape
     weight = codes.astype(np.uint8).reshape(shape)
     weight = np.ascontiguousarray(weight.T if scheme.transposed else weight)
@@ -144,7 +136,9 @@ def decode(scheme: Scheme, arrays: dict[str, np.ndarray]) -> QuantizedTensor:
 
     def by_row(part: str, rest: int = 0) -> torch.Tensor:
         """``[g, ...]`` from the shape it broadcasts in; a transposed matrix has its groups before its channels."""
-        array = arrays[part]
+        array = arrays[part] if scheme.layout != "matmulnbits" else _by_block(scheme, rows, part, arrays[part])
+        if array.dtype.kind not in "fiu":  # ml_dtypes' types of 2 and 4 bits
+            array = array.astype(np.uint8)
         if scheme.transposed and array.ndim - rest == 3:
             array = array[:, 0].swapaxes(0, 1)
         return torch.from_numpy(np.array(array.reshape((rows.g, *array.shape[array.ndim - rest :]))))
@@ -154,12 +148,66 @@ def decode(scheme: Scheme, arrays: dict[str, np.ndarray]) -> QuantizedTensor:
     if scheme.kind == "affine":
         if scale is None:
             raise KeyError("scale")
-        zero = by_row("zero_point") if scheme.zero_point is None else scheme.zero_point
-        grid = Affine(scale, zero, scheme.levels)
+        scale = scale * scheme.unit
+        if scheme.zero_point is None:
+            grid = Affine(scale, by_row("zero_point").to(torch.uint8), scheme.levels)
+        else:
+            _check_zero(scheme, by_row("zero_point") if "zero_point" in arrays else None)
+            grid = Affine(scale, scheme.zero_point, scheme.levels)
     else:
         table = arrays["levels"]
         grid = Codebook(torch.from_numpy(np.array(table))[None] if table.ndim == 1 else by_row("levels", 1), scale)
     return QuantizedTensor(torch.from_numpy(weight), grid, rows)
+
+
+def _codes(scheme: Scheme, packed: np.ndarray) -> np.ndarray:
+    """int64, row-major in the stored shape."""
+    numel = math.prod(scheme.shape)
+    if scheme.layout == "exact":
+        digits = [max(d for d in range(1, 9) if radix**d <= 256) for radix in scheme.planes]
+        ends = np.cumsum([-(-numel // per_byte) for per_byte in digits])
+        if packed.dtype != np.uint8 or packed.shape != (ends[-1],):
+            raise ValueError(f"{packed.size} packed bytes where {ends[-1]} are needed")
+        codes, place = np.zeros(numel, np.int64), 1
+        pieces = np.split(packed.astype(np.int64), ends[:-1])
+        for radix, per_byte, plane in zip(scheme.planes, digits, pieces, strict=True):
+            codes += place * np.stack([plane // radix**i % radix for i in range(per_byte)], 1).reshape(-1)[:numel]
+            place *= radix
+        return codes
+    if scheme.layout == "matmulnbits":
+        shifted = packed.astype(np.int64)[..., None] >> np.arange(0, 8, scheme.bits) & 2**scheme.bits - 1
+        integers = shifted.reshape(len(packed), -1)[:, : scheme.shape[1]].reshape(-1)
+    else:
+        integers = packed.astype(np.int64).reshape(-1)
+    if integers.size != numel:
+        raise ValueError(f"{integers.size} integers where {numel} are needed")
+    if ((integers + scheme.offset) % scheme.unit).any():
+        raise ValueError("an integer that no code gives")
+    whole: np.ndarray = (integers + scheme.offset) // scheme.unit
+    return whole
+
+
+def _by_block(scheme: Scheme, rows: Rows, part: str, array: np.ndarray) -> np.ndarray:
+    """``[g]``: what MatMulNBits has for each block, which is the same in all blocks of a row."""
+    outputs, count = scheme.shape[0], -(-scheme.shape[1] // scheme.block)
+    if part == "zero_point" and array.dtype == np.uint8:
+        each = array.reshape(outputs, -1, 1) >> np.arange(0, 8, scheme.bits, dtype=np.uint8) & 2**scheme.bits - 1
+        array = each.reshape(outputs, -1)[:, :count]
+    by_row = array.reshape(rows.g, -1)
+    if (by_row != by_row[:, :1]).any():
+        raise ValueError(f"{part} differs between the blocks of a row")
+    return np.ascontiguousarray(by_row[:, 0])
+
+
+def _check_zero(scheme: Scheme, stored: torch.Tensor | None) -> None:
+    """Zero points that all rows share stand in the file for the one in the scheme."""
+    assert scheme.zero_point is not None, scheme
+    wanted = scheme.zero_point * scheme.unit - scheme.offset
+    half = 2 ** (scheme.bits - 1) if scheme.layout == "matmulnbits" else 0
+    if scheme.layout in ("low-memory", "matmulnbits") and not (
+        wanted == half if stored is None else bool((stored.double() == wanted).all())
+    ):
+        raise ValueError("its zero point is another one")
 
 
 def _load(path: Path) -> onnx.ModelProto:

@@ -8,17 +8,25 @@ With it and the initializers ``<param>/packed /scale /zero_point /levels`` a rea
     kind        affine: scale * (code - zero_point); codebook: scale * levels[code]
     axis, blocks, group   which weights share a row of scale, zero_point and levels (see pcq.rows)
     sha256      of the codes, one byte each, row-major in the weight's own shape
+
+Of another layout than ``exact`` (pcq.export.layouts) it says more, and there are no planes:
+
+    layout      native, low-memory, matmulnbits
+    unit, offset   what is stored is unit * code - offset, and scales are divided by unit
+    bits, block    MatMulNBits: uint8 [out, blocks, block * bits / 8], least significant first, a scale for each block
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
 from pcq.errors import CheckFailed
+from pcq.export.layouts import Layout
+from pcq.export.stored import Stored
 from pcq.grids import Affine
 from pcq.packing import planes
 from pcq.qtensor import QuantizedTensor
@@ -42,23 +50,43 @@ class Scheme:
     transposed: bool
     function: str
     sha256: str
+    layout: Layout = "exact"
+    unit: int = 1
+    offset: int = 0
+    bits: int = 0
+    block: int = 0
 
 
-def describe(weight: QuantizedTensor, function: str, transposed: bool) -> Scheme:
+_OTHERWISE = ("layout", "unit", "offset", "bits", "block")
+"""What is said of other layouts than ``exact`` only."""
+
+
+def describe(
+    weight: QuantizedTensor, function: str, transposed: bool, layout: Layout = "exact", stored: Stored | None = None
+) -> Scheme:
     """The scheme of a weight that ``function`` unpacks."""
     grid, rows = weight.grid, weight.rows
     affine = isinstance(grid, Affine)
     zero = grid.zero_point if isinstance(grid, Affine) and isinstance(grid.zero_point, int | float) else None
     codes = np.ascontiguousarray(weight.codes.numpy())
-    return Scheme(
+    made = Scheme(
         "affine" if affine else "codebook", grid.count, planes(grid.count), rows.shape, rows.axis, rows.blocks,
         rows.group, zero, transposed, function, hashlib.sha256(codes.data).hexdigest(),
     )  # fmt: skip
+    if stored is None:
+        return made
+    return replace(made, planes=(), layout=layout, unit=stored.unit, offset=stored.offset, bits=stored.bits,
+                   block=stored.block or 0)  # fmt: skip
 
 
 def to_json(schemes: Mapping[str, Scheme]) -> str:
     """Compact JSON."""
-    return json.dumps({name: asdict(scheme) for name, scheme in schemes.items()}, separators=(",", ":"))
+    said = {name: asdict(scheme) for name, scheme in schemes.items()}
+    for entry in said.values():
+        if entry["layout"] == "exact":
+            for key in _OTHERWISE:
+                del entry[key]
+    return json.dumps(said, separators=(",", ":"))
 
 
 def from_json(text: str, where: str) -> dict[str, Scheme]:

@@ -1,7 +1,8 @@
 """Proof that a packed ONNX file is right, made on the file as it was written. Whatever is off is a CheckFailed."""
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,12 @@ TOLERANCE = 1e-4
 SIZE_TOLERANCE, SIZE_SLACK = 0.05, 16384
 """A file may differ from its predicted size by 5 % and 16 KiB; its packed weights not by a byte."""
 
+ROUNDING = 1e-6
+"""Largest error of a weight relative to the largest one, where unpacking it rounds."""
+
+FARTHEST = 0.5
+"""Relative L2 distance from torch beyond which a file that rounds activations is refused."""
+
 FOLDING_LIMIT = 2**30
 """ONNX Runtime from 1.27 on folds no constant of more bytes than this: such a weight is unpacked in every run."""
 
@@ -48,6 +55,19 @@ class Agreement:
 
 
 @dataclass(frozen=True)
+class Rounded:
+    """How far activations rounded to int8 in MatMulNBits move the outputs away from torch's, in the worst trial.
+
+    Attributes:
+        relative_l2: ``|y - y0| / |y0|`` over all outputs.
+        error: as in :class:`Agreement`.
+    """
+
+    relative_l2: float
+    error: float
+
+
+@dataclass(frozen=True)
 class Trial:
     """Inputs to run both sides on, in the graph's order."""
 
@@ -66,8 +86,9 @@ def prove(
     reference: Callable[[Sequence[Tensor]], list[Tensor]],
     trials: Sequence[Trial],
     progress: Progress = silent,
+    nbytes: Mapping[str, int] | None = None,
 ) -> tuple[PackedFile, tuple[Agreement, ...]]:
-    """All checks of this module, the cheap ones first.
+    """All checks of this module, the cheap ones first. MatMulNBits is checked in float32, whatever the file allows.
 
     Args:
         path: the file.
@@ -75,16 +96,75 @@ def prove(
         predicted: its size.
         reference: what it has to compute: inputs -> outputs, both in the graph's order.
         trials: what to run both on.
+        nbytes: what each weight takes in the file; default: as packed.
 
     Raises:
         CheckFailed: the file is not right.
     """
     progress("check codes", 0, 1)
     check_form(path)
-    file = check_codes(path, weights)
+    file = check_codes(path, weights, nbytes)
     check_size(file, predicted)
-    check_unpacking(path, weights, progress)
-    return file, check_outputs(path, reference, trials, weights, progress)
+    with in_float32(path) as exact:
+        multiplied = [name for name, scheme in file.schemes.items() if scheme.layout == "matmulnbits"]
+        halves = {name for name in multiplied if (file.schemes[name].zero_point or 0) % 1}
+        check_unpacking(exact, weights, progress, halves)
+        kept = {name: scheme.layout for name, scheme in file.schemes.items() if scheme.layout in STAY_PACKED}
+        return file, check_outputs(exact, reference, trials, weights, progress, kept)
+
+
+STAY_PACKED = {"low-memory": "DequantizeLinear", "matmulnbits": "MatMulNBits"}
+"""Layouts whose codes stay packed in memory, and the operator that reads them."""
+
+
+def rounds(path: Path) -> bool:
+    """Whether the file lets ONNX Runtime round activations to int8."""
+    nodes = onnx.load_model(path, load_external_data=False).graph.node
+    return any(_level(node) is not None and _level(node).i != 1 for node in nodes)  # type: ignore[union-attr]
+
+
+def _level(node: onnx.NodeProto) -> onnx.AttributeProto | None:
+    return next((one for one in node.attribute if one.name == "accuracy_level"), None)
+
+
+@contextmanager
+def in_float32(path: Path) -> Iterator[Path]:
+    """The file, or beside it a copy whose MatMulNBits computes in float32."""
+    if not rounds(path):
+        yield path
+        return
+    model = onnx.load_model(path, load_external_data=False)
+    for node in model.graph.node:
+        level = _level(node)
+        if level is not None:
+            level.i = 1
+    copy = path.with_name("float32.onnx")
+    onnx.save_model(model, copy)
+    try:
+        yield copy
+    finally:
+        copy.unlink()
+
+
+def rounded(path: Path, reference: Callable[[Sequence[Tensor]], list[Tensor]], trials: Sequence[Trial]) -> Rounded:
+    """Run the file as it is.
+
+    Raises:
+        CheckFailed: its outputs have little to do with torch's.
+    """
+    session, worst, error = open_session(str(path), optimised=True), 0.0, 0.0
+    for trial in trials:
+        expected = [value.detach() for value in reference(trial.values)]
+        feed = {value.name: tensor.numpy() for value, tensor in zip(session.get_inputs(), trial.values, strict=True)}
+        got = session.run(None, feed)
+        pairs = [(a.astype(np.float64), b.numpy().astype(np.float64)) for a, b in zip(got, expected, strict=True)]
+        off = sum(float(np.square(a - b).sum()) for a, b in pairs)
+        worst = max(worst, (off / max(sum(float(np.square(b).sum()) for _, b in pairs), 1e-30)) ** 0.5)
+        error = max(error, _error(session, trial, expected))
+    if not worst <= FARTHEST:
+        raise CheckFailed(f"MatMulNBits in int8 moves the outputs {worst:.2g} away from torch's (relative L2)",
+                          where="check", allowed=f"up to {FARTHEST:g}", todo="Give --accuracy-level 1")  # fmt: skip
+    return Rounded(worst, error)
 
 
 def check_form(path: Path) -> None:
@@ -95,7 +175,9 @@ def check_form(path: Path) -> None:
         raise CheckFailed(f"the ONNX checker refuses it: {_first_line(error)}", where="check") from error
 
 
-def check_codes(path: Path, weights: Mapping[str, QuantizedTensor]) -> PackedFile:
+def check_codes(
+    path: Path, weights: Mapping[str, QuantizedTensor], nbytes: Mapping[str, int] | None = None
+) -> PackedFile:
     """Read the file back: the codes, levels and rows of every weight are those that were to be written."""
     file = open_packed(path)
     if file.weights.keys() != weights.keys():
@@ -104,8 +186,9 @@ def check_codes(path: Path, weights: Mapping[str, QuantizedTensor]) -> PackedFil
         read = file.weights[name]
         if not torch.equal(read.codes, weight.codes) or not _same(read.grid, weight.grid) or read.rows != weight.rows:
             raise CheckFailed("the file holds other codes or levels", where=name)
-        if file.weight_bytes[name] != weight.nbytes:
-            raise CheckFailed(f"takes {file.weight_bytes[name]} bytes instead of {weight.nbytes}", where=name)
+        wanted = weight.nbytes if nbytes is None else nbytes[name]
+        if file.weight_bytes[name] != wanted:
+            raise CheckFailed(f"takes {file.weight_bytes[name]} bytes instead of {wanted}", where=name)
     return file
 
 
@@ -115,21 +198,31 @@ def check_size(file: PackedFile, predicted: int) -> None:
         raise CheckFailed(f"the file takes {file.file_bytes} bytes where {predicted} were predicted", where="check")
 
 
-def check_unpacking(path: Path, weights: Mapping[str, QuantizedTensor], progress: Progress = silent) -> None:
-    """ONNX Runtime's unpacking of every weight gives the very bits of ``dequantize()``; one weight at a time."""
+def check_unpacking(
+    path: Path, weights: Mapping[str, QuantizedTensor], progress: Progress = silent, rounding: Container[str] = ()
+) -> None:
+    """ONNX Runtime's unpacking of every weight gives the very bits of ``dequantize()``; one weight at a time.
+
+    ``rounding``: weights of which it is float arithmetic that rounds: MatMulNBits with zero points between two codes.
+    """
     calls = unpack_calls(path)
     for done, (name, turned, run) in enumerate(calls):
         progress("check unpacking", done, len(calls))
         (got,) = run()
         wanted = weights[name].dequantize()
         wanted = wanted.t() if turned else wanted
-        if not np.array_equal(got.view(np.int32), wanted.contiguous().numpy().view(np.int32)):
+        if name in rounding:
+            right = bool(np.abs(got - wanted.numpy()).max() <= ROUNDING * wanted.abs().max())
+        else:
+            right = np.array_equal(got.view(np.int32), wanted.contiguous().numpy().view(np.int32))
+        if not right:
             raise CheckFailed("ONNX Runtime unpacks other weights than were packed", where=name)
     progress("check unpacking", len(calls), len(calls))
 
 
 def unpack_calls(path: Path) -> list[tuple[str, bool, Callable[[], list[np.ndarray]]]]:
-    """Each call of an unpacking function: its weight, whether it gives the transpose, and what runs it alone."""
+    """Calls of unpacking functions, and each MatMulNBits: the weight, whether it gives the transpose, what runs it
+    alone."""
     model = onnx.load_model(path, load_external_data=False)
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
 
@@ -145,8 +238,31 @@ def unpack_calls(path: Path) -> list[tuple[str, bool, Callable[[], list[np.ndarr
         outputs: list[np.ndarray] = open_session(single.SerializeToString(), optimised=True).run(None, {})
         return outputs
 
-    calls = [node for node in model.graph.node if node.domain == DOMAIN]
-    return [(node.name.rsplit("/", 1)[0], node.output[0].endswith("/transposed"), partial(run, node)) for node in calls]
+    def multiply(node: onnx.NodeProto) -> list[np.ndarray]:
+        """``W.T``, as the product of the unit matrix: each sum has one term that is not zero."""
+        inputs = next(one.i for one in node.attribute if one.name == "K")
+        alone = onnx.NodeProto()
+        alone.CopyFrom(node)
+        alone.input[0] = "unit"
+        single = onnx.ModelProto(ir_version=model.ir_version)
+        single.opset_import.extend(model.opset_import)
+        single.graph.name = "multiply"
+        single.graph.node.append(alone)
+        single.graph.input.append(onnx.helper.make_tensor_value_info("unit", onnx.TensorProto.FLOAT, ["n", inputs]))
+        single.graph.output.append(onnx.helper.make_empty_tensor_value_info(alone.output[0]))
+        single.graph.initializer.extend(initializers[key] for key in alone.input[1:])
+        onnx.external_data_helper.load_external_data_for_model(single, str(path.parent))
+        session, unit = open_session(single.SerializeToString(), optimised=True), np.eye(inputs, dtype=np.float32)
+        return [np.concatenate([session.run(None, {"unit": unit[i : i + 256]})[0] for i in range(0, inputs, 256)])]
+
+    found: list[tuple[str, bool, Callable[[], list[np.ndarray]]]] = []
+    for node in model.graph.node:
+        name = node.name.rsplit("/", 1)[0]
+        if node.domain == DOMAIN:
+            found.append((name, node.output[0].endswith("/transposed"), partial(run, node)))
+        elif node.op_type == STAY_PACKED["matmulnbits"]:
+            found.append((node.input[1].removesuffix("/packed"), True, partial(multiply, node)))
+    return found
 
 
 def check_outputs(
@@ -155,8 +271,12 @@ def check_outputs(
     trials: Sequence[Trial],
     weights: Mapping[str, QuantizedTensor],
     progress: Progress = silent,
+    packed: Mapping[str, str] | None = None,
 ) -> tuple[Agreement, ...]:
-    """Run the file with and without graph optimisations beside the reference; look at what the optimiser left."""
+    """Run the file with and without graph optimisations beside the reference; look at what the optimiser left.
+
+    ``packed``: weights that have to stay packed in memory -> their layouts.
+    """
     agreements: list[Agreement] = []
     total = 2 * len(trials)
     expected = [[value.detach() for value in reference(trial.values)] for trial in trials]
@@ -179,7 +299,9 @@ def check_outputs(
                     )  # fmt: skip
             del session
             if dump is not None:
-                check_folded(dump, {name for name, weight in weights.items() if 4 * weight.numel > FOLDING_LIMIT})
+                large = {name for name, weight in weights.items() if 4 * weight.numel > FOLDING_LIMIT}
+                check_folded(dump, large | (packed or {}).keys())
+                check_packed(dump, packed or {})
     progress("check outputs", total, total)
     return tuple(agreements)
 
@@ -193,6 +315,17 @@ def check_folded(dump: Path, too_large: set[str]) -> None:
     for name in left:
         if name not in too_large:
             raise CheckFailed("ONNX Runtime would unpack this weight in every run", where=name)
+
+
+def check_packed(dump: Path, packed: Mapping[str, str]) -> None:
+    """These weights are still packed in the graph that ONNX Runtime made of the file, and read as they should be."""
+    graph = onnx.load_model(dump, load_external_data=False).graph
+    readers = {key: node.op_type for node in graph.node for key in node.input if key.endswith("/packed")}
+    for name, layout in packed.items():
+        reader = readers.get(f"{name}/packed")
+        if reader != STAY_PACKED[layout]:
+            raise CheckFailed(f"ONNX Runtime does not keep this weight packed for {STAY_PACKED[layout]}", where=name,
+                              todo=f"found {reader or 'floats'}")  # fmt: skip
 
 
 def _error(session: ort.InferenceSession, trial: Trial, expected: Sequence[Tensor]) -> float:

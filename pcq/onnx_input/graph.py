@@ -15,7 +15,7 @@ import onnx.version_converter
 import onnx_ir as ir
 
 from pcq.errors import PcqError
-from pcq.export.layouts import LOCAL_FUNCTION_IR, oldest
+from pcq.export.facts import LOCAL_FUNCTION_IR, oldest
 from pcq.export.scheme import KEY
 
 OPSET = 12

@@ -18,11 +18,14 @@ def _(result: commands.ExportResult) -> RenderableType:
     if result.int8 is not None:
         return _int8(result, result.int8)
     proof = result.report
-    made = table(
-        f"Packed: {result.path}", "weight", "shape", "function", "bits/weight", "bytes", right=("bits/weight", "bytes")
-    )
+    plain = all(row.layout == "exact" and row.reason == "runs everywhere" for row in proof.tensors)
+    chosen = () if plain else ("layout", "why")
+    made = table(f"Packed: {result.path}", "weight", "shape", "function", *chosen, "bits/weight", "bytes",
+                 right=("bits/weight", "bytes"))  # fmt: skip
     for row in proof.tensors:
-        made.add_row(row.name, shape(row.shape), row.function, f"{row.bits:.3f}", f"{row.nbytes:,}")
+        why = () if plain else (row.layout, row.reason)
+        made.add_row(row.name, shape(row.shape), row.function, *why, f"{row.bits:.3f}", f"{row.nbytes:,}")
+    transient = f", {size(proof.transient)} more for a moment in every run" if proof.transient else ""
     lines = [
         f"{size(proof.float_bytes)} of float weights and tensors -> {size(proof.nbytes)} on disk "
         f"({proof.float_bytes / proof.nbytes:.1f}x smaller), {proof.bits_per_weight:.3f} bits per packed weight.",
@@ -31,8 +34,15 @@ def _(result: commands.ExportResult) -> RenderableType:
         f"optimisation; size {proof.nbytes:,} bytes.",
         f"Opset {proof.opset}, IR {proof.ir_version}: runs on ONNX Runtime {proof.target_ort} and later; "
         f"{'dynamic' if proof.dynamic_batch else 'fixed'} batch; {proof.seconds:.1f} s.",
+        f"Predicted: {proof.predicted:,} bytes; loads {proof.load}; {size(proof.resident)} of weights in memory"
+        f"{transient}, about {size(proof.loading)} more while loading.",
         "Leave the runtime's default optimisation on; do not run onnxsim or onnxslim on the file: they unpack it.",
     ]
+    if proof.level4 is not None:
+        moved = f"{proof.level4.relative_l2:.1e} away (relative L2; at worst {proof.level4.error:.1e} of their scale)"
+        lines.insert(2, "MatMulNBits may round activations to int8 (accuracy level 4): from torch's, outputs of ONNX "
+                        f"Runtime {proof.ort_version} are {moved}. Other versions round more, or not at all; what is "
+                        "proved above is the same file in float32 (--accuracy-level 1).")  # fmt: skip
     return Group(made, *[Text(line) for line in lines])
 
 
@@ -96,9 +106,14 @@ def _(result: commands.ExportResult) -> dict[str, Any]:
                 "function": row.function,
                 "bits": row.bits,
                 "bytes": row.nbytes,
+                "layout": row.layout,
+                "reason": row.reason,
             }
             for row in proof.tensors
         ],
+        "memory": {"resident": proof.resident, "transient": proof.transient, "loading": proof.loading},
+        "load": proof.load,
+        "level4": None if proof.level4 is None else asdict(proof.level4),
         "agreements": [
             {"inputs": run.inputs, "batch": run.batch, "optimised": run.optimised, "error": run.error}
             for run in proof.agreements
@@ -109,7 +124,7 @@ def _(result: commands.ExportResult) -> dict[str, Any]:
         "target_ort": proof.target_ort,
         "ort_version": proof.ort_version,
         "seconds": proof.seconds,
-        "mode": "exact" if result.int8 is None else "int8",
+        "mode": result.mode,
         "int8": None if result.int8 is None else {**asdict(result.int8), "path": str(result.int8.path),
                                                   "data_path": result.int8.data_path and str(result.int8.data_path),
                                                   "data": result.data},

@@ -23,7 +23,7 @@ import torch
 from networks import Case, prepare
 
 from pcq.export import passes, write_onnx, writing
-from pcq.export.layouts import target
+from pcq.export.facts import target
 from pcq.export.tracing import trace
 
 RESULTS = Path(__file__).parent / "results"
