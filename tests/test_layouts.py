@@ -114,7 +114,7 @@ def test_plans_keep_to_what_every_runtime_can(needs: list[Need], ort_version: st
             if choice.layout == "matmulnbits":
                 assert set(need.readers) <= {"MatMul", "Gemm"}
                 assert choice.reason.endswith("in float32")
-    assert all(made["size"].nbytes <= other.nbytes for other in (exact, *made.values()))
+    assert all(made["size"].nbytes <= other.nbytes for other in (exact, made["speed"]))
     assert all(made["ram"].resident <= other.resident for other in (exact, *made.values()))
     assert {choice.layout for choice in (*made["size"].choices, *made["speed"].choices)} <= {"exact", "native"}
     newer = plan(needs, target(TARGETS[-1]), aim="ram")
