@@ -132,8 +132,8 @@ def plan(
         needs: the weights.
         goal: the runtimes that have to run the file.
         layout: what to use where it serves; ``exact`` elsewhere.
-        aim: instead: of the layouts that run at the speed of float those of the fewest bytes (of equals, the quickest to
-            load) or the quickest to load; or of all whose outputs are torch's up to rounding those of the least memory.
+        aim: instead: of the layouts that run at the speed of float those of the fewest bytes (of equals, the quickest
+            to load) or the quickest to load; or of all whose outputs are torch's up to rounding those of least memory.
         level: the accuracy level of MatMulNBits.
 
     Raises:
