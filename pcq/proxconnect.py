@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pcq import qtensor
+from pcq import qtensor, shards
 from pcq.errors import CheckFailed, PcqError, raise_all
 from pcq.grids import Affine, Codebook, Grid
 from pcq.methods import METHODS, Method, SignSwish
@@ -84,22 +84,35 @@ class _Tracked:
 
     def __init__(self, target: Target, hides: bool) -> None:
         self.parameter, self.rows, self.quantizer = target.parameter, target.rows, target.quantizer
-        self.shown = target.parameter.data
+        self.shown = shards.local(target.parameter.data)
         self.hidden = self.shown.clone() if hides else None
-        self.grid: Grid = qtensor.fit(self.quantizer, self.shown, self.rows)
+        self.grid: Grid = qtensor.fit(self.quantizer, self.whole(self.shown), self.rows)
         self.mu = 1.0
         self.codes: Tensor | None = None
 
+    def whole(self, part: Tensor) -> Tensor:
+        """All of a value of which ``part`` is held here: the same tensor, unless the parameter is sharded."""
+        return shards.joined(part, self.parameter.data)
+
+    def saved(self, part: Tensor) -> Tensor:
+        """As :meth:`whole`, of a sharded parameter in main memory."""
+        return self.whole(part).cpu() if shards.sharded(self.parameter.data) else part
+
+    def own(self, whole: Tensor) -> Tensor:
+        """What is held here of a value."""
+        return shards.own(whole, self.parameter.data)
+
     def nearest(self, weight: Tensor) -> Tensor:
+        """``weight``, whole, on its levels."""
         return self.rows.merge(proximal(self.rows.split(weight), self.grid, Hard().shifts(1.0)))
 
 
 _attached: "weakref.WeakSet[torch.optim.Optimizer]" = weakref.WeakSet()
 
 
-def swaps(weight: Tensor) -> bool:
+def swaps(parameter: Tensor) -> bool:
     """Whether the two values change places by pointer: on a CPU. Elsewhere they are copied, as CUDA graphs need."""
-    return weight.device.type == "cpu"
+    return parameter.device.type == "cpu" and not shards.sharded(parameter.data)
 
 
 class ProxConnect:
@@ -113,6 +126,9 @@ class ProxConnect:
 
     Between steps the model holds the value that the gradient is taken at; its state dict does not hold the latents of
     ProxConnect, :meth:`state_dict` does. Attach when the model is on its device and has the weights to start from.
+
+    Parameters that FSDP2 has sharded are gathered, one at a time, to fit their levels and to map them: so every row and
+    every level is that of one process, whatever is cut. All processes then have to call every method.
 
     Args:
         optimizer: any; its ``step`` has to be called without a closure.
@@ -168,12 +184,12 @@ class ProxConnect:
             return
         for weight in self._weights.values():
             if self.method.backward is not None and weight.parameter.grad is not None:
-                latent = weight.rows.split(self._latent(weight))
+                latent = weight.rows.split(weight.whole(self._latent(weight)))
                 factor = self.method.backward.slope(latent, weight.grid.levels())
-                weight.parameter.grad.mul_(weight.rows.merge(factor))
+                shards.local(weight.parameter.grad).mul_(weight.own(weight.rows.merge(factor)))
             if weight.hidden is None:
                 continue
-            if self.method.updates == "latent" and swaps(weight.shown):
+            if self.method.updates == "latent" and swaps(weight.parameter):
                 weight.parameter.data = weight.hidden
             else:
                 weight.shown.copy_(weight.hidden)
@@ -188,12 +204,13 @@ class ProxConnect:
         for weight in self._weights.values():
             weight.mu += rates[id(weight.parameter)]
             if weight.hidden is not None and self.method.updates == "latent":
-                if swaps(weight.shown):
+                if swaps(weight.parameter):
                     weight.parameter.data = weight.shown
                 else:
                     weight.hidden.copy_(weight.shown)
             if refits:
-                weight.grid = refit_weight(weight.quantizer, self._latent(weight), weight.grid, weight.rows)
+                latent = weight.whole(self._latent(weight))
+                weight.grid = refit_weight(weight.quantizer, latent, weight.grid, weight.rows)
             if weight.hidden is not None:
                 self._map_hidden(weight)
             elif not self.method.posttraining:
@@ -219,15 +236,16 @@ class ProxConnect:
     @torch.no_grad()
     def _map(self, weight: _Tracked, source: Tensor, out: Tensor) -> None:
         strength = self.strength(weight.mu)
-        rows, into = weight.rows.split(source), weight.rows.split(out)
-        direct = into.data_ptr() == out.data_ptr() and into.is_contiguous()
+        rows = weight.rows.split(weight.whole(source))
         if isinstance(self.method.prox, SignSwish) and strength < 1:
-            out.copy_(weight.rows.merge(self.method.prox.value(rows, weight.grid.levels())))
+            out.copy_(weight.own(weight.rows.merge(self.method.prox.value(rows, weight.grid.levels()))))
             return
+        into = None if shards.sharded(weight.parameter.data) else weight.rows.split(out)
+        direct = into is not None and into.data_ptr() == out.data_ptr() and into.is_contiguous()
         prox = Hard() if isinstance(self.method.prox, SignSwish) else self.method.prox
         mapped = proximal(rows, weight.grid, prox.shifts(strength), out=into if direct else None)
         if not direct:
-            out.copy_(weight.rows.merge(mapped))
+            out.copy_(weight.own(weight.rows.merge(mapped)))
 
     # -- looking, ending, saving --------------------------------------------------------------------------------------
 
@@ -237,8 +255,8 @@ class ProxConnect:
         kept = [(weight.shown.clone(), weight.grid) for weight in self._weights.values()]
         for weight in self._weights.values():
             if self.method.posttraining:
-                weight.grid = qtensor.fit(weight.quantizer, weight.shown, weight.rows)
-            weight.shown.copy_(weight.nearest(self._latent(weight)))
+                weight.grid = qtensor.fit(weight.quantizer, weight.whole(weight.shown), weight.rows)
+            weight.shown.copy_(weight.own(weight.nearest(weight.whole(self._latent(weight)))))
         try:
             yield
         finally:
@@ -253,7 +271,10 @@ class ProxConnect:
         rest = norm = strength = 0.0
         for weight in self._weights.values():
             latent = self._latent(weight)
-            value = weight.hidden if weight.hidden is not None and latent is weight.shown else weight.shown
+            value = weight.whole(
+                weight.hidden if weight.hidden is not None and latent is weight.shown else weight.shown
+            )
+            latent = weight.whole(latent)
             near = weight.nearest(value)
             slack = 4 * torch.finfo(near.dtype).eps * near.abs().amax()
             on += int(((value - near).abs() <= slack).sum())
@@ -294,16 +315,18 @@ class ProxConnect:
         done, problems = {}, []
         for name, weight in self._weights.items():
             if self.method.posttraining:
-                weight.grid = qtensor.fit(weight.quantizer, weight.shown, weight.rows)
-                weight.shown.copy_(weight.nearest(weight.shown))
+                shown = weight.whole(weight.shown)
+                weight.grid = qtensor.fit(weight.quantizer, shown, weight.rows)
+                weight.shown.copy_(weight.own(weight.nearest(shown)))
             elif weight.hidden is not None and self.method.updates == "weight":
                 weight.shown.copy_(weight.hidden)
-            done[name] = qtensor.encode(weight.shown, weight.grid, weight.rows)
-            off = int((done[name].dequantize() != weight.parameter.data).sum())
+            shown = weight.whole(weight.shown)
+            done[name] = qtensor.encode(shown, weight.grid, weight.rows)
+            off = int((done[name].dequantize() != shards.whole(weight.parameter.data)).sum())
             if off:
                 problems.append(
                     CheckFailed(
-                        f"{off} of {weight.shown.numel()} weights are not on their levels",
+                        f"{off} of {shown.numel()} weights are not on their levels",
                         where=name,
                         todo="Something other than the optimizer changed them after its last step.",
                     )
@@ -319,7 +342,10 @@ class ProxConnect:
         _attached.discard(self.optimizer)
 
     def state_dict(self) -> dict[str, Any]:
-        """All there is to go on from, in tensors and plain values. As with an optimizer's, tensors are not copies."""
+        """All there is to go on from, in tensors and plain values. As with an optimizer's, tensors are not copies.
+
+        Of sharded parameters the latents are whole, so that one process can go on from it, or several.
+        """
         return {
             "format": FORMAT,
             "run": self._run(),
@@ -328,7 +354,7 @@ class ProxConnect:
             "asked": self._asked,
             "weights": {
                 name: {
-                    "latent": self._latent(weight),
+                    "latent": weight.saved(self._latent(weight)),
                     "mu": weight.mu,
                     "grid": _grid_state(weight.grid),
                     "codes": weight.codes,
@@ -363,7 +389,7 @@ class ProxConnect:
             saved = state["weights"][name]
             weight.mu, weight.grid = saved["mu"], _grid_from(saved["grid"], weight.shown.device)
             weight.codes = None if saved["codes"] is None else saved["codes"].to(weight.shown.device)
-            self._latent(weight).copy_(saved["latent"])
+            self._latent(weight).copy_(weight.own(saved["latent"]))
             self._map_hidden(weight)
 
     def _run(self) -> dict[str, str]:
@@ -400,8 +426,9 @@ def _check(optimizer: torch.optim.Optimizer, weights: Mapping[str, Target], step
             problems.append(
                 PcqError("is not one of the optimizer's parameters", where=name, todo="Attach to the one that has it.")
             )
-        elif type(data) is not Tensor:
-            problems.append(PcqError(f"is a {type(data).__name__}", where=name, allowed="a plain tensor"))
+        elif type(data) is not Tensor and not (shards.sharded(data) and shards.by_rows(data)):
+            allowed = "a plain tensor, or one that FSDP2 has cut along its first axis"
+            problems.append(PcqError(f"is a {type(data).__name__}", where=name, allowed=allowed))
         elif data.dtype != torch.float32:
             problems.append(
                 PcqError(
@@ -413,7 +440,7 @@ def _check(optimizer: torch.optim.Optimizer, weights: Mapping[str, Target], step
             )
         elif tuple(data.shape) != target.rows.shape:
             problems.append(PcqError(f"has shape {tuple(data.shape)}, its rows {target.rows.shape}", where=name))
-        elif not bool(torch.isfinite(data).all()):
+        elif not bool(torch.isfinite(shards.whole(data)).all()):
             problems.append(PcqError("has infinite or NaN weights", where=name))
     raise_all(problems)
 

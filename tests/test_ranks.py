@@ -14,12 +14,21 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import pcq
+from pcq import shards
 from pcq.commands import FinetuneResult
 from pcq.data import from_arrays
 from pcq.errors import PcqError
+from pcq.methods import METHODS
+from pcq.proxconnect import ProxConnect, Target
+from pcq.qtensor import Quantizer
+from pcq.quantizers import Fixed, KMeans, LeastSquaresBinary, Ternary, Uniform
+from pcq.rows import Rows
+from pcq.schedules import Linear
 from pcq.scores import evaluate, module_predictor
 from pcq.train import ranks
 
@@ -32,16 +41,18 @@ BATCH = 65
 
 NEAR = 5e-6
 """Between two processes and one after SHORT steps, of weights around 1. All that differs is the order of sums: that
-made 5e-7, and permuting the samples within each batch of one process made 1e-7, where BatchNorm over a part of the
-batch made 0.2 and unequal parts of a batch that count alike 0.08 (2026-11-25)."""
+made 4e-7, by SGD and by AdamW, and permuting the samples within each batch of one process made 1e-7, where BatchNorm
+over a part of the batch made 0.02 or more and unequal parts that count alike 5e-5 or more (2026-11-25)."""
 
+# No biases before BatchNorm: their gradients are rounding alone, and Adam would make whole steps of it.
 NET = """
 from torch import nn
 
 
 def net():
     return nn.Sequential(
-        nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 7, 3, stride=2), nn.BatchNorm2d(7), nn.ReLU(),
+        nn.Conv2d(1, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
+        nn.Conv2d(6, 7, 3, stride=2, bias=False), nn.BatchNorm2d(7), nn.ReLU(),
         nn.Flatten(), nn.Linear(28, 10),
     )
 """
@@ -140,24 +151,38 @@ def one(place: Path) -> FinetuneResult:
 @pytest.fixture(scope="module")
 def two(place: Path) -> list[Any]:
     """The same run of two processes: its table and telemetry in each."""
-    return together(lambda: (lambda result: (result.rows, result.telemetry, result.epochs))(tune(place, "two")))
+    return together(lambda: told(tune(place, "two")))
+
+
+@pytest.fixture(scope="module")
+def sharded(place: Path) -> list[Any]:
+    """And of two processes that share the weights."""
+    return together(lambda: told(tune(place, "sharded", shard=True)))
+
+
+def told(result: FinetuneResult) -> tuple[Any, ...]:
+    return result.rows, result.telemetry, result.epochs
 
 
 # -- as one ------------------------------------------------------------------------------------------------------------
 
 
-def test_two_processes_train_what_one_would(place: Path, one: FinetuneResult, two: list[Any]) -> None:
-    assert 0 < apart(place, "one", "two") < NEAR
-    assert two[0] == two[1]
-    rows, telemetry, epochs = two[0]
+@pytest.mark.parametrize("name", ["two", "sharded"])
+def test_two_processes_train_what_one_would(
+    name: str, place: Path, one: FinetuneResult, request: pytest.FixtureRequest
+) -> None:
+    found = request.getfixturevalue(name)
+    assert 0 < apart(place, "one", name) < NEAR
+    assert found[0] == found[1]
+    rows, telemetry, epochs = found[0]
     assert rows == one.rows
     assert telemetry.on_levels == one.telemetry.on_levels == 1
     assert telemetry.flips == one.telemetry.flips
     assert [(e.step, e.score) for e in epochs] == [(e.step, e.score) for e in one.epochs]
     assert epochs[-1].loss == pytest.approx(one.epochs[-1].loss, rel=1e-5)
-    mine, theirs = ((place / f"{name}.metrics.jsonl").read_text().splitlines() for name in ("one", "two"))
+    mine, theirs = ((place / f"{name}.metrics.jsonl").read_text().splitlines() for name in ("one", name))
     assert [json.loads(line)["kind"] for line in mine] == [json.loads(line)["kind"] for line in theirs]
-    assert not (place / "two.resume").exists()
+    assert not (place / f"{name}.resume").exists()
 
 
 def _scored() -> list[tuple[Any, Any]]:
@@ -233,28 +258,38 @@ def test_gradients_of_layers_that_were_left_out() -> None:
 # -- going on ----------------------------------------------------------------------------------------------------------
 
 
-def test_saved_by_one_process_goes_on_with_two_and_the_reverse(place: Path, one: FinetuneResult) -> None:
+@pytest.mark.parametrize("shard", [False, True])
+def test_saved_by_one_process_goes_on_with_two_and_the_reverse(shard: bool, place: Path) -> None:
+    """With an optimizer that keeps more, and clipped gradients."""
+    how: dict[str, Any] = {"overrides": ["finetune.optimizer=adamw", "finetune.clip=1", "finetune.lr=0.001"]}
+    names = {"alone": f"alone{shard}", "wider": f"wider{shard}", "narrower": f"narrower{shard}"}
+    tune(place, names["alone"], **how)
     with pytest.raises(Killed):
-        tune(place, "wider", save_every=5, progress=ending(0, None, 8))
-    resumed = together(lambda: tune(place, "wider", resume=True).resumed_at)
+        tune(place, names["wider"], save_every=5, progress=ending(0, None, 8), **how)
+    resumed = together(lambda: tune(place, names["wider"], resume=True, shard=shard, **how).resumed_at)
     assert resumed == [5, 5]
-    assert apart(place, "one", "wider") < NEAR
-    ends = together(lambda: tune(place, "narrower", progress=ending(1, signal.SIGTERM, 7)))
-    assert [kind for kind, _ in ends] == ["Interrupted"] * 2
-    assert tune(place, "narrower", resume=True).resumed_at == 7
-    assert apart(place, "one", "narrower") < NEAR
+    assert apart(place, names["alone"], names["wider"]) < NEAR
+    stop = ending(1, signal.SIGTERM, 7)
+    ends = together(lambda: tune(place, names["narrower"], shard=shard, progress=stop, **how))
+    assert [kind for kind, _ in ends] == ["Interrupted"] * 2, ends
+    assert tune(place, names["narrower"], resume=True, **how).resumed_at == 7
+    assert apart(place, names["alone"], names["narrower"]) < NEAR
 
 
-def test_killed_and_resumed_is_uninterrupted(place: Path, two: list[Any]) -> None:
+@pytest.mark.parametrize("whole", ["two", "sharded"])
+def test_killed_and_resumed_is_uninterrupted(whole: str, place: Path, request: pytest.FixtureRequest) -> None:
     """kill -9 of one of two processes: the other ends with a sentence, and the next two end in the same bytes."""
-    first, killed = together(lambda: tune(place, "killed", save_every=4, progress=ending(1, signal.SIGKILL, 10)))
+    request.getfixturevalue(whole)
+    name, shard = f"killed-{whole}", whole == "sharded"
+    kill = ending(1, signal.SIGKILL, 10)
+    first, killed = together(lambda: tune(place, name, shard=shard, save_every=4, progress=kill))
     assert killed is None
     assert first[0] == "PcqError"
     assert "another process of this run ended without a word" in first[1]
     assert "--resume" in first[1]
-    assert not (place / "killed.safetensors").exists()
-    assert together(lambda: tune(place, "killed", resume=True).resumed_at) == [8, 8]
-    assert (place / "killed.safetensors").read_bytes() == (place / "two.safetensors").read_bytes()
+    assert not (place / f"{name}.safetensors").exists()
+    assert together(lambda: tune(place, name, shard=shard, resume=True).resumed_at) == [8, 8]
+    assert (place / f"{name}.safetensors").read_bytes() == (place / f"{whole}.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -266,6 +301,135 @@ def test_a_signal_to_either_saves_and_all_leave(number: signal.Signals, place: P
     assert f"{number.name} after 7 of 12 steps" in ends[1][1]
     together(lambda: tune(place, name, resume=True))
     assert (place / f"{name}.safetensors").read_bytes() == (place / "two.safetensors").read_bytes()
+
+
+# -- sharded -----------------------------------------------------------------------------------------------------------
+
+LAYOUTS: dict[str, Rows] = {
+    "channels": Rows((5, 4, 3)),
+    "groups": Rows((5, 4, 3), group=5),
+    "tensor": Rows((5, 4, 3), axis=None),
+    "transposed": Rows((4, 5, 3), axis=1),
+    "blocks": Rows((6, 2, 3), axis=1, blocks=3),
+    "fewer rows than processes": Rows((1, 40)),
+}
+LEVELS: dict[str, Quantizer] = {
+    "ternary": Ternary(),
+    "kmeans": KMeans(levels=4),
+    "lsb": LeastSquaresBinary(2),
+    "uniform": Uniform(4),
+    "fixed": Fixed(levels=(-1.0, -0.3, 0.3, 1.0)),
+}
+
+
+def _steps(parameter: nn.Parameter, rows: Rows, quantizer: Quantizer, method: str) -> list[Tensor]:
+    """The weight after each of some steps, its latent, and its codes and levels at the end; whole."""
+    optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9, weight_decay=0.01)
+    schedule = Linear(0, 0.7)
+    prox = ProxConnect(
+        optimizer, {"w": Target(parameter, rows, quantizer)}, METHODS[method], schedule, steps=4, refit=2
+    )
+    seen = []
+    for step in range(4):
+        gradient = torch.randn(rows.shape, generator=torch.Generator().manual_seed(step + 1))
+        parameter.grad = shards.spread(gradient, parameter.data)
+        optimizer.step()
+        seen.append(shards.whole(parameter).clone())
+    with prox.quantized():
+        seen.append(shards.whole(parameter).clone())
+    state = prox.state_dict()
+    prox.load_state_dict(state)
+    looked = prox.telemetry()
+    seen += [state["weights"]["w"]["latent"].clone(), torch.tensor([looked.distance, looked.on_levels])]
+    done = prox.finish()["w"]
+    return [*seen, done.codes, done.grid.levels(), shards.whole(parameter)]
+
+
+def _every_method_and_layout() -> list[str]:
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    wrong = []
+    cases = [(method, "transposed", "ternary") for method in METHODS]
+    cases += [("parq", layout, levels) for levels in LEVELS for layout in LAYOUTS]
+    for method, layout, levels in cases:
+        rows = LAYOUTS[layout]
+        start = torch.randn(rows.shape, generator=torch.Generator().manual_seed(0))
+        plain = _steps(nn.Parameter(start.clone()), rows, LEVELS[levels], method)
+        cut = nn.Parameter(distribute_tensor(start.clone(), mesh, [Shard(0)]))
+        got = _steps(cut, rows, LEVELS[levels], method)
+        if len(got) != len(plain) or not all(torch.equal(a, b) for a, b in zip(plain, got, strict=True)):
+            wrong.append(f"{method} {layout} {levels}")
+    return wrong
+
+
+def test_sharded_rows_and_levels_are_those_of_one_process_bit_by_bit() -> None:
+    """Whatever the rows: whole in one process, cut among them, or none in one of them."""
+    assert together(lambda: _joined(_every_method_and_layout), 3) == [[]] * 3
+
+
+def _memory() -> list[int]:
+    """Elements held here, and of all: weights, gradients, optimizer state and latents of a sharded network."""
+    here = ranks.current(shard=True)
+    module = nn.Sequential(nn.Linear(64, 64), nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 64)))
+    here.spread(module)
+    optimizer = torch.optim.AdamW(module.parameters())
+    rows = {name: p for name, p in module.named_parameters() if p.ndim == 2}
+    weights = {name: Target(p, Rows(tuple(p.shape)), Ternary()) for name, p in rows.items()}
+    prox = ProxConnect(optimizer, weights, METHODS["proxconnect"], steps=2)
+    module(torch.randn(4, 64)).sum().backward()
+    optimizer.step()
+    held = [
+        sum(shards.local(p).numel() for p in module.parameters()),
+        sum(shards.local(p.grad).numel() for p in module.parameters() if p.grad is not None),
+        sum(shards.local(v).numel() for s in optimizer.state.values() for v in s.values() if v.ndim),
+        sum(w.hidden.numel() for w in prox._weights.values() if w.hidden is not None),
+    ]
+    whole = sum(p.numel() for p in module.parameters())
+    return [*held, whole, sum(p.numel() for p in rows.values())]
+
+
+def test_what_sharding_spreads() -> None:
+    found = together(lambda: _joined(_memory))
+    assert all(len(each) == 6 for each in found), found
+    for weights, gradients, states, latents, all_weights, all_latents in found:
+        assert weights == gradients == states / 2 == all_weights / 2
+        assert latents == all_latents / 2
+
+
+def _stale() -> float:
+    """By how much an output changes when the weights here do, after a forward pass without a backward one."""
+    module = nn.Sequential(nn.Linear(3, 3))
+    ranks.current(shard=True).spread(module)
+    outputs = []
+    for value in (1.0, 2.0):
+        for parameter in module.parameters():
+            shards.local(parameter).fill_(value)
+        with torch.no_grad():
+            outputs.append(float(module(torch.ones(1, 3)).sum()))
+    return outputs[1] - outputs[0]
+
+
+def test_scoring_leaves_no_stale_weights_behind() -> None:
+    assert together(lambda: _joined(_stale)) == [12.0, 12.0]
+
+
+def test_sharding_needs_several_processes_and_no_single_numbers(place: Path) -> None:
+    with pytest.raises(PcqError, match="--shard: one process has nobody to share the weights with.*torchrun"):
+        tune(place, "failed", shard=True)
+    module = nn.Linear(2, 2)
+    module.scale = nn.Parameter(torch.tensor(1.0))
+    with pytest.raises(PcqError, match="scale: a single number cannot be sharded"):
+        ranks.Ranks(0, 2, shard=True).spread(module)
+
+
+def test_blocks_share_nothing_with_the_rest() -> None:
+    net = nn.Module()
+    nested = nn.ModuleList([nn.Linear(5, 5)])
+    net.layers = nn.ModuleList([nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.ReLU(), nn.Linear(3, 3), nested])
+    net.other = nn.Module()
+    net.other.list = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    net.head = nn.Linear(3, 3)
+    net.head.weight = net.layers[2].weight
+    assert ranks.blocks(net) == [net.layers[0], nested[0], *net.other.list]
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------
@@ -302,11 +466,11 @@ def torchrun(place: Path, *words: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([*start, *told], cwd=place, env=env, capture_output=True, text=True, timeout=300)
 
 
-def test_torchrun_prints_one_result_and_one_sentence(place: Path, two: list[Any]) -> None:
-    done = torchrun(place, "-r", "r.yaml", "-o", "run.safetensors", "--steps", str(SHORT), "--json")
+def test_torchrun_prints_one_result_and_one_sentence(place: Path, sharded: list[Any]) -> None:
+    done = torchrun(place, "-r", "r.yaml", "-o", "run.safetensors", "--steps", str(SHORT), "--json", "--shard")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["bytes_after"] == (place / "run.safetensors").stat().st_size
-    assert apart(place, "run", "two") == 0
+    assert apart(place, "run", "sharded") == 0
     wrong = torchrun(place, "-r", "tertiary")
     assert wrong.returncode != 0
     assert wrong.stderr.count("pcq: there is no recipe 'tertiary'") == wrong.stderr.count("tertiary") == 1, wrong.stderr

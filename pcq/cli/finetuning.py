@@ -39,6 +39,9 @@ def finetune(
     save_every: Annotated[
         int | None, typer.Option(metavar="STEPS", help="Save the run so often (default: every two minutes).")
     ] = None,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Under torchrun: each process holds a part of the weights (FSDP2).")
+    ] = False,
     allow_global: AllowGlobal = None,
     unsafe_pickle: UnsafePickle = False,
     force: Force = False,
@@ -64,6 +67,7 @@ def finetune(
             scratch=scratch,
             resume=resume,
             save_every=save_every,
+            shard=shard,
             allow_globals=allow_global or (),
             unsafe_pickle=unsafe_pickle,
             force=force,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from pcq import checkpoint, models, qtensor
+from pcq import checkpoint, models, qtensor, shards
 from pcq.commands.networks import load_network
 from pcq.commands.quantizing import Planned, default_path, plan
 from pcq.errors import CheckFailed, PcqError, did_you_mean, raise_all
@@ -102,6 +102,7 @@ def finetune(
     scratch: bool = False,
     resume: bool = False,
     save_every: int | None = None,
+    shard: bool = False,
     allow_globals: Sequence[str] = (),
     unsafe_pickle: bool = False,
     force: bool = False,
@@ -126,6 +127,7 @@ def finetune(
         scratch: start from random weights, not from the model's.
         resume: go on with this run where it was interrupted.
         save_every: steps between saves of what a run can go on from; default: every two minutes.
+        shard: of several processes, each holds a part of every parameter (FSDP2).
         allow_globals: ``package.Class`` names that a pickled model may load.
         unsafe_pickle: load a pickle that can execute code. Only for files you trust.
         force: replace a file at ``out`` that pcq did not write, and what an interrupted run has left.
@@ -143,7 +145,7 @@ def finetune(
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     said = {"method": method, "distill": distill, "seed": seed, "epochs": epochs, "steps": steps, "minutes": minutes}
     given = {key: value for key, value in said.items() if value is not None}
-    here = ranks.current()
+    here = ranks.current(shard)
     settings = loop.settled(changed(loaded.finetune or Finetune(), **given), data, here.device)
     rules = replace(loaded, finetune=settings)
     planned = plan(model, rules, arch=arch, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle)
@@ -176,7 +178,8 @@ def finetune(
     )
     trained = loop.train(job, resume=resume, progress=progress)
     header = checkpoint.make_header(planned.plan, arch=planned.arch, recipe=rules.to_json(), source=planned.source)
-    values = stored(planned, module, {**trained.quantized, **fixed})
+    floats = {name: shards.whole(tensor) for name, tensor in module.state_dict().items() if name not in weights}
+    values = stored(planned, floats, {**trained.quantized, **fixed})
     size = 0
     if here.first:
         size = checkpoint.write_artifact(files.artifact, header, values)
@@ -299,10 +302,9 @@ def fingerprint(planned: Planned, recipe: Recipe, splits: "Splits", data: str, s
 
 
 def stored(
-    planned: Planned, module: nn.Module, quantized: Mapping[str, QuantizedTensor]
+    planned: Planned, floats: Mapping[str, Tensor], quantized: Mapping[str, QuantizedTensor]
 ) -> Iterator[tuple[str, QuantizedTensor | Tensor]]:
     """The artifact's tensors: codes where there are levels, all else in the dtype it came in."""
-    state = module.state_dict()
     for entry in planned.plan.entries:
         name = entry.parameter.name
         if entry.parameter.tied_to is not None:
@@ -312,7 +314,7 @@ def stored(
             yield name, QuantizedTensor(done.codes.cpu(), done.grid.map(lambda t: t.cpu()), done.rows)
         else:
             assert isinstance(entry, Kept), entry
-            yield name, state[name].detach().cpu().to(getattr(torch, entry.parameter.dtype))
+            yield name, floats[name].cpu().to(getattr(torch, entry.parameter.dtype))
 
 
 def table(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pcq import shards
 from pcq.errors import CheckFailed, PcqError
 from pcq.progress import Progress, silent
 from pcq.proxconnect import ProxConnect, Target, Telemetry
@@ -167,10 +168,13 @@ def train(job: Job, *, resume: bool = False, progress: Progress = silent) -> Tra
     saved = ranks.agree(saving.load(job.saved, job.fingerprint) if resume and ranks.first else None)
     with own_randomness(), listening(patient=ranks.world > 1) as stop, ranks.whole_batches():
         total = saved["total"] if saved else ranks.agree(_total(job, batches))
+        if saved:
+            module.load_state_dict(saved["module"], strict=False)
+        ranks.spread(module)
         optimizer = make_optimizer(settings, module.parameters())
         prox = ProxConnect(
             optimizer,
-            job.weights,
+            {name: replace(target, parameter=module.get_parameter(name)) for name, target in job.weights.items()},
             method_of(settings),
             schedule_of(settings),
             steps=total,
@@ -179,7 +183,7 @@ def train(job: Job, *, resume: bool = False, progress: Progress = silent) -> Tra
         device = next(module.parameters()).device
         run = _Run(optimizer, prox, total, torch.zeros((), dtype=torch.float64, device=device))
         if saved:
-            _restore(run, module, saved)
+            _restore(run, saved)
         measured = saving.Metrics(job.metrics if ranks.first else None, saved["metrics"] if saved else 0)
         try:
             _steps(job, run, batches, measured, stop, progress)
@@ -199,6 +203,7 @@ def _total(job: Job, batches: Batches) -> int:
     if settings.minutes is None:
         return max(1, round((settings.epochs or EPOCHS) * batches.an_epoch))
     trial, limit = copy.deepcopy(job.module).train(), time.perf_counter() + 20
+    job.ranks.spread(trial)
     optimizer = make_optimizer(settings, trial.parameters())
     times: list[float] = []
     for x, y in batches.run(0, 12):
@@ -347,13 +352,19 @@ def _look(job: Job, run: _Run, batches: Batches, measured: saving.Metrics, progr
 
 def _save(job: Job, run: _Run, measured: saving.Metrics) -> None:
     _refuse_nan(job, run)
-    if not job.ranks.first:
+    here, optimizer = job.ranks.first, run.optimizer.state_dict()
+    optimizer["state"] = {
+        number: {key: shards.saved(value, here) if isinstance(value, Tensor) else value for key, value in each.items()}
+        for number, each in optimizer["state"].items()
+    }
+    mine = {name: shards.saved(t, here) for name, t in job.module.state_dict().items() if name not in job.weights}
+    prox = run.prox.state_dict()
+    if not here:
         return
-    mine = {name: tensor for name, tensor in job.module.state_dict().items() if name not in job.weights}
     state = {
         "module": mine,
-        "optimizer": run.optimizer.state_dict(),
-        "prox": run.prox.state_dict(),
+        "optimizer": optimizer,
+        "prox": prox,
         "total": run.total,
         "step": run.step,
         "looked": run.looked,
@@ -367,14 +378,26 @@ def _save(job: Job, run: _Run, measured: saving.Metrics) -> None:
     saving.save(job.saved, state, job.fingerprint)
 
 
-def _restore(run: _Run, module: nn.Module, saved: Mapping[str, Any]) -> None:
-    module.load_state_dict(saved["module"], strict=False)
-    run.optimizer.load_state_dict(saved["optimizer"])
+def _restore(run: _Run, saved: Mapping[str, Any]) -> None:
+    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+    state = {
+        number: {
+            key: shards.spread(value, parameters[number]) if _of(parameters[number], value) else value
+            for key, value in each.items()
+        }
+        for number, each in saved["optimizer"]["state"].items()
+    }
+    run.optimizer.load_state_dict({**saved["optimizer"], "state": state})
     run.prox.load_state_dict(saved["prox"])
     run.step, run.looked, run.counted, run.seconds = (saved[k] for k in ("step", "looked", "counted", "seconds"))
     run.losses.copy_(saved["losses"])
     run.epochs = [Epoch(**epoch) for epoch in saved["epochs"]]
     run.telemetry = [Telemetry(**seen) for seen in saved["telemetry"]]
+
+
+def _of(parameter: Tensor, value: object) -> bool:
+    """Whether a value in the optimizer's state has an element for each of the parameter's."""
+    return isinstance(value, Tensor) and value.shape == parameter.shape
 
 
 def _interrupted(job: Job, run: _Run, stop: Stop) -> Interrupted:

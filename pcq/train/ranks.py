@@ -9,8 +9,10 @@ import hashlib
 import itertools
 import json
 import os
+import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pcq.data import Data
-from pcq.errors import CheckFailed, Elsewhere, PcqError
+from pcq.errors import CheckFailed, Elsewhere, PcqError, raise_all
 from pcq.progress import Progress, silent
 from pcq.scores import Predictor, Scores, evaluate, merged
 from pcq.train.splits import subset
@@ -44,12 +46,14 @@ _joins = itertools.count()
 class Ranks:
     """Process ``rank`` of ``world``, with its device; a world of one needs no ``torchrun``.
 
-    With more than one, every method is to be called by all of them, in the same order.
+    With more than one, every method is to be called by all of them, in the same order. With ``shard`` each holds a part
+    of every parameter, its gradient, its optimizer state and its latent.
     """
 
     rank: int = 0
     world: int = 1
     device: torch.device = CPU
+    shard: bool = False
 
     @property
     def first(self) -> bool:
@@ -95,7 +99,7 @@ class Ranks:
 
         All of them in one piece and after the backward pass, so that the sums are the same ones after a resume.
         """
-        if self.world == 1:
+        if self.world == 1 or self.shard:  # FSDP2 does it in the backward pass
             return
         trained = [p for p in parameters if p.requires_grad]
         some = self.any(*(p.grad is not None for p in trained))
@@ -105,6 +109,31 @@ class Ranks:
         flat /= self.world
         for p, mean in zip(held, flat.split([p.numel() for p in held]), strict=True):
             p.grad = mean.view_as(p)
+
+    def spread(self, module: nn.Module) -> None:
+        """With ``shard``, leave a part of each parameter in each process (FSDP2).
+
+        The members of the outermost lists of layers are put together one after the other when they run, what is in no
+        list for the whole step.
+
+        Raises:
+            PcqError: a parameter is a single number, which cannot be cut.
+        """
+        if not self.shard:
+            return
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        raise_all(
+            [
+                PcqError("a single number cannot be sharded", where=name, todo="Leave out --shard")
+                for name, parameter in module.named_parameters()
+                if parameter.ndim == 0
+            ]
+        )
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        for block in (*blocks(module), module):
+            fully_shard(block, mesh=mesh, reshard_after_forward=True)
 
     def whole_batches(self) -> AbstractContextManager[object]:
         """Within it BatchNorm in training takes the statistics of all processes' samples."""
@@ -121,7 +150,7 @@ class Ranks:
         Raises:
             CheckFailed: a tensor differs between the processes.
         """
-        if self.world == 1:
+        if self.world == 1 or self.shard:
             return
         mine = {name: hashlib.sha256(t.detach().cpu().numpy().tobytes()).hexdigest() for name, t in tensors.items()}
         theirs: list[dict[str, str]] = [{}] * self.world
@@ -148,11 +177,31 @@ class Ranks:
 ALONE = Ranks()
 
 
-def current() -> Ranks:
-    """This process, on its device."""
+def blocks(module: nn.Module) -> list[nn.Module]:
+    """The members of the outermost Sequentials and ModuleLists, but for those that share parameters with others."""
+    found = []
+    for child in module.children():
+        plain = not isinstance(child, (nn.ModuleList, nn.ModuleDict))  # these two have no forward
+        if isinstance(module, (nn.Sequential, nn.ModuleList)) and plain:
+            found += [child] if next(child.parameters(), None) is not None else []
+        else:
+            found += blocks(child)
+    uses = Counter(id(p) for m in module.modules() for p in m.parameters(recurse=False))
+    return [block for block in found if all(uses[id(p)] == 1 for p in block.parameters())]
+
+
+def current(shard: bool = False) -> Ranks:
+    """This process, on its device.
+
+    Raises:
+        PcqError: there is nothing to shard among.
+    """
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
     if dist.is_available() and dist.is_initialized():
-        return Ranks(dist.get_rank(), dist.get_world_size(), device)
+        return Ranks(dist.get_rank(), dist.get_world_size(), device, shard and dist.get_world_size() > 1)
+    if shard:
+        todo = "Start several: torchrun --nproc-per-node N -m pcq finetune …"
+        raise PcqError("one process has nobody to share the weights with", where="--shard", todo=todo)
     return Ranks(device=device)
 
 
@@ -192,7 +241,11 @@ def joined() -> Iterator[None]:
         )
         yield
     except Exception as error:
-        raise _first_to_tell(told, error) from error
+        telling = _first_to_tell(told, error)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        _leave(told, world)
+        raise telling from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -223,6 +276,17 @@ def _first_to_tell(told: "Store", error: Exception) -> Exception:
     except RuntimeError:  # the process that keeps the store is gone
         return Elsewhere("another process of this run ended", 1) if lost else error
     return error
+
+
+def _leave(told: "Store", world: int) -> None:
+    """The first process may keep the store, so it goes last; those that were killed it does not wait for long."""
+    if int(os.environ["RANK"]) or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        with suppress(RuntimeError):
+            told.add("left", 1)
+        return
+    until = time.monotonic() + 2
+    while told.add("left", 0) < world - 1 and time.monotonic() < until:
+        time.sleep(0.02)
 
 
 def _lost(error: BaseException | None) -> bool:
