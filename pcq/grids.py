@@ -6,6 +6,7 @@ index of the nearest level) and ``decode(codes) -> rows`` (float32). They are th
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -40,6 +41,11 @@ class Affine:
     @property
     def g(self) -> int:
         return self.scale.numel()
+
+    @cached_property
+    def positive(self) -> bool:
+        """Whether no row has all its levels at 0."""
+        return bool((self.scale > 0).all())
 
     def _zero(self) -> Tensor:
         if isinstance(self.zero_point, Tensor):

@@ -137,27 +137,28 @@ def proximal(rows: Tensor, levels: Tensor | Grid, shifts: Shifts, *, out: Tensor
     the result is ``grid.decode(grid.encode(rows))``; at strength 0 it is the clipped input.
     On a CPU evenly spaced levels cost three to four copies of ``rows``, a few listed levels one to two a gap.
     """
-    table = levels if isinstance(levels, Tensor) else levels.levels()
     assert rows.ndim == 2, rows.shape
-    assert table.shape[0] in (1, rows.shape[0]), (rows.shape, table.shape)
     out = torch.empty_like(rows) if out is None else out
+    overhang = shifts.outside > 0
     if shifts.identity and shifts.outside == 1:
         return out.copy_(rows)
-    clip = _clip(table[:, :1], table[:, -1:])
-    overhang = shifts.outside > 0
-    if shifts.identity:
-        kernel = clip
-    elif isinstance(levels, Affine) and shifts.unit != "weight":
+    if isinstance(levels, Affine) and shifts.unit != "weight" and not shifts.identity:
+        assert levels.g in (1, rows.shape[0]), (rows.shape, levels.g)
         # Without clipping, the map of the outermost half gap goes on by itself, if each row has a gap.
-        goes_on = shifts.rho == 0 and shifts.outside == 1 - shifts.varrho and bool((levels.scale > 0).all())
-        kernel = _even(levels, shifts, clipped=not goes_on)
+        goes_on = shifts.rho == 0 and shifts.outside == 1 - shifts.varrho and levels.positive
         overhang = overhang and not goes_on
-    elif shifts.hard:
-        kernel = _nearest(table)
-    elif table.shape[1] <= FEW:
-        kernel = _ramps(table, shifts)
+        kernel = _even(levels, shifts, clipped=not goes_on)
+        clip = _clip(levels.levels()) if overhang else None
     else:
-        kernel = _search(table, shifts)
+        table = levels if isinstance(levels, Tensor) else levels.levels()
+        assert table.shape[0] in (1, rows.shape[0]), (rows.shape, table.shape)
+        clip = _clip(table)
+        if shifts.identity:
+            kernel = clip
+        elif shifts.hard:
+            kernel = _nearest(table)
+        else:
+            kernel = _ramps(table, shifts) if table.shape[1] <= FEW else _search(table, shifts)
     in_place = out.data_ptr() == rows.data_ptr()
     buffered = in_place and (overhang or not isinstance(levels, Affine))
     size = min(CHUNK, rows.numel()) if rows.device.type == "cpu" else rows.numel()
@@ -166,7 +167,7 @@ def proximal(rows: Tensor, levels: Tensor | Grid, shifts: Shifts, *, out: Tensor
         weights = rows[block]
         one, two, three = (buffer[: weights.numel()].view_as(weights) for buffer in scratch)
         mapped = kernel(weights, block[0], one if buffered else out[block], two)
-        if overhang:
+        if overhang and clip is not None:
             rest = torch.sub(weights, clip(weights, block[0], three, two), out=three)
             mapped.add_(rest, alpha=shifts.outside)
         if buffered:
@@ -192,7 +193,9 @@ def _of(table: Tensor, which: slice) -> Tensor:
     return table if table.shape[0] == 1 else table[which]
 
 
-def _clip(low: Tensor, high: Tensor) -> Kernel:
+def _clip(table: Tensor) -> Kernel:
+    low, high = table[:, :1], table[:, -1:]
+
     def kernel(weights: Tensor, which: slice, result: Tensor, scratch: Tensor) -> Tensor:
         torch.maximum(weights, _of(low, which), out=result)
         return torch.minimum(result, _of(high, which), out=result)

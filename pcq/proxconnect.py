@@ -267,8 +267,8 @@ class ProxConnect:
     @torch.no_grad()
     def telemetry(self) -> Telemetry:
         """Where training stands; about ten copies of the weights, so ask now and then."""
-        total = on = flips = 0
-        rest = norm = strength = 0.0
+        total, strength = 0, 0.0
+        counts: list[Tensor] = []
         for weight in self._weights.values():
             latent = self._latent(weight)
             value = weight.whole(
@@ -277,14 +277,15 @@ class ProxConnect:
             latent = weight.whole(latent)
             near = weight.nearest(value)
             slack = 4 * torch.finfo(near.dtype).eps * near.abs().amax()
-            on += int(((value - near).abs() <= slack).sum())
-            rest += float((latent - weight.nearest(latent)).square().sum())
-            norm += float(latent.square().sum())
             codes = qtensor.encode(latent, weight.grid, weight.rows).codes
-            flips += 0 if weight.codes is None else int((codes != weight.codes).sum())
+            flipped = codes.new_zeros(()) if weight.codes is None else (codes != weight.codes).sum()
             weight.codes = codes
+            within = ((value - near).abs() <= slack).sum()
+            apart = (latent - weight.nearest(latent)).square().sum()
+            counts.append(torch.stack([x.double() for x in (within, flipped, apart, latent.square().sum())]))
             total += value.numel()
             strength += self.strength(weight.mu) * value.numel()
+        on, flips, rest, norm = (sum(column) for column in zip(*torch.stack(counts).tolist(), strict=True))
         since, self._asked = max(1, self.step - self._asked), self.step
         return Telemetry(
             self.step, strength / total, on / total, flips / total / since, (rest / norm) ** 0.5 if norm else 0.0

@@ -19,10 +19,12 @@ import typer
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pcq
 from pcq import cli
-from pcq.data import from_arrays, open_data
+from pcq.data import Data, from_arrays, open_data
+from pcq.data.dataset import Pixels, normalised
 from pcq.demo import HERE
 from pcq.errors import CheckFailed, PcqError
 from pcq.methods import METHODS
@@ -518,6 +520,79 @@ def test_batches_are_functions_of_their_number(n: int, size: int, seed: int, wor
             assert torch.equal(theirs, labels[rank::world])
     ahead = list(replace(whole, threads=2).run(1, 6))
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(steps, ahead, strict=True))
+
+
+class Looks(TorchDispatchMode):
+    """Counts what would make the host wait for a device: reading a number of a tensor, or counting its elements."""
+
+    WAIT = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.__name__.partition(".")[0] in self.WAIT
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["proxconnect", "binaryrelax"])
+def test_no_step_between_measurements_and_refits_waits_for_the_device(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    ahead, back = loop._loss, loop.update
+
+    def watched(work: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with Looks() as looks:
+                done = work(*args, **kwargs)
+            seen.append(looks.count)
+            return done
+
+        return run
+
+    monkeypatch.setattr(loop, "_loss", watched(ahead))
+    monkeypatch.setattr(loop, "update", watched(back))
+    # AdamW on a CPU counts its steps in tensors of the CPU; those are no device's.
+    sets = ["finetune.refit=4", "finetune.optimizer=sgd"]
+    tune(tmp_path / "x.safetensors", method=method, steps=8, overrides=sets)
+    assert len(seen) == 16
+    # Loss and update by turns. Once asked are the highest label, at first, and for each weight at a refit (steps 4 and
+    # 8) and in the step after it whether some of its rows are zero.
+    assert all(count == 0 for i, count in enumerate(seen) if i not in (0, 1, 7, 9, 15)), seen
+    assert 0 < seen[7] <= 2 * 10
+    assert seen[0] == 1
+
+
+def test_images_are_the_same_samples_however_they_are_kept() -> None:
+    images = torch.arange(256, dtype=torch.uint8).reshape(4, 2, 4, 8)
+    mean, std = (0.3, 0.4), (0.35, 0.2)
+    data = Data("x", "train", 4, (2, 4, 8), normalised(images, mean, std), torch.tensor([0, 1, 2, 1]))
+    m, s = (torch.tensor(v)[None, :, None, None] for v in (mean, std))
+    assert torch.equal(data.take([3, 1]), (images[[3, 1]].float() / 255 - m) / s)
+    assert data.highest == 2
+    assert data.on(torch.device("cpu")) is data
+    moved = data.on(torch.device("meta"))
+    assert isinstance(moved.take, Pixels)
+    assert moved.take.images.is_meta
+    assert moved.labels is data.labels
+    other = replace(data, take=lambda chosen: torch.zeros(len(chosen), 2, 4, 8))
+    assert other.on(torch.device("meta")) is other
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("change", [augment.crop, augment.flip], ids=["crop", "flip"])
+def test_a_gpu_has_the_cpus_samples_bit_by_bit(change: Any) -> None:
+    images = torch.randint(256, (300, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    here = Data("x", "train", 300, (3, 32, 32), normalised(images, (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)), None)
+    with torch.cuda.device(0):
+        there = here.on(torch.device("cuda"))
+        alter = change if change is augment.flip else lambda x, g: augment.crop(x, 4, g)
+        for step in range(3):
+            a, b = (Batches(data, 64, 0, alter).make(step)[0] for data in (here, there))
+            assert b.is_cuda
+            assert torch.equal(a, b.cpu())
 
 
 def test_global_generators_follow_the_step() -> None:

@@ -167,7 +167,7 @@ def finetune(
         module,
         original.to(here.device) if settings.distill else None,
         {name: target for name, target in weights.items() if name not in fixed},
-        splits,
+        splits.on(here.device),
         data,
         settings,
         files.saved,

@@ -1,7 +1,8 @@
 """A data set opened: any sample by its number, as the network takes it; labels where there are any."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -9,6 +10,9 @@ from torch import Tensor
 from pcq.errors import PcqError
 
 Batch = tuple[Tensor, Tensor | None]
+
+RESIDENT = 4 << 30
+"""Bytes of images that are kept on a device at most."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,17 @@ class Data:
     def __post_init__(self) -> None:
         assert self.n > 0, self.name
         assert self.labels is None or (self.labels.shape == (self.n,) and self.labels.dtype == torch.int64), self.name
+
+    @cached_property
+    def highest(self) -> int | None:
+        """The highest label; None: there are none."""
+        return None if self.labels is None else int(self.labels.max())
+
+    def on(self, device: torch.device) -> "Data":
+        """The same samples, bit by bit, kept on ``device`` if they are images in memory that fit there; labels stay."""
+        if device.type == "cpu" or not isinstance(self.take, Pixels) or self.take.images.numel() > RESIDENT:
+            return self
+        return replace(self, take=self.take.on(device))
 
     def order(self, limit: int | None = None) -> Tensor:
         """Sample numbers int64 in the set's order: all of them, or ``limit`` evenly spaced ones.
@@ -79,7 +94,7 @@ class Data:
 
     def describe(self) -> str:
         """One line: name, split, number, shape, classes, and the notes."""
-        count = int(self.labels.max()) + 1 if self.labels is not None else 0
+        count = self.highest + 1 if self.highest is not None else 0
         labelled = f"{len(self.classes)} classes" if self.classes else f"labels up to {count - 1}"
         line = f"{self.name}, {self.split}: {self.n:,} samples of {'x'.join(map(str, self.shape)) or 'one number'}, "
         return ". ".join(
@@ -87,11 +102,28 @@ class Data:
         )
 
 
-def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Callable[[Sequence[int]], Tensor]:
-    """``take`` for images uint8 [n, c, h, w]: ``(image / 255 - mean) / std`` by channel, float32."""
+@dataclass(frozen=True)
+class Pixels:
+    """``take`` for images uint8 [n, c, h, w] in memory: ``(image / 255 - mean) / std`` by channel, float32.
+
+    The numbers are divided by a tensor: by a Python number some devices multiply with its reciprocal, which rounds
+    differently. So the samples are the same on all of them, bit by bit.
+    """
+
+    images: Tensor
+    mean: Tensor
+    std: Tensor
+    white: Tensor
+
+    def __call__(self, chosen: Sequence[int]) -> Tensor:
+        index = torch.as_tensor(chosen).to(self.images.device, non_blocking=True)
+        return (self.images[index].float() / self.white - self.mean) / self.std
+
+    def on(self, device: torch.device) -> "Pixels":
+        return Pixels(*(t.to(device) for t in (self.images, self.mean, self.std, self.white)))
+
+
+def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Pixels:
+    """``take`` for images uint8 [n, c, h, w]; mean and std by channel, of values from 0 to 1."""
     shift, scale = (torch.tensor(value)[None, :, None, None] for value in (tuple(mean), tuple(std)))
-
-    def take(chosen: Sequence[int]) -> Tensor:
-        return (images[torch.as_tensor(chosen)].float() / 255 - shift) / scale
-
-    return take
+    return Pixels(images, shift, scale, torch.tensor(255.0))

@@ -1,4 +1,7 @@
-"""Random changes of training images: one pure function of a batch and a generator each."""
+"""Random changes of training images: one pure function of a batch and a generator each.
+
+The generator is the CPU's; the images may be on any device, and what is done to them is the same there.
+"""
 
 import math
 from collections.abc import Callable
@@ -56,13 +59,14 @@ def crop(x: Tensor, pad: int, generator: torch.Generator) -> Tensor:
     padded = F.pad(x, (pad, pad, pad, pad)).permute(0, 2, 3, 1)
     down, right = (torch.randint(2 * pad + 1, (b, 1, 1), generator=generator) for _ in range(2))
     rows, columns = down + torch.arange(h)[None, :, None], right + torch.arange(w)[None, None, :]
-    return padded[torch.arange(b)[:, None, None], rows, columns].permute(0, 3, 1, 2)
+    index = [i.to(x.device, non_blocking=True) for i in (torch.arange(b)[:, None, None], rows, columns)]
+    return padded[index[0], index[1], index[2]].permute(0, 3, 1, 2)
 
 
 def flip(x: Tensor, generator: torch.Generator) -> Tensor:
     """Every second image mirrored left to right, by chance."""
     mirrored = torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5
-    return torch.where(mirrored, x.flip(-1), x)
+    return torch.where(mirrored.to(x.device, non_blocking=True), x.flip(-1), x)
 
 
 def resized_crop(x: Tensor, size: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -80,5 +84,5 @@ def resized_crop(x: Tensor, size: tuple[int, ...], generator: torch.Generator) -
         ],
         1,
     )
-    grid = F.affine_grid(moves.float(), [b, x.shape[1], *size], align_corners=False)
+    grid = F.affine_grid(moves.float().to(x.device, non_blocking=True), [b, x.shape[1], *size], align_corners=False)
     return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)

@@ -34,6 +34,7 @@ class Batches:
         threads: how many batches are made at once in the background; 0: in the caller's thread, for data whose own
             code may draw random numbers.
         rank, world: of ``world`` processes, which one this is.
+        pin: hold the samples where a GPU can fetch them from while it computes.
     """
 
     data: Data
@@ -43,6 +44,7 @@ class Batches:
     threads: int = 0
     rank: int = 0
     world: int = 1
+    pin: bool = False
 
     @property
     def an_epoch(self) -> int:
@@ -69,7 +71,7 @@ class Batches:
             whole = some.new_zeros(len(numbers), *some.shape[1:])
             whole[mine] = some
             x = self.augment(whole, generator(self.seed, step))[mine]
-        return x, None if self.data.labels is None else self.data.labels[numbers[mine]]
+        return x.pin_memory() if self.pin else x, None if self.data.labels is None else self.data.labels[numbers[mine]]
 
     def run(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Batches ``start`` to ``stop - 1``; before each the global generators are set by (seed, step)."""

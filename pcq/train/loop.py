@@ -1,7 +1,8 @@
 """The fine-tune: from a float network and levels for its weights to a network on its levels.
 
 ``train`` is a loop over steps whose whole state is in ``_Run``; everything else is a function of the settings and of
-the step's number. So a run goes on bit by bit from any step at which it was saved.
+the step's number. So a run goes on bit by bit from any step at which it was saved. Between measurements and refits no
+step waits for the device.
 """
 
 import copy
@@ -164,7 +165,8 @@ def train(job: Job, *, resume: bool = False, progress: Progress = silent) -> Tra
         raise PcqError(f"a batch of {size} samples is too few for {ranks.world} processes", where="finetune.batch")
     change = augment.make(settings.augment, job.splits.plain.shape)  # type: ignore[arg-type]
     threads = 2 if job.data.startswith("folder:") else 0
-    batches = Batches(job.splits.train, size, settings.seed, change, threads, ranks.rank, ranks.world)
+    pin = threads > 0 and next(module.parameters()).device.type == "cuda"
+    batches = Batches(job.splits.train, size, settings.seed, change, threads, ranks.rank, ranks.world, pin)
     saved = ranks.agree(saving.load(job.saved, job.fingerprint) if resume and ranks.first else None)
     with own_randomness(), listening(patient=ranks.world > 1) as stop, ranks.whole_batches():
         total = saved["total"] if saved else ranks.agree(_total(job, batches))
@@ -208,7 +210,9 @@ def _total(job: Job, batches: Batches) -> int:
     times: list[float] = []
     for x, y in batches.run(0, 12):
         start = time.perf_counter()
-        update(settings, optimizer, trial, _loss(job, trial, x, y), 1e-8, job.ranks)
+        loss = _loss(job, trial, x, y)
+        update(settings, optimizer, trial, loss, 1e-8, job.ranks)
+        float(loss.detach())  # waits for the device
         times.append(time.perf_counter() - start)
         if job.ranks.any(time.perf_counter() > limit) == (True,):
             break
@@ -231,16 +235,16 @@ def _loss(job: Job, module: nn.Module, x: Tensor, y: Tensor | None) -> Tensor:
             told = str(error).strip().partition("\n")[0] or type(error).__name__
             where = f"samples of {'x'.join(map(str, x.shape[1:]))}"
             raise PcqError(f"the network does not take them: {told}", where=where) from error
-    if y is not None and int(y.max()) >= out.shape[1]:
-        raise PcqError(f"a label is {int(y.max())}", where=job.data, allowed=f"0 to {out.shape[1] - 1}, the outputs")
-    return loss_of(job.settings, out, None if y is None else y.to(device), wanted)
+    highest = job.splits.train.highest
+    if highest is not None and highest >= out.shape[1]:
+        raise PcqError(f"a label is {highest}", where=job.data, allowed=f"0 to {out.shape[1] - 1}, the outputs")
+    return loss_of(job.settings, out, None if y is None else y.to(device, non_blocking=True), wanted)
 
 
 def placed(x: Tensor, device: torch.device) -> Tensor:
     """On the device; images with their channels last, which is how convolutions like them."""
-    if x.ndim == 4:
-        return x.to(device, memory_format=torch.channels_last)
-    return x.to(device)
+    x = x.to(device, non_blocking=True)
+    return x.to(memory_format=torch.channels_last) if x.ndim == 4 else x
 
 
 def _steps(job: Job, run: _Run, batches: Batches, measured: saving.Metrics, stop: Stop, progress: Progress) -> None:

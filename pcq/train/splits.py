@@ -32,6 +32,13 @@ class Splits:
     test: Data | None
     notes: tuple[str, ...]
 
+    def on(self, device: torch.device) -> "Splits":
+        """The same samples, on ``device`` where they can be kept there."""
+        test = None if self.test is None else self.test.on(device)
+        return replace(
+            self, train=self.train.on(device), plain=self.plain.on(device), val=self.val.on(device), test=test
+        )
+
 
 def open_splits(spec: str, resized_crop: bool = False) -> Splits:
     """Open a data spec for training; ``val`` is held out of ``train`` where there is none of its own.

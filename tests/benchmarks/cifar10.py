@@ -6,7 +6,7 @@
 Float networks that are not in ``--float`` yet are trained first, for the file's ``floats: {epochs: N}``. Then the cells
 of the YAML file run in its order, ``--jobs`` of them side by side; each adds a line to ``WORK/results.jsonl``. A cell
 that has its line is not run again, and one of pcq's that was interrupted goes on where it was; ``--minutes`` interrupts
-all that is still running then. Every artifact of pcq's is exported and scored in ONNX Runtime as well.
+all that is still running then. pcq's artifacts of seed 0 are exported and scored in ONNX Runtime as well.
 
 All weights get levels, the first and last layer too. ``sets: refitted`` (the default) are least-squares levels of each
 channel, refitted during training; ``sets: paper`` are the fixed sets of arXiv 2110.13220: {-1, 1}, {-1, 0, 1} and
@@ -106,7 +106,7 @@ def run(
 def run_pcq(
     cell: dict[str, Any], data: str, float_: Path, arch: str, shape: tuple[int, ...], out: Path, _: str | None
 ) -> dict[str, Any]:
-    """By pcq.finetune; its artifact is exported and scored in ONNX Runtime too."""
+    """By pcq.finetune; the artifact of seed 0 is exported and scored in ONNX Runtime too."""
     recipe = out.with_suffix(".yaml")
     rule = {"match": "*"} | LEVELS[cell["levels"], cell["sets"]]
     refit = {"refit": 0} if cell["sets"] == "paper" else {}
@@ -114,17 +114,19 @@ def run_pcq(
     recipe.write_text(yaml.safe_dump({"pcq": 1, "rules": [rule], "finetune": section}))
     resume = out.with_suffix(".resume").exists()
     result = pcq.finetune(float_, recipe, data, out=out, arch=arch, scratch=cell["scratch"], resume=resume, force=True)
-    onnx = pcq.export_onnx(out, out.with_suffix(".onnx"), input_shape=shape, force=True).path
+    onnx = None
+    if cell["seed"] == 0:
+        onnx = pcq.export_onnx(out, out.with_suffix(".onnx"), input_shape=shape, force=True).path
     return {
         "rows": {row.weights: {"val": row.val.top1, "test": row.test and row.test.top1} for row in result.rows},
-        "ort_test": pcq.evaluate(onnx, data).scores.top1,
+        "ort_test": onnx and pcq.evaluate(onnx, data).scores.top1,
         "unquantized_val": result.unquantized,
         "epochs": [vars(epoch) for epoch in result.epochs],
         "batchnorm": None if result.batchnorm is None else vars(result.batchnorm),
         "telemetry": vars(result.telemetry),
         "warnings": result.warnings,
         "bits": result.bits,
-        "bytes": {"artifact": out.stat().st_size, "onnx": onnx.stat().st_size},
+        "bytes": {"artifact": out.stat().st_size, "onnx": onnx and onnx.stat().st_size},
         "artifact": hashlib.sha256(out.read_bytes()).hexdigest(),
         "seconds": round(result.seconds),
     }
@@ -143,7 +145,8 @@ def run_peer(
     told = {key: cell[key] for key in keys} | {"float": str(float_), "arch": arch, "data": data, "out": str(out)}
     job.write_text(json.dumps(told))
     python = torchao if cell["method"] != "control" else None
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [python or sys.executable, "-m", "tests.benchmarks.torchao_parq", str(job)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:

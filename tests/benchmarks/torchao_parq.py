@@ -105,7 +105,7 @@ def train(job: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     """The trained network, in eval mode, and what is to be known of it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = loop.settled(Finetune(**job["settings"], seed=job["seed"]), job["data"], device)
-    splits = open_splits(job["data"])
+    splits = open_splits(job["data"]).on(device)
     module = start(job, settings.seed)
     batches = Batches(
         splits.train,
@@ -123,7 +123,7 @@ def train(job: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
             module.train()
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
                 out = logits(module(loop.placed(x, device)))
-            loss = loss_of(settings, out, None if y is None else y.to(device), None)
+            loss = loss_of(settings, out, None if y is None else y.to(device, non_blocking=True), None)
             inside.append(0.0)
             update(settings, _Timed(optimizer, inside), module, loss, rate(settings, step / total))  # type: ignore[arg-type]
             whole.append(time.perf_counter() - at)
