@@ -1,0 +1,107 @@
+"""The comparison with other tools: what its driver tells of an answer, and of a difference."""
+
+import base64
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+HERE = Path(__file__).parent / "benchmarks" / "peers"
+NETS = Path(__file__).parents[1] / "pcq" / "demo" / "nets.py"
+
+
+@pytest.fixture
+def problem(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(HERE))
+    import problem
+
+    yield problem
+    del sys.modules["problem"]
+
+
+def made(module: Any) -> Any:
+    torch.manual_seed(0)
+    network = module.build(f"{NETS}:resnet8", {}).train()
+    network(torch.randn(64, 1, 8, 8))  # BatchNorm statistics that are not those of the start
+    names = tuple(f"{n}.weight" for n, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear))
+    return module.Problem("2", f"{NETS}:resnet8", {}, names, 0, network.state_dict(), torch.randn(20, 1, 8, 8))
+
+
+def test_a_problem_is_read_as_it_was_written(problem: Any, tmp_path: Path) -> None:
+    asked = made(problem)
+    problem.write(tmp_path / "p", asked)
+    again = problem.read(tmp_path / "p")
+    assert (again.levels, again.count, again.bits, again.weights) == ("2", 4, 2, asked.weights)
+    assert torch.equal(again.samples, asked.samples)
+    x = asked.samples
+    assert torch.equal(again.network()(x), asked.network()(x))
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_folded_batchnorm_is_told_in_the_networks_own_tensors(problem: Any, fold: bool) -> None:
+    """A tool folds each BatchNorm into its convolution, or only gives the convolutions biases: the same outputs."""
+    asked = made(problem)
+    network, theirs = asked.network(), asked.network()
+    norms = problem.conv_norms(network)
+    assert norms["conv1"] == "bn1"
+    assert len(norms) == 7
+    layers: dict[str, tuple[Tensor, Tensor | None]] = {"fc": (theirs.fc.weight, theirs.fc.bias + 1)}
+    for conv, norm in norms.items():
+        one, two = theirs.get_submodule(conv), theirs.get_submodule(norm)
+        ratio = two.weight / (two.running_var + two.eps).sqrt()
+        weight, bias = one.weight, torch.randn(len(ratio))
+        if fold:
+            weight = weight * ratio[:, None, None, None]
+            bias = bias + two.bias - two.running_mean * ratio
+            theirs.set_submodule(norm, nn.Identity())
+        layers[conv] = weight, bias
+        new = nn.Conv2d(one.in_channels, one.out_channels, 3, one.stride, 1)
+        new.load_state_dict({"weight": weight, "bias": bias})
+        theirs.set_submodule(conv, new)
+    theirs.fc.bias.data += 1
+    answer = problem.checked(asked, problem.folded(asked, norms, layers, dict(theirs.named_modules())))
+    network.load_state_dict(answer)
+    aim = theirs.eval()(asked.samples)
+    assert (network(asked.samples) - aim).abs().max() < 1e-4 * aim.abs().max()
+
+
+def test_values_of_the_worst_channel_are_counted(problem: Any) -> None:
+    weight = torch.tensor([[[0.5, -0.5, 0.5]], [[0.1, 0.2, 0.3]]])
+    assert problem.values(weight) == 3
+    assert problem.values(weight[:1]) == 2
+
+
+def test_an_answer_with_unknown_or_infinite_tensors_is_refused(problem: Any) -> None:
+    asked = made(problem)
+    with pytest.raises(ValueError, match="unknown tensors"):
+        problem.checked(asked, {"conv9.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match="not finite"):
+        problem.checked(asked, {"fc.bias": torch.full((10,), torch.nan)})
+
+
+def test_differences_within_the_interval_are_ties(problem: Any) -> None:
+    from table import difference, table
+
+    random = np.random.RandomState(0)
+
+    def cell(tool: str, rate: float) -> dict[str, Any]:
+        bits = [np.packbits(random.rand(10_000) < rate) for _ in range(3)]
+        runs = [{"right": base64.b85encode(zlib.compress(b.tobytes())).decode(), "cpu_seconds": 1, "peak_mb": 1,
+                 "test": 100 * float(np.unpackbits(b)[:10_000].mean())} for b in bits]  # fmt: skip
+        return {"tool": tool, "levels": "2", "runs": runs, "images": 10_000, "float": 91.0, "chosen": {"method": "x"},
+                "tried": [{"val": 90.0}]}  # fmt: skip
+
+    own, same, worse = cell("pcq", 0.9), cell("a", 0.9), cell("b", 0.88)
+    by, width = difference(own, worse)
+    assert 0 < width < by
+    assert abs(by - 2) < 0.6
+    assert difference(own, own)[0] == 0
+    text = table([own, same, worse])
+    assert text.count("tie") == 1
+    assert text.count("pcq better") == 1
+    del sys.modules["table"]
