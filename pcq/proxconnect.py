@@ -31,11 +31,12 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Target:
-    """A parameter to quantize, how it is cut into rows, and what chooses its levels."""
+    """A parameter to quantize, how it is cut into rows, what chooses its levels, and those to start from if known."""
 
     parameter: Tensor
     rows: Rows
     quantizer: qtensor.Quantizer
+    grid: Grid | None = None
 
 
 def targets(plan: Plan, parameters: Mapping[str, Tensor]) -> dict[str, Target]:
@@ -86,7 +87,7 @@ class _Tracked:
         self.parameter, self.rows, self.quantizer = target.parameter, target.rows, target.quantizer
         self.shown = shards.local(target.parameter.data)
         self.hidden = self.shown.clone() if hides else None
-        self.grid: Grid = qtensor.fit(self.quantizer, self.whole(self.shown), self.rows)
+        self.grid: Grid = target.grid or qtensor.fit(self.quantizer, self.whole(self.shown), self.rows)
         self.mu = 1.0
         self.codes: Tensor | None = None
 

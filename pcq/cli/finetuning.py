@@ -32,6 +32,13 @@ def finetune(
     distill: Annotated[
         float | None, typer.Option(help="Share of the loss that follows the float network's outputs, 0 to 1.")
     ] = None,
+    calib: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPEC", help="Start from the calibrated network; samples of a data spec, or `random`: no data."
+        ),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration samples (default: 512, or what is there).")] = None,
     scratch: Annotated[bool, typer.Option("--scratch", help="Start from random weights.")] = False,
     seed: Annotated[int | None, typer.Option(help="Of everything random (default: 0).")] = None,
     overrides: Set = None,
@@ -64,6 +71,8 @@ def finetune(
             distill=distill,
             seed=seed,
             overrides=overrides or (),
+            calibration=calib,
+            samples=samples,
             scratch=scratch,
             resume=resume,
             save_every=save_every,

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from pcq import checkpoint, models, qtensor, shards
+from pcq.commands import starting
+from pcq.commands.calibrating import Calibrated, Calibration
 from pcq.commands.networks import load_network
 from pcq.commands.quantizing import Planned, default_path, plan
 from pcq.errors import CheckFailed, PcqError, did_you_mean, raise_all
@@ -50,7 +52,8 @@ class FinetuneResult:
         planned: what was asked for.
         settings: how it was trained, with everything settled.
         data: the training data in words.
-        rows: float, one-shot and fine-tuned, as far as they can be scored; the fine-tuned one is the file read back.
+        rows: float, one-shot, calibrated (if that was the start) and fine-tuned, as far as they can be scored; the
+            fine-tuned one is the file read back.
         epochs: the score of the samples held out and the mean loss after each epoch.
         batchnorm: the scores before and after its statistics were estimated anew; None where there is none.
         telemetry: where training stood at its end.
@@ -62,6 +65,7 @@ class FinetuneResult:
         bytes_after: size of the artifact, as predicted.
         bits: stored bits per quantized weight, scales and tables included.
         seconds: all of it, without imports.
+        calibrated: what it started from; None: from the float network.
     """
 
     path: Path
@@ -81,6 +85,7 @@ class FinetuneResult:
     bytes_after: int
     bits: float
     seconds: float
+    calibrated: Calibrated | None = None
 
 
 @own_randomness()
@@ -99,6 +104,8 @@ def finetune(
     distill: float | None = None,
     seed: int | None = None,
     overrides: Sequence[str] = (),
+    calibration: Calibration | str | None = None,
+    samples: int | None = None,
     scratch: bool = False,
     resume: bool = False,
     save_every: int | None = None,
@@ -124,6 +131,9 @@ def finetune(
         arch: the architecture, where it is not recognised.
         method, epochs, steps, minutes, distill, seed: instead of what the recipe says; see ``pcq.settings.Finetune``.
         overrides: ``path=value`` changes of the recipe, such as ``finetune.lr=0.001``.
+        calibration: start from the calibrated network, as ``pcq.quantize`` makes it; a data spec stands for
+            ``Calibration(spec, samples, seed=seed)``.
+        samples: for the calibration.
         scratch: start from random weights, not from the model's.
         resume: go on with this run where it was interrupted.
         save_every: steps between saves of what a run can go on from; default: every two minutes.
@@ -148,6 +158,12 @@ def finetune(
     here = ranks.current(shard)
     settings = loop.settled(changed(loaded.finetune or Finetune(), **given), data, here.device)
     rules = replace(loaded, finetune=settings)
+    if samples is not None and not isinstance(calibration, str):
+        todo = "Say on what: --calib folder:DIR"
+        raise PcqError("this is about calibration, which was not asked for", where="--samples", todo=todo)
+    if isinstance(calibration, str):
+        calibration = Calibration(calibration, samples, seed=settings.seed)
+    starting.check(settings, calibration, scratch)
     planned = plan(model, rules, arch=arch, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle)
     files = Files.beside(Path(out) if out is not None else default_path(planned.model, f"{rules.name}.ft"))
     checkpoint.refuse_overwrite(files.artifact, inputs=[planned.model], force=force)
@@ -161,8 +177,13 @@ def finetune(
         rules = replace(rules, finetune=settings)
     original = build(planned)
     module = original_or_new(planned, original, settings.seed if scratch else None).to(here.device)
-    fixed = freeze(module, planned, settings)
+    begin = None
+    if calibration is not None:
+        begin = starting.start(planned, calibration, module, splits.plain.shape, here, progress)
+    fixed = freeze(module, planned, settings, begin)
     weights = targets(planned.plan, dict(module.named_parameters()))
+    if begin is not None:
+        weights = begin.levels(weights)
     job = loop.Job(
         module,
         original.to(here.device) if settings.distill else None,
@@ -172,12 +193,18 @@ def finetune(
         settings,
         files.saved,
         files.metrics,
-        fingerprint(planned, rules, splits, data, scratch),
+        fingerprint(planned, rules, splits, data, scratch, begin),
         save_every,
         here,
     )
     trained = loop.train(job, resume=resume, progress=progress)
-    header = checkpoint.make_header(planned.plan, arch=planned.arch, recipe=rules.to_json(), source=planned.source)
+    header = checkpoint.make_header(
+        planned.plan,
+        arch=planned.arch,
+        recipe=rules.to_json(),
+        source=planned.source,
+        calibration=None if begin is None else begin.calibrated.to_json(),
+    )
     floats = {name: shards.whole(tensor) for name, tensor in module.state_dict().items() if name not in weights}
     values = stored(planned, floats, {**trained.quantized, **fixed})
     size = 0
@@ -187,7 +214,7 @@ def finetune(
             raise CheckFailed("the artifact does not have the size that was predicted", where=str(files.artifact))
         files.saved.unlink(missing_ok=True)
     size = here.agree(size)
-    rows = table(job, planned, original, files.artifact, progress)
+    rows = table(job, planned, original, begin, files.artifact, progress)
     return FinetuneResult(
         files.artifact,
         files.metrics,
@@ -206,6 +233,7 @@ def finetune(
         size,
         planned.plan.bits,
         time.perf_counter() - begun,
+        None if begin is None else begin.calibrated,
     )
 
 
@@ -252,8 +280,10 @@ def original_or_new(planned: Planned, original: nn.Module, seed: int | None) -> 
     return module
 
 
-def freeze(module: nn.Module, planned: Planned, settings: Finetune) -> dict[str, QuantizedTensor]:
-    """Take what ``settings.freeze`` matches out of training; its weights with levels are rounded now.
+def freeze(
+    module: nn.Module, planned: Planned, settings: Finetune, begin: starting.Start | None
+) -> dict[str, QuantizedTensor]:
+    """Take what ``settings.freeze`` matches out of training; its weights with levels are rounded now, or calibrated.
 
     Raises:
         PcqError: a pattern matches nothing, or all is frozen.
@@ -272,7 +302,10 @@ def freeze(module: nn.Module, planned: Planned, settings: Finetune) -> dict[str,
     for entry in planned.plan.quantized:
         name = entry.parameter.name
         if name in chosen:
-            fixed[name] = qtensor.quantize(entry.quantizer, parameters[name].detach(), entry.rows)
+            if begin is not None:
+                fixed[name] = begin.quantized[name]
+            else:
+                fixed[name] = qtensor.quantize(entry.quantizer, parameters[name].detach(), entry.rows)
             parameters[name].data.copy_(fixed[name].dequantize())
     if {entry.parameter.name for entry in planned.plan.quantized if entry.parameter.tied_to is None} <= chosen:
         what = (
@@ -282,7 +315,9 @@ def freeze(module: nn.Module, planned: Planned, settings: Finetune) -> dict[str,
     return fixed
 
 
-def fingerprint(planned: Planned, recipe: Recipe, splits: "Splits", data: str, scratch: bool) -> dict[str, str]:
+def fingerprint(
+    planned: Planned, recipe: Recipe, splits: "Splits", data: str, scratch: bool, begin: starting.Start | None
+) -> dict[str, str]:
     """What has to be the same for a run to go on."""
     samples = hashlib.sha256()
     for part in (splits.train, splits.val):
@@ -294,7 +329,9 @@ def fingerprint(planned: Planned, recipe: Recipe, splits: "Splits", data: str, s
     for name in planned.source.names:
         weights.update(name.encode())
         weights.update(planned.source.tensor(name).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    said = "none" if begin is None else json.dumps(begin.calibrated.to_json(), sort_keys=True)
     return {
+        "calibration": said,
         "recipe": json.dumps(recipe.to_json(), sort_keys=True),
         "model": f"{planned.arch}, {'random weights' if scratch else weights.hexdigest()[:16]}",
         "data": f"{data}, {samples.hexdigest()[:16]}",
@@ -318,9 +355,14 @@ def stored(
 
 
 def table(
-    job: "Job", planned: Planned, original: nn.Module, artifact: Path, progress: Progress
+    job: "Job",
+    planned: Planned,
+    original: nn.Module,
+    begin: starting.Start | None,
+    artifact: Path,
+    progress: Progress,
 ) -> tuple[FinetuneRow, ...]:
-    """Score the float network, its one-shot quantization, and the file that was written, read back."""
+    """Score the float network, its one-shot and calibrated quantizations, and the file that was written, read back."""
     from pcq.scores import module_predictor
 
     device = job.ranks.device
@@ -338,8 +380,13 @@ def table(
     sets = [each for each in (job.splits.val, job.splits.test) if each is not None]
     labelled = job.splits.val.labels is not None
     reference = module_predictor(original.to(device))
+    networks = {"float": original, "one-shot": oneshot}
+    if begin is not None:
+        networks["calibrated"] = original_or_new(planned, original, None)
+        networks["calibrated"].load_state_dict(dict(begin.tensors), strict=False)
+        job.ranks.share(networks["calibrated"].state_dict().values())
     rows = []
-    for name, module in (("float", original), ("one-shot", oneshot), ("fine-tuned", tuned)):
+    for name, module in (*networks.items(), ("fine-tuned", tuned)):
         if name == "float" and not labelled:
             continue
         compared = None if name == "float" else reference

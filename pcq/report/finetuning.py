@@ -38,7 +38,8 @@ def _(result: commands.FinetuneResult) -> RenderableType:
     if result.unquantized is not None:
         lines.append(f"Held out before the weights were rounded: {result.unquantized:.2f} %.")
     lines.append(f"Measurements: {result.metrics}")
-    return Group(made, *[Text(line) for line in (*lines, *result.warnings)])
+    began = [] if result.calibrated is None else [render(result.calibrated)]
+    return Group(*began, made, *[Text(line) for line in (*lines, *result.warnings)])
 
 
 @to_json.register
@@ -57,6 +58,7 @@ def _(result: commands.FinetuneResult) -> dict[str, Any]:
             }
             for row in result.rows
         ],
+        "calibration": None if result.calibrated is None else to_json(result.calibrated),
         "epochs": [vars(epoch) for epoch in result.epochs],
         "batchnorm": None if result.batchnorm is None else vars(result.batchnorm),
         "telemetry": vars(result.telemetry),
