@@ -140,7 +140,8 @@ class ProxConnect:
         refit: steps between refits of the levels to the moving weights; None: the levels stay as first fitted.
 
     Raises:
-        PcqError: the optimizer has one attached already, or a weight is not float32, not finite, not the optimizer's.
+        PcqError: the optimizer has one attached already, no hooks, or averages in place of weights; or a weight is not
+            float32, not finite, not the optimizer's.
     """
 
     def __init__(
@@ -252,7 +253,12 @@ class ProxConnect:
 
     @contextmanager
     def quantized(self) -> Iterator[None]:
-        """Within it the model has its weights on the nearest levels, to be scored as what it is going to be."""
+        """Within it the model has its weights on the nearest levels, to be scored as what it is going to be.
+
+        Raises:
+            PcqError: a schedule-free optimizer is in its eval mode.
+        """
+        _refuse_averages(self.optimizer)
         kept = [(weight.shown.clone(), weight.grid) for weight in self._weights.values()]
         for weight in self._weights.values():
             if self.method.posttraining:
@@ -309,6 +315,7 @@ class ProxConnect:
         Raises:
             CheckFailed: training ended before its hard phase, or weights are off their levels.
         """
+        _refuse_averages(self.optimizer)
         if self.strength() < 1 and not self.method.posttraining:
             raise CheckFailed(
                 f"training stopped at step {self.step} of {self.steps}, before its hard phase",
@@ -348,6 +355,7 @@ class ProxConnect:
 
         Of sharded parameters the latents are whole, so that one process can go on from it, or several.
         """
+        _refuse_averages(self.optimizer)
         return {
             "format": FORMAT,
             "run": self._run(),
@@ -403,7 +411,23 @@ class ProxConnect:
         }
 
 
+def _refuse_averages(optimizer: torch.optim.Optimizer) -> None:
+    """A schedule-free optimizer (arXiv 2405.15682) in its eval mode has put averages in place of the weights."""
+    if any(group.get("train_mode") is False for group in optimizer.param_groups) and optimizer.state:
+        raise PcqError(
+            "the optimizer is in its eval mode: the parameters hold averages, which are on no levels",
+            todo="Call its train() first; within quantized() the model is what it is going to be.",
+        )
+
+
 def _check(optimizer: torch.optim.Optimizer, weights: Mapping[str, Target], steps: int, refit: int | None) -> None:
+    try:
+        optimizer.register_step_pre_hook(lambda *_: None).remove()
+    except AttributeError:  # a wrapper, such as Accelerate's
+        what = f"a {type(optimizer).__name__} has no step hooks"
+        todo = "Attach to the optimizer in it." if hasattr(optimizer, "optimizer") else ""
+        raise PcqError(what, allowed="a torch.optim.Optimizer", todo=todo) from None
+    _refuse_averages(optimizer)
     problems = []
     if optimizer in _attached:
         problems.append(

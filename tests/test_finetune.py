@@ -5,7 +5,6 @@ import math
 import multiprocessing
 import os
 import random
-import runpy
 import signal
 import time
 from dataclasses import replace
@@ -245,11 +244,6 @@ def test_the_imagenet_recipe_on_a_generated_folder(tmp_path: Path) -> None:
     assert result.rows[2].test is not None
     assert result.rows[2].test.n == 4
     assert result.bytes_before > 12 * result.bytes_after
-
-
-def test_the_plain_loop_of_the_examples() -> None:
-    main = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "plain_loop.py"))["main"]
-    assert main() > 95
 
 
 # -- going on ----------------------------------------------------------------------------------------------------------

@@ -37,7 +37,19 @@ OPTIMIZERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.005, momentum=0.5),
     "rmsprop foreach": lambda p: torch.optim.RMSprop(p, lr=0.005, foreach=True),
     "muon": lambda p: torch.optim.Muon(p, lr=0.02),
+    "schedule-free adamw": lambda p: schedule_free("AdamWScheduleFree", p, lr=0.01, warmup_steps=3),
+    "schedule-free sgd": lambda p: schedule_free("SGDScheduleFree", p, lr=0.5, foreach=False),
+    "schedule-free radam": lambda p: schedule_free("RAdamScheduleFree", p, lr=0.01),
 }
+
+
+def schedule_free(kind: str, parameters: list[Tensor], **options: Any) -> torch.optim.Optimizer:
+    optimizer = getattr(pytest.importorskip("schedulefree"), kind)(parameters, **options)
+    optimizer.train()
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    return optimizer
+
+
 X = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
 Y = torch.randn(64, 5, generator=torch.Generator().manual_seed(2))
 
@@ -484,6 +496,41 @@ def test_a_closure_is_refused_before_anything_moves() -> None:
     same(before, (prox.state_dict(), model.state_dict()))
     optimizer.step(None)
     assert prox.step == 1
+
+
+@pytest.mark.parametrize("name", ["proxconnect", "reverse", "proxquant"])
+def test_a_schedule_free_optimizer_is_refused_while_it_shows_averages(name: str) -> None:
+    """Its eval mode puts averages in the parameters' place; its train mode takes them back, and all goes on."""
+    model, other = network(), network()
+    optimizer, plain = (OPTIMIZERS["schedule-free adamw"](list(net.parameters())) for net in (model, other))
+    prox = ProxConnect(optimizer, weights(model), METHODS[name], steps=STEPS)
+    straight = ProxConnect(plain, weights(other), METHODS[name], steps=STEPS)
+    train(model, optimizer, 0, 10)
+    optimizer.eval()  # type: ignore[attr-defined]
+    for ask in (prox.finish, prox.state_dict, lambda: prox.quantized().__enter__()):
+        with pytest.raises(PcqError, match=r"in its eval mode.*averages.*train\(\) first"):
+            ask()
+    prox.detach()
+    with pytest.raises(PcqError, match="in its eval mode"):
+        ProxConnect(optimizer, weights(model), METHODS[name], steps=STEPS)
+    optimizer.train()  # type: ignore[attr-defined]
+    train(other, plain, 0, 10)
+    for key, p in model.named_parameters():
+        torch.testing.assert_close(p, dict(other.named_parameters())[key], rtol=0, atol=1e-6)
+    straight.detach()
+
+
+def test_a_wrapper_without_hooks_is_refused() -> None:
+    model = network()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    wrapper: Any = type("Wrapper", (), {"optimizer": inner, "param_groups": inner.param_groups})()
+    with pytest.raises(PcqError, match=r"a Wrapper has no step hooks.*Attach to the optimizer in it"):
+        ProxConnect(wrapper, weights(model), METHODS["proxconnect"], steps=3)
+    accelerate = pytest.importorskip("accelerate")
+    accelerated = accelerate.Accelerator(cpu=True).prepare(inner)
+    with pytest.raises(PcqError, match=r"a AcceleratedOptimizer has no step hooks.*Attach to the optimizer in it"):
+        ProxConnect(accelerated, weights(model), METHODS["proxconnect"], steps=3)
+    ProxConnect(accelerated.optimizer, weights(model), METHODS["proxconnect"], steps=3).detach()
 
 
 def test_a_second_attachment_is_refused_until_the_first_is_off() -> None:

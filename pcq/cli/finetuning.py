@@ -49,6 +49,9 @@ def finetune(
     shard: Annotated[
         bool, typer.Option("--shard", help="Under torchrun: each process holds a part of the weights (FSDP2).")
     ] = False,
+    tensorboard: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write the metrics for TensorBoard too.")
+    ] = None,
     allow_global: AllowGlobal = None,
     unsafe_pickle: UnsafePickle = False,
     force: Force = False,
@@ -77,6 +80,7 @@ def finetune(
             resume=resume,
             save_every=save_every,
             shard=shard,
+            tensorboard=tensorboard,
             allow_globals=allow_global or (),
             unsafe_pickle=unsafe_pickle,
             force=force,

@@ -110,6 +110,7 @@ def finetune(
     resume: bool = False,
     save_every: int | None = None,
     shard: bool = False,
+    tensorboard: str | Path | None = None,
     allow_globals: Sequence[str] = (),
     unsafe_pickle: bool = False,
     force: bool = False,
@@ -138,6 +139,7 @@ def finetune(
         resume: go on with this run where it was interrupted.
         save_every: steps between saves of what a run can go on from; default: every two minutes.
         shard: of several processes, each holds a part of every parameter (FSDP2).
+        tensorboard: a folder for TensorBoard, which gets the numbers of the metrics too, under the artifact's name.
         allow_globals: ``package.Class`` names that a pickled model may load.
         unsafe_pickle: load a pickle that can execute code. Only for files you trust.
         force: replace a file at ``out`` that pcq did not write, and what an interrupted run has left.
@@ -148,10 +150,12 @@ def finetune(
         CheckFailed: the loss is not a number any more, weights are off their levels, or the file is not as predicted.
         KeyboardInterrupt: SIGINT or SIGTERM; the message says how to go on.
     """
-    from pcq.train import loop, report
+    from pcq.train import board, loop, report
     from pcq.train.splits import open_splits
 
     begun = time.perf_counter()
+    if tensorboard is not None:
+        board.writer()
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     said = {"method": method, "distill": distill, "seed": seed, "epochs": epochs, "steps": steps, "minutes": minutes}
     given = {key: value for key, value in said.items() if value is not None}
@@ -196,6 +200,7 @@ def finetune(
         fingerprint(planned, rules, splits, data, scratch, begin),
         save_every,
         here,
+        None if tensorboard is None else Path(tensorboard),
     )
     trained = loop.train(job, resume=resume, progress=progress)
     header = checkpoint.make_header(

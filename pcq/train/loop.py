@@ -24,6 +24,7 @@ from pcq.scores import Scores, module_predictor
 from pcq.settings import EPOCHS, Finetune, method_of, schedule_of
 from pcq.train import augment, batchnorm, saving
 from pcq.train.batches import Batches, own_randomness
+from pcq.train.board import Board
 from pcq.train.ranks import ALONE, Ranks
 from pcq.train.splits import Splits
 from pcq.train.step import logits, loss_of, make_optimizer, rate, update
@@ -55,6 +56,7 @@ class Job:
         fingerprint: of recipe, model and data: what a saved state has to agree with.
         save_every: steps between saves; None: by the clock.
         ranks: the processes that train together; the first one writes the files.
+        board: TensorBoard's folder; None: it gets nothing.
     """
 
     module: nn.Module
@@ -68,6 +70,7 @@ class Job:
     fingerprint: Mapping[str, str]
     save_every: int | None = None
     ranks: Ranks = ALONE
+    board: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -186,7 +189,7 @@ def train(job: Job, *, resume: bool = False, progress: Progress = silent) -> Tra
         run = _Run(optimizer, prox, total, torch.zeros((), dtype=torch.float64, device=device))
         if saved:
             _restore(run, saved)
-        measured = saving.Metrics(job.metrics if ranks.first else None, saved["metrics"] if saved else 0)
+        measured = _metrics(job, saved)
         try:
             _steps(job, run, batches, measured, stop, progress)
             return _finished(job, run, batches, measured, stop, saved["step"] if saved else None)
@@ -195,6 +198,14 @@ def train(job: Job, *, resume: bool = False, progress: Progress = silent) -> Tra
         finally:
             prox.detach()
             measured.close()
+
+
+def _metrics(job: Job, saved: Mapping[str, Any] | None) -> saving.Metrics:
+    if not job.ranks.first:
+        return saving.Metrics(None)
+    name = job.metrics.name.removesuffix(".metrics.jsonl")
+    board = None if job.board is None else Board(job.board, name, saved["step"] + 1 if saved else 0)
+    return saving.Metrics(job.metrics, saved["metrics"] if saved else 0, board)
 
 
 def _total(job: Job, batches: Batches) -> int:
@@ -433,7 +444,7 @@ def _finished(
         if after <= before:
             batchnorm.put(module, kept)
         settled_as = BatchNorm(before, after, after > before)
-        measured.write({"kind": "batchnorm", **asdict(settled_as)})
+        measured.write({"kind": "batchnorm", "step": run.step, **asdict(settled_as)})
     module.eval()
     strength = run.prox.schedule.strength
     hard_from = next((t for t in range(run.total) if strength(t / run.total, 1.0) >= 1), run.total)

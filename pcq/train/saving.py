@@ -11,6 +11,7 @@ import torch
 
 from pcq.atomic import atomic
 from pcq.errors import CheckFailed, PcqError, raise_all
+from pcq.train.board import Board
 
 FORMAT = 1
 
@@ -73,10 +74,11 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
 class Metrics:
     """``metrics.jsonl``: a line for each measurement; going on cuts off what came after the saved step.
 
-    Without a path nothing is written: of several processes one does.
+    Without a path nothing is written: of several processes one does. A ``board`` gets the same numbers.
     """
 
-    def __init__(self, path: Path | None, keep: int = 0) -> None:
+    def __init__(self, path: Path | None, keep: int = 0, board: Board | None = None) -> None:
+        self._board = board
         self._file: BinaryIO | None = None
         if path is None:
             return
@@ -90,6 +92,8 @@ class Metrics:
         if self._file is not None:
             self._file.write(json.dumps(line).encode() + b"\n")
             self._file.flush()
+        if self._board is not None:
+            self._board.write(line)
 
     def flushed(self) -> int:
         """Bytes so far, all of them on the disk."""
@@ -101,3 +105,5 @@ class Metrics:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+        if self._board is not None:
+            self._board.close()
