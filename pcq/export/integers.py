@@ -108,7 +108,9 @@ def lower_int8(
     else:
         tables[-1] -= round(grid.zero_point * unit)
         name += f"Minus{grid.zero_point:g}of{grid.count}".replace(".", "_")
-        if len(planes(grid.count)) == 1:
+        if planes(grid.count) == (256,) and grid.zero_point == 128 and unit == 1 and opset >= 18:
+            q = body.bytes_less_128()
+        elif len(planes(grid.count)) == 1:
             q = body.plane(0, body.table(tables[0].clip(-128, 127).astype(np.int8)))
         else:
             q = body.codes([table.astype(np.int32) for table in tables], INT32)

@@ -64,8 +64,9 @@ def _shared(grid: Codebook) -> bool:
 def _affine(body: Body, grid: Affine) -> tuple[str, ir.Value]:
     """``scale * (code - zero_point)``: exactly that float32 arithmetic, or integers that give the same bits.
 
-    A zero point that all rows share is subtracted in the tables. For one of n/2 the tables hold twice the value and the
-    scale is halved, which is exact unless a scale is so small that halving it rounds.
+    A zero point that all rows share is subtracted in the tables, 128 from whole bytes before they are floats. For one
+    of n/2 the tables hold twice the value and the scale is halved, which is exact unless a scale is so small that
+    halving it rounds.
     """
     zero, count, tables = grid.zero_point, grid.count, digits(grid.count)
     scale = body.input("scale")
@@ -80,7 +81,9 @@ def _affine(body: Body, grid: Affine) -> tuple[str, ir.Value]:
     terms[-1] -= round(zero * (2 if doubled else 1))
     fits = len(tables[0]) != 256 and all(table.min() >= -128 and table.max() <= 127 for table in terms)
     exact = not doubled or torch.equal(grid.scale * 0.5 * 2, grid.scale)
-    if fits and exact:
+    if len(tables[0]) == 256 and zero == 128 and body.opset >= 18:
+        centred = body.cast(body.bytes_less_128(), FLOAT)
+    elif fits and exact:
         centred = body.codes([table.astype(np.int8) for table in terms], FLOAT)
         scale = body.op("Mul", scale, body.number(0.5)) if doubled else scale
     else:

@@ -76,7 +76,8 @@ def observe(
         for done, batch in enumerate(batches()):
             progress(stage, done, 0)
             x = batch.numpy()
-            yield dict(zip(inner, session.run(inner, {given.name: x}), strict=True)) | {given.name: x}
+            seen = session.run(inner, {given.name: x}) if inner else []  # asked for nothing, it gives all outputs
+            yield dict(zip(inner, seen, strict=True)) | {given.name: x}
 
     low, high = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     for tensors in runs("observe ranges"):

@@ -7,6 +7,11 @@ networks with torch's outputs beside them. Each ONNX Runtime then runs all of th
 
     unpack   the very bits of ``QuantizedTensor.dequantize()``
     network  outputs within 1e-4 of their scale at batches 1 and 3, and nothing left to unpack in the optimised graph
+    layers   every layout of pcq.export.layouts, and int8 activations, for every form of grid, operator and rows, one
+             output for each form of grid. For each version as target the planner chooses; what it refuses is said, and
+             what it makes has to run in that version and all later ones: outputs within 1e-4 of torch's (where
+             activations are rounded, 5e-2 in relative L2), codes packed in memory where that is the layout's purpose
+             and nothing left to unpack elsewhere
 
 The result goes to ``results/ort_matrix.json`` and ``.md``.
 """
@@ -19,16 +24,24 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
+from copy import copy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import torch
 from networks import SMALL, TORCHVISION, prepare
+from torch import Tensor, nn
 
-from pcq.export import write_onnx
+from pcq.errors import PcqError
+from pcq.export import onnx_file, open_packed, write_int8, write_onnx
+from pcq.export.facts import Target
 from pcq.export.frame import can_transpose
+from pcq.export.layouts import Aim, Layout, Level, Need, Plan
 from pcq.export.lowering import lower
+from pcq.export.scheme import SATURATING
+from pcq.export.tracing import Traced
 from pcq.grids import Affine, Codebook, Grid
 from pcq.qtensor import QuantizedTensor
 from pcq.rows import Rows
@@ -50,7 +63,8 @@ results = {"": ort.__version__}
 for path in sys.argv[1:]:
     data = np.load(path[:-5] + ".npz")
     trials = sorted({key.split(".")[0] for key in data})
-    worst, left = 0.0, False
+    worst, left, by_output, packed = 0.0, False, {}, []
+    kept = json.load(open(path[:-5] + ".json")) if os.path.exists(path[:-5] + ".json") else None
     try:
         for level in ("ORT_ENABLE_ALL", "ORT_DISABLE_ALL"):
             options = ort.SessionOptions()
@@ -64,6 +78,7 @@ for path in sys.argv[1:]:
                 if level == "ORT_ENABLE_ALL":
                     with open(dump, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as dumped:
                         left = left or dumped.find(b"/packed") >= 0
+                        packed = [name for name in kept or () if dumped.find((name + "/packed").encode()) >= 0]
             for trial in trials:
                 feed = {value.name: data[trial + ".in." + value.name] for value in session.get_inputs()}
                 for value, got in zip(session.get_outputs(), session.run(None, feed)):
@@ -72,8 +87,14 @@ for path in sys.argv[1:]:
                         same = got.shape == want.shape and (got.view(np.int32) == want.view(np.int32)).all()
                         worst = max(worst, 0.0 if same else 1.0)
                     else:
-                        worst = max(worst, float(np.abs(got - want).max() / np.abs(want).max()))
+                        error = float(np.abs(got - want).max() / np.abs(want).max())
+                        worst = max(worst, error)
+                        l2 = float(np.linalg.norm(got - want) / np.linalg.norm(want))
+                        before = by_output.get(value.name, (0.0, 0.0))
+                        by_output[value.name] = max(before[0], error), max(before[1], l2)
         results[path] = {"error": worst, "folded": not left}
+        if kept is not None:
+            results[path] |= {"by output": by_output, "packed": packed}
     except Exception as error:
         results[path] = {"failed": str(error).splitlines()[0][:200]}
 print(json.dumps(results))
@@ -168,6 +189,186 @@ def write_network(folder: Path, name: str, recipe: str) -> Path:
     return path
 
 
+LAYOUTS = ("exact", "native", "low-memory", "matmulnbits", "matmulnbits level 4", "int8")
+WHOLE = {
+    (operator, rows): (make, shape, Rows(*cut))
+    for operator, make, shape, kernel, axis in (
+        ("Conv", lambda: nn.Conv2d(8, 16, 3), (1, 8, 6, 6), (16, 8, 3, 3), 0),
+        ("ConvTranspose", lambda: nn.ConvTranspose2d(16, 8, 3), (1, 16, 4, 4), (16, 8, 3, 3), 1),
+        ("Gemm", lambda: nn.Linear(96, 32), (1, 96), (32, 96), 0),
+        ("MatMul", lambda: nn.Linear(96, 32), (1, 5, 96), (32, 96), 0),
+    )
+    for rows, cut in {
+        "per tensor": (kernel, None), "per channel": (kernel, axis), "groups": (kernel, axis, 1, 24 if axis == 0 and
+        len(kernel) == 4 else 32), "ragged groups": (kernel, axis, 1, 28),
+    }.items()
+}  # fmt: skip
+"""Operator and rows -> the layer, its input, and how its weight is cut."""
+
+
+class Layers(nn.Module):
+    """Layers side by side, an output for each."""
+
+    def __init__(self, layers: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict(layers)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {name: layer(x) for name, layer in self.layers.items()}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One form of grid in one layout for one target: a file and the output in it, or why there is none."""
+
+    path: Path | None
+    output: str = ""
+    weight: str = ""
+    stays: bool = False
+    rounds: bool = False
+    reason: str = ""
+    saturates: bool = False
+
+
+def write_layers(folder: Path, operator: str, rows: str, targets: list[str]) -> dict[tuple[str, str, str], Cell]:
+    """(layout, form of grid, target) -> where it is. Equal files are written once, by their first target."""
+    torch.manual_seed(0)
+    make, shape, cut = WHOLE[operator, rows]
+    named = {f"g{i}": (name, grid) for i, (name, grid) in enumerate(grids(cut))}
+    network, weights = Layers({key: make() for key in named}).eval(), {}
+    for key, (_, grid) in named.items():
+        codes = torch.randint(0, grid.count, cut.shape, dtype=torch.uint8)
+        weights[f"layers.{key}.weight"] = QuantizedTensor(codes, grid, cut)
+        network.get_parameter(f"layers.{key}.weight").data.copy_(weights[f"layers.{key}.weight"].dequantize())
+    samples = torch.randn(8, *shape[1:])
+    batches = [torch.randn(batch, *shape[1:]) for batch in (1, 3)]
+    cells: dict[tuple[str, str, str], Cell] = {}
+    traced = once(network, (samples[:1],))
+
+    def expect(path: Path) -> None:
+        """Inputs and torch's outputs beside a file, and which weights stay packed in memory."""
+        graph, saved = ir.load(path).graph, {}
+        for x in batches:
+            with torch.no_grad():
+                outputs = network(x)
+            saved[f"{len(x)}.in.{graph.inputs[0].name}"] = x.numpy()
+            for value, y in zip(graph.outputs, outputs.values(), strict=True):
+                saved[f"{len(x)}.out.{value.name}"] = y.numpy()
+        np.savez(path.with_suffix(".npz"), **saved)
+        stays = [w for w, s in open_packed(path).schemes.items() if s.layout in ("low-memory", "matmulnbits")]
+        path.with_suffix(".json").write_text(json.dumps(stays))
+
+    def enter(layout: str, ort: str, path: Path, reasons: dict[str, str]) -> None:
+        stays = layout.startswith(("low-memory", "matmulnbits"))
+        outputs, saturating = [""] * len(named), []
+        if path.exists():
+            outputs = [value.name or "" for value in ir.load(path).graph.outputs]
+            saturating = json.loads(open_packed(path).metadata.get(SATURATING, "[]"))
+        for (key, (kind, _)), output in zip(named.items(), outputs, strict=True):
+            weight = f"layers.{key}.weight"
+            cells[layout, kind, ort] = (
+                Cell(None, reason=reasons[weight]) if weight in reasons
+                else Cell(path, output, weight, stays, layout in ("int8", "matmulnbits level 4"),
+                          saturates=weight in saturating)
+            )  # fmt: skip
+
+    for layout, ort in ((layout, ort) for layout in LAYOUTS if layout != "int8" for ort in targets):
+        path, name = folder / f"layers, {operator}, {rows}, {layout}, {ort}.onnx", layout.split(" level")[0]
+        level = 4 if layout.endswith("4") else 1
+        try:
+            with traced:
+                report = write_onnx(network, weights, (samples[:1],), path, target_ort=ort, layout=name, level=level)  # type: ignore[arg-type]
+        except Known as known:
+            path, reasons = known.path, known.reasons
+        except PcqError as error:
+            reasons = dict.fromkeys(weights, f"{error.what} {error.allowed}")
+        else:
+            reasons = {row.name: row.reason for row in report.tensors if row.layout != name}
+            traced.known[-1] = replace(traced.known[-1], path=path, reasons=reasons)
+            expect(path)
+        enter(layout, ort, path, reasons)
+    exact = next(cell.path for (layout, _, _), cell in cells.items() if layout == "exact")
+    path = folder / f"layers, {operator}, {rows}, int8.onnx"
+    assert exact is not None
+    try:
+        report8 = write_int8(exact, path, lambda: samples.split(4), [(samples, None)], max_drop=100)
+    except PcqError as error:
+        reasons = dict.fromkeys(weights, error.what)
+    else:
+        reasons = {layer.weight: layer.reason for layer in report8.layers if layer.activations is None}
+        expect(path)
+    for ort in targets:
+        enter("int8", ort, path, reasons)
+    return cells
+
+
+class Known(Exception):
+    """An equal plan has a file already."""
+
+    def __init__(self, made: "Made") -> None:
+        assert made.path is not None, made
+        self.path, self.reasons = made.path, made.reasons
+
+
+@dataclass(frozen=True)
+class Made:
+    """A plan, the file it became and why weights in it have another layout than was asked for."""
+
+    plan: Plan
+    layout: str
+    path: Path | None = None
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+class once:
+    """A network is traced once, and its graph copied for each export; equal plans are written once."""
+
+    def __init__(self, network: nn.Module, example: tuple[Tensor, ...]) -> None:
+        self.trace, self.plan, self.known = onnx_file.trace, onnx_file.plan, list[Made]()
+        self.traced = self.trace(network, example, 20)
+        self.proto = ir.to_proto(self.traced.model)
+
+    def __enter__(self) -> None:
+        def copied(network: object, example: object, opset: int) -> Traced:
+            return replace(copy(self.traced), model=ir.from_proto(self.proto))
+
+        def planned(needs: list[Need], goal: Target, layout: Layout, aim: Aim | None, level: Level) -> Plan:
+            made = self.plan(needs, goal, layout, aim, level)
+            for known in self.known:
+                if known.path is not None and (known.plan, known.layout) == (made, layout):
+                    raise Known(known)
+            self.known.append(Made(made, layout))
+            return made
+
+        onnx_file.trace, onnx_file.plan = copied, planned  # type: ignore[assignment]
+
+    def __exit__(self, *error: object) -> None:
+        onnx_file.trace, onnx_file.plan = self.trace, self.plan
+
+
+def judge(cell: Cell, ort: str, ran: dict[str, dict[str, dict]]) -> str:
+    """``refused``, ``pass`` or ``FAIL``, in the target's version and all later ones; ``saturates`` where the file says
+    itself that its outputs are others on a processor without VNNI, and they are."""
+    if cell.path is None:
+        return "refused"
+    for version in [version for version in ran if version_of(version) >= version_of(ort)]:
+        got = ran[version][str(cell.path)]
+        if "failed" in got:
+            return f"FAIL in {version}: {got['failed']}"
+        error, l2 = got["by output"][cell.output]
+        if not (l2 <= 5e-2 if cell.rounds else error <= 1e-4):
+            if cell.saturates:
+                return "saturates"
+            return f"FAIL in {version}: error {error:.1e}, relative L2 {l2:.1e}"
+        if cell.stays and cell.weight not in got["packed"]:
+            return f"FAIL in {version}: not packed in memory"
+    return "pass"
+
+
+def version_of(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(".")[:2]))
+
+
 def python_with(version: str, envs: Path) -> Path:
     """The interpreter of an environment with that ONNX Runtime, made if it is missing."""
     folder = envs / f"ort-{version}"
@@ -196,57 +397,136 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/tmp/ort_matrix"), help="where the files go")
     parser.add_argument("--only", default="*", help="file names to take")
     parser.add_argument("--versions", nargs="+", default=VERSIONS)
+    parser.add_argument("--part", choices=("exact", "layers"), help="make this part anew; the other keeps its results")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS).stdout.strip()
+    about = {
+        "date": datetime.date.today().isoformat(), "commit": head, "torch": torch.__version__,
+        "machine": f"{platform.machine()} {platform.system()}",
+    }  # fmt: skip
+    kept = RESULTS / "ort_matrix.json"
+    result = json.loads(kept.read_text()) if kept.exists() else {}
+    if arguments.part != "layers":
+        result["exact"] = exact_part(arguments, about)
+    if arguments.part != "exact":
+        result["layers"] = layers_part(arguments, about)
+    if arguments.only == "*" and tuple(arguments.versions) == VERSIONS:
+        kept.write_text(json.dumps(result, indent=1) + "\n")
+        (RESULTS / "ort_matrix.md").write_text(markdown(result["exact"]) + "\n" + markdown_layers(result["layers"]))
+    if "FAIL" in json.dumps(result):
+        print(json.dumps(result, indent=1))
+        sys.exit(3)
 
+
+def ran_in(version: str, envs: Path, paths: list[Path]) -> dict[str, dict]:
+    """What one ONNX Runtime says to the files."""
+    run = subprocess.run([python_with(version, envs), "-c", RUN, *map(str, paths)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    results = json.loads(run.stdout)
+    assert results.pop("") == version, results
+    return results
+
+
+def exact_part(arguments: argparse.Namespace, about: dict[str, object]) -> dict[str, object]:
+    """Unpacking functions and whole networks in layout exact."""
     paths = [path for path in write_unpackings(arguments.folder) if fnmatch.fnmatch(path.name, arguments.only)]
     for name, recipe in NETWORKS:
         if fnmatch.fnmatch(f"{name}, {recipe}.onnx", arguments.only):
             paths.append(write_network(arguments.folder, name, recipe))
     table: dict[str, dict[str, str]] = {path.stem: {} for path in paths}
     for version in arguments.versions:
-        python = python_with(version, arguments.envs)
-        run = subprocess.run([python, "-c", RUN, *map(str, paths)], check=True, capture_output=True, text=True)
-        results = json.loads(run.stdout)
-        assert results.pop("") == version, results
+        results = ran_in(version, arguments.envs, paths)
         for path in paths:
             table[path.stem][version] = cell(results[str(path)], path.name.startswith("unpack"))
         print(version, sum("FAIL" in row[version] for row in table.values()), "failed of", len(paths), flush=True)
-
-    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS).stdout.strip()
-    about = {
-        "date": datetime.date.today().isoformat(), "commit": head, "torch": torch.__version__,
-        "machine": f"{platform.machine()} {platform.system()}",
+    more = {
         "forms of grids in each unpack file": len(list(grids(Rows((2, 2))))),
         "bytes": {path.stem: path.stat().st_size for path in paths},
     }  # fmt: skip
-    if arguments.only == "*":
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "ort_matrix.json").write_text(json.dumps({"about": about, "table": table}, indent=1) + "\n")
-        (RESULTS / "ort_matrix.md").write_text(markdown(about, table, arguments.versions))
-    if any("FAIL" in value for row in table.values() for value in row.values()):
-        print(json.dumps(table, indent=1))
-        sys.exit(3)
+    return {"about": about | more, "table": table}
 
 
-def markdown(about: dict[str, object], table: dict[str, dict[str, str]], versions: list[str]) -> str:
-    """The table for people."""
+def layers_part(arguments: argparse.Namespace, about: dict[str, object]) -> dict[str, object]:
+    """Every layout for every form of grid, operator and rows: by target."""
+    cells: dict[str, dict[tuple[str, str, str], Cell]] = {}
+    for operator, rows in WHOLE:
+        if fnmatch.fnmatch(f"layers, {operator}, {rows}", arguments.only):
+            cells[f"{operator}, {rows}"] = write_layers(arguments.folder, operator, rows, list(arguments.versions))
+            print(f"  {operator}, {rows}", flush=True)
+    every = [cell for group in cells.values() for cell in group.values()]
+    paths = sorted({cell.path for cell in every if cell.path is not None})
+    ran = {}
+    for version in arguments.versions:
+        first = {path: min(version_of(ort) for group in cells.values() for (_, _, ort), cell in group.items()
+                           if cell.path == path) for path in paths}  # fmt: skip
+        ran[version] = ran_in(version, arguments.envs, [p for p in paths if first[p] <= version_of(version)])
+        print(version, len(ran[version]), "files", flush=True)
+    table: dict[str, dict[str, dict[str, dict[str, str]]]] = {}
+    refusals: dict[str, dict[str, str]] = {}
+    for where, group in cells.items():
+        for (layout, kind, ort), one in group.items():
+            said = judge(one, ort, ran)
+            table.setdefault(layout, {}).setdefault(kind, {}).setdefault(where, {})[ort] = said
+            if one.path is None:
+                refusals.setdefault(layout, {})[one.reason] = f"{kind}, {where}, {ort}"
+    return {"about": about | {"files": len(paths)}, "table": table, "refusals, with an example": refusals}
+
+
+def markdown(result: dict[str, object]) -> str:
+    """The exact part for people."""
+    about, table = result["about"], result["table"]
+    assert isinstance(about, dict)
+    assert isinstance(table, dict)
+    versions, sizes = list(next(iter(table.values()))), about["bytes"]
     lines = [
         "# Packed files in ONNX Runtime", "",
         f"Made by `tests/benchmarks/ort_matrix.py` on {about['date']} at commit {str(about['commit'])[:10]}, "
-        f"torch {about['torch']}, {about['machine']}, CPU provider.", "",
+        f"torch {about['torch']}, {about['machine']}, CPU provider. Every layout is below.", "",
+        "## Layout `exact`, for target 1.17", "",
         f"`unpack` files hold {about['forms of grids in each unpack file']} forms of grids each; *exact*: the bits of "
         "dequantize(), with and without graph optimisations. Networks: largest error relative to the outputs' scale "
-        "at batches 1 and 3, with and without graph optimisations, everything folded. The planner refuses none of "
-        "these (it refuses targets older than 1.17), so a cell either passes or says FAIL.", "",
+        "at batches 1 and 3, with and without graph optimisations, everything folded.", "",
         "| file | bytes | " + " | ".join(versions) + " |", "|---|---:|" + "---|" * len(versions),
     ]  # fmt: skip
-    sizes = about["bytes"]
-    assert isinstance(sizes, dict)
     for name, row in table.items():
         lines.append(f"| {name} | {sizes[name]:,} | " + " | ".join(row[version] for version in versions) + " |")
     return "\n".join(lines) + "\n"
+
+
+def markdown_layers(result: dict[str, object]) -> str:
+    """The layers for people: each cell counts operators and rows."""
+    about, table = result["about"], result["table"]
+    assert isinstance(about, dict)
+    assert isinstance(table, dict)
+    wheres = list(next(iter(next(iter(table.values())).values())))
+    versions = list(next(iter(next(iter(table.values())).values()))[wheres[0]])
+    lines = [
+        "## Every layout, by target", "",
+        f"Made on {about['date']} at commit {str(about['commit'])[:10]}: {about['files']} different files. A cell "
+        f"counts {len(wheres)} pairs of operator and rows ({'; '.join(wheres)}): *p* pass: the planner took the layout "
+        "for that version as target, and the file runs in it and in every later one, within 1e-4 of torch's outputs at "
+        "batches 1 and 3 with and without graph optimisations (5e-2 in relative L2 where activations are rounded: "
+        "`int8`, `matmulnbits level 4`), packed in memory where that is the layout's purpose; *r* refused by the "
+        "planner, which leaves such a weight `exact` or, if there is no other, writes nothing; *s* runs, but on a "
+        "processor without VNNI, as this one, the products of `int8` saturate and outputs are farther off: the file's "
+        "metadata names these weights.", "",
+    ]  # fmt: skip
+    for layout, kinds in table.items():
+        lines += [f"### {layout}", "", "| levels | " + " | ".join(versions) + " |", "|---|" + "---|" * len(versions)]
+        for kind, places in kinds.items():
+            said = []
+            for version in versions:
+                found = [places[where][version] for where in wheres]
+                failed = [text for text in found if text.startswith("FAIL")]
+                counts = [
+                    f"{found.count(word)} {word[0]}" for word in ("pass", "refused", "saturates") if word in found
+                ]
+                said.append(", ".join([*counts, *failed]))
+            lines.append(f"| {kind} | " + " | ".join(said) + " |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
