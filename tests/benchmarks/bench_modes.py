@@ -126,7 +126,8 @@ def markdown(rows_of: dict[str, list[dict[str, object]]]) -> str:
     lines = [
         "# Export modes side by side\n",
         "Made by `tests/benchmarks/bench_modes.py`, batch 1 of 3x224x224. Weights are random but for "
-        "EfficientNet-Lite0. x: ratio to the float32 file of the same network. Apart: how far outputs are from the exact file's (int8) or "
+        "EfficientNet-Lite0. x: ratio to the float32 file of the same network. Apart: how far outputs are from the "
+        "exact file's (int8) or "
         "torch's (matmulnbits 4), relative L2, on random inputs. Modes: [docs/onnx.md](../../../docs/onnx.md).\n",
     ]
     for name, rows in rows_of.items():
