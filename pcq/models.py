@@ -164,6 +164,7 @@ def _timm_package(spec: Spec) -> Any:
 
 
 def _hugging_face(spec: Spec) -> nn.Module:
+    declare_operators()  # transformers imports torchvision where it is installed
     transformers = _package("transformers", "pip install transformers", spec)
     folder = Path(spec.name).expanduser()
     source: str | Path = folder if folder.is_dir() else spec.name

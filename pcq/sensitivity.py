@@ -108,13 +108,13 @@ class Bench:
     aim: Tensor
 
     @staticmethod
-    def of(module: nn.Module, samples: Tensor, teacher: Mapping[str, Tensor] | None = None) -> "Bench":
+    def of(module: nn.Module, samples: tuple[Tensor, ...], teacher: Mapping[str, Tensor] | None = None) -> "Bench":
         """``teacher``: tensors that replace some of the module's.
 
         Raises:
             PcqError: the network does not take the samples, or its pass cannot be replayed.
         """
-        parts = batches((samples,), BATCH)
+        parts = batches(samples, BATCH)
         tape = tapes.record(module, parts[0])
         bench = Bench(tape, parts, {**tapes.state(module), **(teacher or {})}, torch.empty(0))
         return Bench(tape, parts, bench.tensors, bench.outputs({}))

@@ -31,12 +31,16 @@ class Value:
 
 @dataclass(frozen=True)
 class Op:
-    """``outputs = function(*args, **kwargs)``; tensors among the arguments are :class:`Value` s."""
+    """``outputs = function(*args, **kwargs)``; tensors among the arguments are :class:`Value` s.
+
+    ``read``: the number that the pass took out of tokens or masks, to branch on; it has to come out again.
+    """
 
     function: Any
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     outputs: tuple[int, ...]
+    read: int | bool | None = None
 
     @property
     def name(self) -> str:
@@ -142,6 +146,11 @@ def run(
             args, kwargs = pytree.tree_map(look, (op.args, dict(op.kwargs)))
             other = interpret.get(op.name) if interpret else None
             made = other(op, args) if other else op.function(*args, **kwargs)
+            if op.read is not None and made != op.read:
+                raise PcqError(
+                    "its forward pass takes another way for some of the samples than for others",
+                    todo="Give samples that are alike: all of them padded, or none",
+                )
             tensors_made = [leaf for leaf in pytree.tree_leaves(made) if isinstance(leaf, Tensor)]
             now.update(zip(op.outputs, tensors_made, strict=True))
             for number in (*op.inputs, *op.outputs):
@@ -170,6 +179,7 @@ class _Recorder(TorchDispatchMode):
         self.names: dict[int, str] = {}
         self.constants: dict[int, Tensor] = {}
         self.sampled: set[int] = set()
+        self.discrete: set[int] = set()  # of those: tokens, masks, and what is made of nothing else
         self.ops: list[Op] = []
         self.count = 0
 
@@ -196,12 +206,21 @@ class _Recorder(TorchDispatchMode):
         known_args, known_kwargs = pytree.tree_map(self.value, (args, kwargs))
         op = Op(_functional(function), known_args, known_kwargs, ())
         sampled = any(number in self.sampled for number in op.inputs)
-        if sampled and op.name in ("_local_scalar_dense", "nonzero", "equal"):
+        discrete = sampled and all(n in self.discrete or n in self.constants for n in op.inputs)
+        if (
+            sampled
+            and op.name in ("_local_scalar_dense", "nonzero", "equal")
+            and not (discrete and op.name == "_local_scalar_dense")
+        ):
             raise PcqError("its forward pass branches on the values of its input, so it cannot be replayed")
         made = function(*args, **kwargs)
+        if discrete and not isinstance(made, Tensor) and isinstance(made, int):
+            op = replace(op, read=made)
         numbers = tuple(self.new(leaf) for leaf in pytree.tree_leaves(made) if isinstance(leaf, Tensor))
         if sampled:
             self.sampled.update(numbers)
+        if discrete and all(not t.is_floating_point() for t in pytree.tree_leaves(made) if isinstance(t, Tensor)):
+            self.discrete.update(numbers)
         self.ops.append(replace(op, outputs=numbers))
         return made
 
@@ -247,6 +266,7 @@ def record(module: nn.Module, samples: tuple[Tensor, ...]) -> Tape:
         recorder = _Recorder({id(tensor): name for name, tensor in named.items()})
         inputs = tuple(recorder.new(sample) for sample in samples)
         recorder.sampled.update(inputs)
+        recorder.discrete.update(n for n, sample in zip(inputs, samples, strict=True) if not sample.is_floating_point())
         with recorder:
             result = module(*samples)
         tape = Tape(

@@ -70,20 +70,28 @@ class Outcome:
         return {**self.changed, **{name: q.dequantize() for name, q in self.quantized.items()}}
 
 
-def outputs(module: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, batch: int = 64) -> Tensor:
+def outputs(
+    module: nn.Module, tensors: Mapping[str, Tensor], x: Tensor | tuple[Tensor, ...], batch: int = 64
+) -> Tensor:
     """``module``'s first floating output with ``tensors`` in place of its own: float32 ``[n, k]``.
+
+    ``x`` are samples, or an array of them for each input.
 
     Raises:
         PcqError: the module does not take the samples.
     """
     parts = []
     with tapes.evaluating(module), torch.no_grad():
-        for part in x.split(batch):
+        inputs = x if isinstance(x, tuple) else (x,)
+        for given in zip(*(each.split(batch) for each in inputs), strict=True):
+            part = given[0]
             try:
-                result = torch.func.functional_call(module, dict(tensors), (part,))
+                result = torch.func.functional_call(module, dict(tensors), given)
             except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
                 told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                where = f"samples of {'x'.join(map(str, x.shape[1:])) or 'one number'}"
+                where = "samples of " + " and ".join(
+                    "x".join(map(str, each.shape[1:])) or "one number" for each in inputs
+                )
                 todo = "Give data of the shape that the network was trained on"
                 raise PcqError(f"the network does not take them: {told}", where=where, todo=todo) from error
             leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
@@ -104,8 +112,8 @@ def compared(name: str, y: Tensor, aim: Tensor, seconds: float = 0.0) -> Step:
 def calibrate_measured(
     module: nn.Module,
     plan: Mapping[str, tuple[Rows, Quantizer]],
-    samples: Tensor,
-    held_out: Tensor,
+    samples: tuple[Tensor, ...],
+    held_out: tuple[Tensor, ...],
     settings: Settings,
     progress: Progress = silent,
 ) -> Outcome:
@@ -117,7 +125,7 @@ def calibrate_measured(
     Args:
         module: the float network; it is left as it is.
         plan: name of a weight -> how it is cut into rows, and what chooses the levels.
-        samples: ``[N, ...]``, without labels.
+        samples: the network's inputs, ``[N, ...]`` each, without labels.
         held_out: other samples, to judge by.
         settings: of the reconstruction.
         progress: called once a layer, and once a block.
@@ -133,9 +141,9 @@ def calibrate_measured(
     best = {name: q.dequantize() for name, q in plain.items()}
     steps = [compared("nearest levels", outputs(module, best, held_out), aim, seconds)]
     start = time.perf_counter()
-    result = calibrate(module, plan, (samples,), settings, progress=progress)
+    result = calibrate(module, plan, samples, settings, progress=progress)
     seconds = time.perf_counter() - start
-    outcome = Outcome(plain, {}, {}, (), (), result.plain, result.samples, len(held_out))
+    outcome = Outcome(plain, {}, {}, (), (), result.plain, result.samples, len(held_out[0]))
     trial = {**result.changed, **{name: q.dequantize() for name, q in result.quantized.items()}}
     step = compared(_described(settings), outputs(module, trial, held_out), aim, seconds)
     if better(step, steps[0]):
@@ -144,7 +152,7 @@ def calibrate_measured(
     else:
         step = replace(step, reason=HIGHER)
     steps.append(step)
-    parts = batches((samples,), settings.batch)
+    parts = batches(samples, settings.batch)
     tape = tapes.record(module, parts[0])
     if settings.refine:
         start = time.perf_counter()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pcq import models, qtensor
 from pcq.atomic import atomic
-from pcq.commands.calibrating import FEWEST, RANDOM, Calibration, draw, float_network
+from pcq.commands.calibrating import FEWEST, RANDOM, Calibration, draw_inputs, float_network
 from pcq.commands.quantizing import Planned, plan
 from pcq.errors import PcqError
 from pcq.plan import Quantized
@@ -166,9 +166,9 @@ def open_bench(
             raise PcqError("to invent samples, one sample's shape has to be known", where="--calib random", todo=todo)
         x, teacher = invented(network, shape, samples, seed)
         said = f"{len(x)} invented samples of {'x'.join(map(str, shape))}: no real data was seen"
-        return Bench.of(network, x, teacher), said
-    x, _, said = draw(Calibration(calib, samples, seed=seed), SAMPLES)
-    return Bench.of(network, x), said.partition(", and ")[0] + "; labels unused"
+        return Bench.of(network, (x,), teacher), said
+    drawn, _, said = draw_inputs(Calibration(calib, samples, seed=seed), network, SAMPLES)
+    return Bench.of(network, drawn), said.partition(", and ")[0] + "; labels unused"
 
 
 def measured(

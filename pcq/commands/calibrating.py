@@ -119,7 +119,7 @@ def calibrated(planned: "Planned", asked: Calibration, progress: Progress = sile
         outcome = care(network, chosen, shape, settings, asked.samples, progress)
         said = f"{outcome.samples} invented samples of {'x'.join(map(str, shape))}: no real data was seen"
         return Calibrated(replace(asked, samples=outcome.samples), network, said, outcome)
-    samples, held_out, said = draw(asked)
+    samples, held_out, said = draw_inputs(asked, network)
     settings = Settings(method=asked.solver, seed=asked.seed, refine=asked.refinement)
     outcome = calibrate_measured(network, chosen, samples, held_out, settings, progress)
     return Calibrated(replace(asked, samples=outcome.samples), network, said, outcome)
@@ -146,6 +146,50 @@ def float_network(planned: "Planned") -> nn.Module:
     return module.eval()
 
 
+def draw_inputs(
+    asked: Calibration, network: nn.Module, usual: int = SAMPLES
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], str]:
+    """:func:`draw` for a network of any number of inputs: an array for each, in the order of its arguments.
+
+    Raises:
+        PcqError: the data is not there, there are too few samples, or they are not the network's inputs.
+    """
+    from pcq.data.inputs import Several, inputs
+
+    try:
+        x, others, said = draw(asked, usual)
+    except Several as several:
+        found = inputs(several.arrays, network, asked.data)
+        order, count = _drawn(asked, len(found[0]), usual)
+        said = f"{count:,} samples of {', '.join(several.arrays)}, and {len(order) - count:,} others to judge by"
+        return tuple(each[order[:count]] for each in found), tuple(each[order[count:]] for each in found), said
+    return (x,), (others,), said
+
+
+def _drawn(asked: Calibration, n: int, usual: int) -> tuple[Tensor, int]:
+    """Numbers of ``n`` samples drawn by the seed, and how many of them are not held out.
+
+    Raises:
+        PcqError: there are too few.
+    """
+    count = min(asked.samples or usual, n * 4 // 5)
+    others = min(max(FEWEST, count // 4), n - count)
+    if count < FEWEST:
+        raise PcqError(
+            f"{n} samples are too few to calibrate with",
+            where=asked.data,
+            allowed=f"{FEWEST * 5 // 4} or more",
+            todo="Give more, or calibrate without data: --calib random",
+        )
+    if asked.samples is not None and count < asked.samples:
+        raise PcqError(
+            f"there are {n:,} samples, and {asked.samples:,} with as many as a quarter held out are more",
+            where=asked.data,
+            allowed=f"--samples {FEWEST} to {n * 4 // 5}",
+        )
+    return torch.randperm(n, generator=torch.Generator().manual_seed(asked.seed))[: count + others], count
+
+
 def draw(asked: Calibration, usual: int = SAMPLES) -> tuple[Tensor, Tensor, str]:
     """Samples, others held out, and both in words: drawn by the seed from split ``train``, never from ``test``.
 
@@ -157,22 +201,8 @@ def draw(asked: Calibration, usual: int = SAMPLES) -> tuple[Tensor, Tensor, str]
     from pcq.data import open_data
 
     data = open_data(asked.data, "train")
-    count = min(asked.samples or usual, data.n * 4 // 5)
-    others = min(max(FEWEST, count // 4), data.n - count)
-    if count < FEWEST:
-        raise PcqError(
-            f"{data.n} samples are too few to calibrate with",
-            where=asked.data,
-            allowed=f"{FEWEST * 5 // 4} or more",
-            todo="Give more, or calibrate without data: --calib random",
-        )
-    if asked.samples is not None and count < asked.samples:
-        raise PcqError(
-            f"there are {data.n:,} samples, and {asked.samples:,} with as many as a quarter held out are more",
-            where=asked.data,
-            allowed=f"--samples {FEWEST} to {data.n * 4 // 5}",
-        )
-    order = torch.randperm(data.n, generator=torch.Generator().manual_seed(asked.seed))[: count + others].tolist()
+    numbers, count = _drawn(asked, data.n, usual)
+    order = numbers.tolist()
     taken = [data.take(order[i : i + 64]) for i in range(0, len(order), 64)]
     x = torch.cat(taken)
     said = f"{count:,} samples of {data.name}, {data.split}, and {len(x) - count:,} others to judge by; labels unused"

@@ -1,6 +1,6 @@
 """Arrays as data: an ``.npz`` file, or what a function of the user's returns."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pcq.data.dataset import Data
+from pcq.data.inputs import Several
 from pcq.errors import CheckFailed, PcqError
 from pcq.spec import Spec, call, running
 
@@ -49,7 +50,8 @@ def open_npz(path: str, split: str, *, mean: Any = (0.0,), std: Any = (1.0,)) ->
             names = next((pair for pair in tried if pair[0] in arrays.files), None)
             if names is None:
                 allowed = "x and y, images and labels, or x_test and y_test"
-                raise PcqError(f"it holds {', '.join(arrays.files)}", where=str(file), allowed=allowed)
+                held = {name: arrays[name] for name in arrays.files}
+                raise Several(f"it holds {', '.join(held)}", held, where=str(file), allowed=allowed)
             x = arrays[names[0]]
             y = arrays[names[1]] if names[1] in arrays.files else None
     except PcqError:
@@ -140,6 +142,10 @@ def open_own(spec: Spec, split: str) -> Data:
         return found
     if isinstance(found, torch.utils.data.DataLoader) and isinstance(found.dataset, Indexed):
         found = found.dataset
+    if isinstance(found, Mapping):
+        held = {str(key): value for key, value in found.items()}
+        allowed = "arrays (x, y); several inputs are for calibration only"
+        raise Several(f"it returned {', '.join(held)}", held, where=name, allowed=allowed)
     if isinstance(found, (Tensor, np.ndarray)):
         return from_arrays(name, split, found, None)
     if isinstance(found, tuple) and len(found) == 2 and all(isinstance(a, (Tensor, np.ndarray, list)) for a in found):
