@@ -379,6 +379,7 @@ MISTAKES = (
         r"(?i)shape|channels",
     ),
     # --- the command line
+    Mistake("weights to share with nobody", "finetune model.pt -r ternary -d digits --shard", saved(), "torchrun"),
     Mistake("nothing to inspect", "inspect", nothing, "--prox"),
     Mistake("an unknown proximal map", "inspect --prox parc", nothing, "Did you mean 'parq'"),
     Mistake("levels that are none", "inspect --prox parq --levels 1", nothing, "two or more"),

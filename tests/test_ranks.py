@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import pcq
-from pcq import shards
+from pcq import cli, shards
 from pcq.commands import FinetuneResult
 from pcq.data import from_arrays
 from pcq.errors import PcqError
@@ -292,15 +292,14 @@ def test_killed_and_resumed_is_uninterrupted(whole: str, place: Path, request: p
     assert (place / f"{name}.safetensors").read_bytes() == (place / f"{whole}.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_either_saves_and_all_leave(number: signal.Signals, place: Path, two: list[Any]) -> None:
-    name = f"stopped{number.name}"
-    ends = together(lambda: tune(place, name, progress=ending(1, number, 7)))
+def test_a_signal_to_either_saves_and_all_leave(place: Path, two: list[Any]) -> None:
+    """SIGINT here; SIGTERM above."""
+    ends = together(lambda: tune(place, "stopped", progress=ending(1, signal.SIGINT, 7)))
     assert [kind for kind, _ in ends] == ["Interrupted"] * 2
     assert "a signal to another process after 7 of 12 steps" in ends[0][1]
-    assert f"{number.name} after 7 of 12 steps" in ends[1][1]
-    together(lambda: tune(place, name, resume=True))
-    assert (place / f"{name}.safetensors").read_bytes() == (place / "two.safetensors").read_bytes()
+    assert "SIGINT after 7 of 12 steps" in ends[1][1]
+    together(lambda: tune(place, "stopped", resume=True).steps)
+    assert (place / "stopped.safetensors").read_bytes() == (place / "two.safetensors").read_bytes()
 
 
 # -- sharded -----------------------------------------------------------------------------------------------------------
@@ -349,7 +348,8 @@ def _every_method_and_layout() -> list[str]:
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
     wrong = []
     cases = [(method, "transposed", "ternary") for method in METHODS]
-    cases += [("parq", layout, levels) for levels in LEVELS for layout in LAYOUTS]
+    cases += [("parq", layout, "ternary") for layout in LAYOUTS]
+    cases += [("parq", layout, levels) for levels in LEVELS for layout in ("groups", "tensor", "blocks")]
     for method, layout, levels in cases:
         rows = LAYOUTS[layout]
         start = torch.randn(rows.shape, generator=torch.Generator().manual_seed(0))
@@ -459,19 +459,20 @@ def test_more_processes_than_samples_and_half_an_environment(place: Path, monkey
         tune(place, "failed")
 
 
-def torchrun(place: Path, *words: str) -> "subprocess.CompletedProcess[str]":
+def test_the_command_says_what_is_wrong_once(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    line = f"finetune {place / 'net.pt'} -d digits --arch {place / 'own.py'}:net -r tertiary --json"
+    assert together(lambda: cli.run(line.split())) == [2, 2]
+    out, err = capfd.readouterr()
+    assert err.count("pcq: there is no recipe 'tertiary'") == err.count("tertiary") == 1
+    assert json.loads(out)["exit_code"] == 2
+
+
+def test_torchrun_prints_one_result(place: Path, sharded: list[Any]) -> None:
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pcq"]
-    told = ["finetune", "net.pt", "-d", "digits", "--arch", "own.py:net", *words]
+    told = "finetune net.pt -d digits --arch own.py:net -r r.yaml -o run.safetensors --json --shard --steps"
     env = {**os.environ, "PYTHONPATH": str(Path(pcq.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*start, *told], cwd=place, env=env, capture_output=True, text=True, timeout=300)
-
-
-def test_torchrun_prints_one_result_and_one_sentence(place: Path, sharded: list[Any]) -> None:
-    done = torchrun(place, "-r", "r.yaml", "-o", "run.safetensors", "--steps", str(SHORT), "--json", "--shard")
+    words = [*start, *told.split(), str(SHORT)]
+    done = subprocess.run(words, cwd=place, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["bytes_after"] == (place / "run.safetensors").stat().st_size
     assert apart(place, "run", "sharded") == 0
-    wrong = torchrun(place, "-r", "tertiary")
-    assert wrong.returncode != 0
-    assert wrong.stderr.count("pcq: there is no recipe 'tertiary'") == wrong.stderr.count("tertiary") == 1, wrong.stderr
-    assert wrong.stdout == ""
