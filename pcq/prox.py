@@ -222,10 +222,10 @@ def _even(grid: Affine, shifts: Shifts, clipped: bool) -> Kernel:
         return x.add_(_of(zero, which) if isinstance(zero, Tensor) else zero, alpha=sign)
 
     def kernel(weights: Tensor, which: slice, result: Tensor, scratch: Tensor) -> Tensor:
-        rest = shift(torch.div(weights, _of(step, which), out=scratch), which, 1)
+        rest = shift(torch.div(weights, _of(step, which), out=result if hard else scratch), which, 1)
         if clipped:
             rest.clamp_(-aside, grid.count - 1 - aside)
-        code = torch.round(rest, out=result)
+        code = rest.round_() if hard else torch.round(rest, out=result)
         if not clipped:
             code.clamp_(0, grid.count - 1)
         if not hard:
@@ -261,14 +261,17 @@ def _ramps(table: Tensor, shifts: Shifts) -> Kernel:
     jumps = shifts.varrho > 0 or shifts.unit != "gap"
 
     def kernel(weights: Tensor, which: slice, result: Tensor, scratch: Tensor) -> Tensor:
-        result.copy_(_of(centre, which).expand_as(result))
         above = torch.empty_like(scratch) if jumps else scratch
         for gap in range(half.shape[1]):
             p, h, s, v = (_of(column[:, gap : gap + 1], which) for column in (middle, half, steep, jump))
-            y = torch.sub(weights, p, out=scratch).mul_(s)
+            y = torch.sub(weights, p, out=scratch if gap else result).mul_(s)
             if jumps:
                 y.sub_(v).addcmul_(torch.gt(weights, p, out=above), 2 * v)
-            result.addcmul_(y.clamp_(-1, 1), h)
+            y.clamp_(-1, 1)
+            if gap:
+                result.addcmul_(y, h)
+            else:
+                y.mul_(h).add_(_of(centre, which))
         return result
 
     return kernel
@@ -297,10 +300,11 @@ def _nearest(table: Tensor) -> Kernel:
 
     def few(weights: Tensor, which: slice, result: Tensor, scratch: Tensor) -> Tensor:
         levels, middles = _of(table, which), _of(middle, which)
-        result.copy_(levels[:, :1].expand_as(result))
         for gap in range(middle.shape[1]):
-            candidate = torch.le(weights, middles[:, gap : gap + 1], out=scratch).mul_(-far)
-            torch.maximum(result, candidate.add_(levels[:, gap + 1 : gap + 2]), out=result)
+            # The level above the gap for weights above its middle, for others far below all levels.
+            torch.le(weights, middles[:, gap : gap + 1], out=scratch)
+            torch.add(levels[:, gap + 1 : gap + 2], scratch, alpha=-far, out=scratch)
+            torch.maximum(result if gap else levels[:, :1], scratch, out=result)
         return result
 
     def many(weights: Tensor, which: slice, result: Tensor, scratch: Tensor) -> Tensor:

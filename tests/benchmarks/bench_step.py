@@ -1,9 +1,16 @@
 """The optimizer step with ProxConnect attached against the plain SGD-momentum step, on ResNet-18's shapes.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/bench_step.py [--rounds N] [--out FILE.json]
+    OMP_NUM_THREADS=1 python tests/benchmarks/bench_step.py [--rounds N] [--torchao PYTHON] [--whole] [--out FILE.json]
 
 Each round times 20 plain steps and then 20 steps of every variant, refit included at its default period of 20 steps;
-reported is the median over the rounds of the ratio. The goal is at most 3.
+reported is the median over the rounds of the ratio. The goal is at most 3. ``--torchao`` does the same with torchao's
+PARQ by the interpreter of an environment that has it (refits every 20 steps too, and every 10, its default).
+
+``--whole``: the whole training step instead, forward and backward passes of ResNet-18 (32 images of 224 pixels) and
+ResNet-20 (128 images of 32 pixels) and the optimizer's step, with ProxConnect against without; goal at most 1.02. The
+passes are the same in both, so they are timed once a round, and the steps as above.
+
+With one thread the clock is the thread's own processor time: waiting for other processes does not count.
 """
 
 import argparse
@@ -12,12 +19,16 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from bench_prox import commit, processor
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from pcq.methods import METHODS
 from pcq.proxconnect import ProxConnect, Target
@@ -45,12 +56,14 @@ def shapes() -> list[tuple[int, ...]]:
 class Variant:
     """Parameters of ResNet-18's shapes with constant gradients, an SGD-momentum optimizer, and what is attached."""
 
-    def __init__(self, method: str | None, quantizer: Quantizer | None, axis: int | None) -> None:
+    def __init__(
+        self, method: str | None, quantizer: Quantizer | None, axis: int | None, of: list[tuple[int, ...]] | None = None
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.parameters = [nn.Parameter(0.05 * torch.randn(shape, generator=generator)) for shape in shapes()]
+        self.parameters = [nn.Parameter(0.05 * torch.randn(shape, generator=generator)) for shape in of or shapes()]
         for parameter in self.parameters:
             parameter.grad = 0.01 * torch.randn(parameter.shape, generator=generator)
-        self.optimizer = torch.optim.SGD(self.parameters, lr=1e-4, momentum=0.9)
+        self.optimizer: Any = torch.optim.SGD(self.parameters, lr=1e-4, momentum=0.9)
         if method is not None and quantizer is not None:
             chosen = {
                 str(i): Target(p, Rows(tuple(p.shape), axis), quantizer)
@@ -61,21 +74,107 @@ class Variant:
             self.prox = ProxConnect(self.optimizer, chosen, METHODS[method], Linear(0.0, 0.9, 0.5), steps=10**6)
 
     def seconds(self) -> float:
-        start = time.perf_counter()
+        start = clock()
         for _ in range(STEPS):
             self.optimizer.step()
-        return (time.perf_counter() - start) / STEPS
+        return (clock() - start) / STEPS
+
+
+class Peer(Variant):
+    """The same with torchao's PARQ, in the middle of its anneal."""
+
+    def __init__(self, bits: int, per_channel: bool, period: int) -> None:
+        from torchao.prototype.parq import LSBQuantizer, ProxPARQ, QuantOptimizer
+
+        super().__init__(None, None, None)
+        weights = [p for p in self.parameters if p.ndim > 1]
+        rest = [p for p in self.parameters if p.ndim == 1]
+        base = torch.optim.SGD([{"params": weights, "quant_bits": bits}, {"params": rest}], lr=1e-4, momentum=0.9)
+        prox = ProxPARQ(-(10**6), 10**6)
+        self.optimizer = QuantOptimizer(base, LSBQuantizer(), prox, quant_period=period, quant_per_channel=per_channel)
+
+
+def clock() -> float:
+    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def measured(cells: dict[str, Any], rounds: int, plain: Variant) -> dict[str, Any]:
+    """Median ratios to the plain step; ``cells`` are functions that make a variant."""
+    ratios, plains = {}, []
+    for name, make in cells.items():
+        variant, found = make(), []
+        plain.seconds(), variant.seconds()
+        for _ in range(rounds):
+            before = plain.seconds()
+            plains.append(before)
+            found.append(variant.seconds() / before)
+        ratios[name] = round(statistics.median(found), 2)
+        print(name, ratios[name], flush=True)
+    return {"plain_ms": round(statistics.median(plains) * 1e3, 2), "ratio": ratios}
+
+
+def peers() -> dict[str, Any]:
+    cells = {}
+    for levels, bits in (("ternary", 0), ("LSBQ 2-bit", 2)):
+        for layout, period in (("per tensor", 20), ("per channel", 20), ("per channel", 10)):
+            name = f"parq, {levels}, {layout}, refit every {period}"
+            cells[name] = lambda a=(bits, layout == "per channel", period): Peer(*a)  # type: ignore[misc]
+    return cells
+
+
+def whole(rounds: int) -> dict[str, Any]:
+    """Ratios of the whole training step, and the milliseconds it takes without levels."""
+    from pcq.models import build
+
+    found = {}
+    networks = (
+        ("ResNet-20, 128 of 32 px", "pcq.demo.nets:resnet20", (128, 3, 32, 32)),
+        ("ResNet-18, 32 of 224 px", "torchvision:resnet18", (32, 3, 224, 224)),
+    )
+    for name, arch, size in networks:
+        network = build(arch).to(memory_format=torch.channels_last)
+        x, y = torch.randn(size).to(memory_format=torch.channels_last), torch.zeros(size[0], dtype=torch.long)
+        of = [tuple(p.shape) for p in network.parameters()]
+        plain = Variant(None, None, None, of)
+        variants = {
+            f"{method}, {levels}, per channel": Variant(method, quantizer, 0, of)
+            for method in ("proxconnect", "parq")
+            for levels, quantizer in (("ternary", Ternary()), ("LSBQ 2-bit", LeastSquaresBinary(2)))
+        }
+        ratios: dict[str, list[float]] = {each: [] for each in variants}
+        passes = []
+        for _ in range(rounds):
+            start = clock()
+            cross_entropy(network(x), y).backward()
+            passes.append(clock() - start)
+            before = plain.seconds()
+            for each, variant in variants.items():
+                ratios[each].append((passes[-1] + variant.seconds()) / (passes[-1] + before))
+        medians = {each: round(statistics.median(values), 4) for each, values in ratios.items()}
+        found[name] = {"passes_ms": round(statistics.median(passes) * 1e3), "ratio": medians}
+        print(name, found[name], flush=True)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--torchao", help="interpreter of an environment with torchao")
+    parser.add_argument("--whole", action="store_true", help="whole training steps")
+    parser.add_argument("--as-peer", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    begun = os.getloadavg()[0]
+    if args.as_peer:
+        import torchao
+
+        found = {"torchao": torchao.__version__, "torch": torch.__version__}
+        args.out.write_text(json.dumps(found | measured(peers(), args.rounds, Variant(None, None, None))))
+        return
     layouts: tuple[tuple[str, int | None], ...] = (("per tensor", None), ("per channel", 0))
-    cells = [
-        (f"{method}, {name}, {layout}", (method, quantizer, axis))
-        for method in ("binaryconnect", "proxconnect", "parq", "binaryrelax", "proxquant")
+    cells = {
+        f"{method}, {name}, {layout}": lambda a=(method, quantizer, axis): Variant(*a)
+        for method in ("binaryconnect", "proxconnect", "parq", "binaryrelax")
         for name, quantizer in (
             ("ternary", Ternary()),
             ("uniform 2-bit", Uniform(2)),
@@ -83,30 +182,30 @@ def main() -> None:
         )
         for layout, axis in layouts
         if name != "LSBQ 2-bit" or method in ("binaryconnect", "parq")
-    ]
-    plain = Variant(None, None, None)
-    total = sum(p.numel() for p in plain.parameters)
-    ratios: dict[str, list[float]] = {}
-    steps, plains = {}, []
-    for name, cell in cells:
-        variant = Variant(*cell)
-        plain.seconds(), variant.seconds()
-        for _ in range(args.rounds):
-            before = plain.seconds()
-            plains.append(before)
-            took = variant.seconds()
-            ratios.setdefault(name, []).append(took / before)
-            steps[name] = took
+    }
+    if args.whole:
+        what = "training step (forward, backward, optimizer) with ProxConnect / without, median of the rounds"
+        found = {"networks": whole(args.rounds)}
+    else:
+        what = "optimizer step with ProxConnect / plain SGD-momentum step, median of the rounds, refit every 20 steps"
+        plain = Variant(None, None, None)
+        found = {"parameters": sum(p.numel() for p in plain.parameters)} | measured(cells, args.rounds, plain)
+    if args.torchao:
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "peer.json"
+            command = [args.torchao, __file__, "--as-peer", "--rounds", str(args.rounds), "--out", str(out)]
+            subprocess.run(command, check=True)
+            found["torchao"] = json.loads(out.read_text())
     result = {
-        "what": "optimizer step with ProxConnect / plain SGD-momentum step, median of the rounds, refit every 20 steps",
-        "parameters": total,
+        "what": what,
         "rounds": args.rounds,
-        "plain_ms": round(statistics.median(plains) * 1e3, 2),
-        "ratio": {name: round(statistics.median(values), 2) for name, values in ratios.items()},
+        **found,
+        "clock": "processor time of the thread" if torch.get_num_threads() == 1 else "wall",
         "hardware": processor(),
         "platform": platform.system(),
         "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0],
+        "cores": os.cpu_count(),
+        "load": [round(begun, 1), round(os.getloadavg()[0], 1)],
         "torch": torch.__version__,
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
