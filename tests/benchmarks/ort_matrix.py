@@ -408,14 +408,19 @@ def main() -> None:
     }  # fmt: skip
     kept = RESULTS / "ort_matrix.json"
     result = json.loads(kept.read_text()) if kept.exists() else {}
+    failed = False
     if arguments.part != "layers":
-        result["exact"] = exact_part(arguments, about)
+        rows = exact_part(arguments, about)
+        failed |= "FAIL" in json.dumps(rows)
+        result["exact"] = result.get("exact", {}) | rows
     if arguments.part != "exact":
         result["layers"] = layers_part(arguments, about)
-    if arguments.only == "*" and tuple(arguments.versions) == VERSIONS:
+        failed |= "FAIL" in json.dumps(result["layers"])
+    if tuple(arguments.versions) == VERSIONS and (arguments.only == "*" or arguments.part == "exact"):
         kept.write_text(json.dumps(result, indent=1) + "\n")
-        (RESULTS / "ort_matrix.md").write_text(markdown(result["exact"]) + "\n" + markdown_layers(result["layers"]))
-    if "FAIL" in json.dumps(result):
+        both = [markdown(result["exact"])] + ([markdown_layers(result["layers"])] if "layers" in result else [])
+        (RESULTS / "ort_matrix.md").write_text("\n".join(both))
+    if failed:
         print(json.dumps(result, indent=1))
         sys.exit(3)
 
@@ -429,23 +434,19 @@ def ran_in(version: str, envs: Path, paths: list[Path]) -> dict[str, dict]:
     return results
 
 
-def exact_part(arguments: argparse.Namespace, about: dict[str, object]) -> dict[str, object]:
-    """Unpacking functions and whole networks in layout exact."""
+def exact_part(arguments: argparse.Namespace, about: dict[str, object]) -> dict[str, dict[str, object]]:
+    """Unpacking functions and whole networks in layout exact: file -> about it, and what became of it."""
     paths = [path for path in write_unpackings(arguments.folder) if fnmatch.fnmatch(path.name, arguments.only)]
     for name, recipe in NETWORKS:
         if fnmatch.fnmatch(f"{name}, {recipe}.onnx", arguments.only):
             paths.append(write_network(arguments.folder, name, recipe))
-    table: dict[str, dict[str, str]] = {path.stem: {} for path in paths}
+    cells: dict[str, dict[str, str]] = {path.stem: {} for path in paths}
     for version in arguments.versions:
         results = ran_in(version, arguments.envs, paths)
         for path in paths:
-            table[path.stem][version] = cell(results[str(path)], path.name.startswith("unpack"))
-        print(version, sum("FAIL" in row[version] for row in table.values()), "failed of", len(paths), flush=True)
-    more = {
-        "forms of grids in each unpack file": len(list(grids(Rows((2, 2))))),
-        "bytes": {path.stem: path.stat().st_size for path in paths},
-    }  # fmt: skip
-    return {"about": about | more, "table": table}
+            cells[path.stem][version] = cell(results[str(path)], path.name.startswith("unpack"))
+        print(version, sum("FAIL" in row[version] for row in cells.values()), "failed of", len(paths), flush=True)
+    return {path.stem: about | {"bytes": path.stat().st_size, "cells": cells[path.stem]} for path in paths}
 
 
 def layers_part(arguments: argparse.Namespace, about: dict[str, object]) -> dict[str, object]:
@@ -474,24 +475,23 @@ def layers_part(arguments: argparse.Namespace, about: dict[str, object]) -> dict
     return {"about": about | {"files": len(paths)}, "table": table, "refusals, with an example": refusals}
 
 
-def markdown(result: dict[str, object]) -> str:
+def markdown(rows: dict[str, dict[str, object]]) -> str:
     """The exact part for people."""
-    about, table = result["about"], result["table"]
-    assert isinstance(about, dict)
-    assert isinstance(table, dict)
-    versions, sizes = list(next(iter(table.values()))), about["bytes"]
+    versions = list(next(iter(rows.values()))["cells"])  # type: ignore[call-overload]
     lines = [
         "# Packed files in ONNX Runtime", "",
-        f"Made by `tests/benchmarks/ort_matrix.py` on {about['date']} at commit {str(about['commit'])[:10]}, "
-        f"torch {about['torch']}, {about['machine']}, CPU provider. Every layout is below.", "",
+        "Made by `tests/benchmarks/ort_matrix.py`, CPU provider. Every layout is below.", "",
         "## Layout `exact`, for target 1.17", "",
-        f"`unpack` files hold {about['forms of grids in each unpack file']} forms of grids each; *exact*: the bits of "
-        "dequantize(), with and without graph optimisations. Networks: largest error relative to the outputs' scale "
-        "at batches 1 and 3, with and without graph optimisations, everything folded.", "",
-        "| file | bytes | " + " | ".join(versions) + " |", "|---|---:|" + "---|" * len(versions),
+        f"`unpack` files hold {len(list(grids(Rows((2, 2)))))} forms of grids each; *exact*: the bits of dequantize(), "
+        "with and without graph optimisations. Networks: largest error relative to the outputs' scale at batches 1 and 3, "
+        "with and without graph optimisations, everything folded.", "",
+        "| file | made | bytes | " + " | ".join(versions) + " |", "|---|---|---:|" + "---|" * len(versions),
     ]  # fmt: skip
-    for name, row in table.items():
-        lines.append(f"| {name} | {sizes[name]:,} | " + " | ".join(row[version] for version in versions) + " |")
+    for name, row in rows.items():
+        cells = row["cells"]
+        assert isinstance(cells, dict)
+        made = f"{row['date']}, {str(row['commit'])[:7]}"
+        lines.append(f"| {name} | {made} | {row['bytes']:,} | " + " | ".join(cells[v] for v in versions) + " |")
     return "\n".join(lines) + "\n"
 
 
