@@ -347,6 +347,13 @@ MISTAKES = (
     Mistake("an input that does not fit", "export net.safetensors --input 3x8x8", artifact(), "(?i)input|channels"),
     Mistake("a runtime too old", "export net.safetensors --input 1x8x8 --target-ort 1.4", artifact(), r"1\.4"),
     Mistake(
+        "a layout that the runtime cannot run",
+        "export net.safetensors --input 1x8x8 --mode native --target-ort 1.20",
+        artifact(),
+        "Give --target-ort 1.23",
+    ),
+    Mistake("a mode and an aim", "export net.safetensors --mode native --optimize ram", artifact(), "one of them"),
+    Mistake(
         "an artifact cut short",
         "export net.safetensors --input 1x8x8",
         artifact(lambda data: data[:-100]),

@@ -18,6 +18,7 @@ The result goes to ``results/ort_matrix.json`` and ``.md``.
 
 import argparse
 import datetime
+import fcntl
 import fnmatch
 import json
 import platform
@@ -200,7 +201,7 @@ WHOLE = {
     )
     for rows, cut in {
         "per tensor": (kernel, None), "per channel": (kernel, axis), "groups": (kernel, axis, 1, 24 if axis == 0 and
-        len(kernel) == 4 else 32), "ragged groups": (kernel, axis, 1, 28),
+        len(kernel) == 4 else 32),
     }.items()
 }  # fmt: skip
 """Operator and rows -> the layer, its input, and how its weight is cut."""
@@ -406,23 +407,34 @@ def main() -> None:
         "date": datetime.date.today().isoformat(), "commit": head, "torch": torch.__version__,
         "machine": f"{platform.machine()} {platform.system()}",
     }  # fmt: skip
-    kept = RESULTS / "ort_matrix.json"
-    result = json.loads(kept.read_text()) if kept.exists() else {}
-    failed = False
+    made: dict[str, dict[str, dict[str, object]]] = {"exact": {}, "layers": {}}
     if arguments.part != "layers":
-        rows = exact_part(arguments, about)
-        failed |= "FAIL" in json.dumps(rows)
-        result["exact"] = result.get("exact", {}) | rows
+        made["exact"] = exact_part(arguments, about)
     if arguments.part != "exact":
-        result["layers"] = layers_part(arguments, about)
-        failed |= "FAIL" in json.dumps(result["layers"])
-    if tuple(arguments.versions) == VERSIONS and (arguments.only == "*" or arguments.part == "exact"):
-        kept.write_text(json.dumps(result, indent=1) + "\n")
-        both = [markdown(result["exact"])] + ([markdown_layers(result["layers"])] if "layers" in result else [])
-        (RESULTS / "ort_matrix.md").write_text("\n".join(both))
-    if failed:
-        print(json.dumps(result, indent=1))
+        made["layers"] = layers_part(arguments, about)
+    if tuple(arguments.versions) == VERSIONS:
+        with (RESULTS / "ort_matrix.json").open("r+") as kept:
+            fcntl.flock(kept, fcntl.LOCK_EX)
+            result = json.load(kept)
+            for part, rows in made.items():
+                result[part] = result.get(part, {}) | rows
+            kept.seek(0)
+            kept.write(in_lines(result))
+            kept.truncate()
+            tables = markdown(result["exact"]) + "\n" + markdown_layers(result["layers"])
+            (RESULTS / "ort_matrix.md").write_text(tables)
+    if "FAIL" in json.dumps(made):
+        print(json.dumps(made, indent=1))
         sys.exit(3)
+
+
+def in_lines(result: dict[str, dict[str, dict[str, object]]]) -> str:
+    """JSON with a line for each row."""
+    parts = []
+    for part, rows in result.items():
+        lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
+        parts.append(f"{json.dumps(part)}: {{\n{lines}\n}}")
+    return "{" + ",\n".join(parts) + "}\n"
 
 
 def ran_in(version: str, envs: Path, paths: list[Path]) -> dict[str, dict]:
@@ -449,30 +461,29 @@ def exact_part(arguments: argparse.Namespace, about: dict[str, object]) -> dict[
     return {path.stem: about | {"bytes": path.stat().st_size, "cells": cells[path.stem]} for path in paths}
 
 
-def layers_part(arguments: argparse.Namespace, about: dict[str, object]) -> dict[str, object]:
-    """Every layout for every form of grid, operator and rows: by target."""
-    cells: dict[str, dict[tuple[str, str, str], Cell]] = {}
+def layers_part(arguments: argparse.Namespace, about: dict[str, object]) -> dict[str, dict[str, object]]:
+    """Every layout for every form of grid: operator and rows -> what became of each, by target."""
+    made: dict[str, dict[str, object]] = {}
     for operator, rows in WHOLE:
-        if fnmatch.fnmatch(f"layers, {operator}, {rows}", arguments.only):
-            cells[f"{operator}, {rows}"] = write_layers(arguments.folder, operator, rows, list(arguments.versions))
-            print(f"  {operator}, {rows}", flush=True)
-    every = [cell for group in cells.values() for cell in group.values()]
-    paths = sorted({cell.path for cell in every if cell.path is not None})
-    ran = {}
-    for version in arguments.versions:
-        first = {path: min(version_of(ort) for group in cells.values() for (_, _, ort), cell in group.items()
-                           if cell.path == path) for path in paths}  # fmt: skip
-        ran[version] = ran_in(version, arguments.envs, [p for p in paths if first[p] <= version_of(version)])
-        print(version, len(ran[version]), "files", flush=True)
-    table: dict[str, dict[str, dict[str, dict[str, str]]]] = {}
-    refusals: dict[str, dict[str, str]] = {}
-    for where, group in cells.items():
-        for (layout, kind, ort), one in group.items():
-            said = judge(one, ort, ran)
-            table.setdefault(layout, {}).setdefault(kind, {}).setdefault(where, {})[ort] = said
+        if not fnmatch.fnmatch(f"layers, {operator}, {rows}", arguments.only):
+            continue
+        cells = write_layers(arguments.folder, operator, rows, list(arguments.versions))
+        paths = sorted({cell.path for cell in cells.values() if cell.path is not None})
+        first = {path: min(version_of(ort) for (_, _, ort), cell in cells.items() if cell.path == path)
+                 for path in paths}  # fmt: skip
+        print(f"  {operator}, {rows}: {len(paths)} files", flush=True)
+        ran = {}
+        for version in arguments.versions:
+            ran[version] = ran_in(version, arguments.envs, [p for p in paths if first[p] <= version_of(version)])
+        table: dict[str, dict[str, dict[str, str]]] = {}
+        reasons: dict[str, dict[str, str]] = {}
+        for (layout, kind, ort), one in cells.items():
+            table.setdefault(layout, {}).setdefault(kind, {})[ort] = judge(one, ort, ran)
             if one.path is None:
-                refusals.setdefault(layout, {})[one.reason] = f"{kind}, {where}, {ort}"
-    return {"about": about | {"files": len(paths)}, "table": table, "refusals, with an example": refusals}
+                reasons.setdefault(layout, {}).setdefault(one.reason, f"{kind}, target {ort}")
+        made[f"{operator}, {rows}"] = about | {"files": len(paths), "table": table, "refusals, first case": reasons}
+        print(f"  {operator}, {rows}: {json.dumps(table).count('FAIL')} failed", flush=True)
+    return made
 
 
 def markdown(rows: dict[str, dict[str, object]]) -> str:
@@ -483,8 +494,8 @@ def markdown(rows: dict[str, dict[str, object]]) -> str:
         "Made by `tests/benchmarks/ort_matrix.py`, CPU provider. Every layout is below.", "",
         "## Layout `exact`, for target 1.17", "",
         f"`unpack` files hold {len(list(grids(Rows((2, 2)))))} forms of grids each; *exact*: the bits of dequantize(), "
-        "with and without graph optimisations. Networks: largest error relative to the outputs' scale at batches 1 and 3, "
-        "with and without graph optimisations, everything folded.", "",
+        "with and without graph optimisations. Networks: largest error relative to the outputs' scale at batches 1 and "
+        "3, with and without graph optimisations, everything folded.", "",
         "| file | made | bytes | " + " | ".join(versions) + " |", "|---|---|---:|" + "---|" * len(versions),
     ]  # fmt: skip
     for name, row in rows.items():
@@ -495,35 +506,34 @@ def markdown(rows: dict[str, dict[str, object]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def markdown_layers(result: dict[str, object]) -> str:
+def markdown_layers(groups: dict[str, dict[str, object]]) -> str:
     """The layers for people: each cell counts operators and rows."""
-    about, table = result["about"], result["table"]
-    assert isinstance(about, dict)
-    assert isinstance(table, dict)
-    wheres = list(next(iter(next(iter(table.values())).values())))
-    versions = list(next(iter(next(iter(table.values())).values()))[wheres[0]])
+    if not groups:
+        return ""
+    tables: list[dict[str, dict[str, dict[str, str]]]] = [group["table"] for group in groups.values()]  # type: ignore[misc]
+    versions = list(next(iter(next(iter(tables[0].values())).values())))
+    dates = sorted({f"{group['date']} at commit {str(group['commit'])[:7]}" for group in groups.values()})
+    files = sum(int(str(group["files"])) for group in groups.values())
     lines = [
         "## Every layout, by target", "",
-        f"Made on {about['date']} at commit {str(about['commit'])[:10]}: {about['files']} different files. A cell "
-        f"counts {len(wheres)} pairs of operator and rows ({'; '.join(wheres)}): *p* pass: the planner took the layout "
-        "for that version as target, and the file runs in it and in every later one, within 1e-4 of torch's outputs at "
-        "batches 1 and 3 with and without graph optimisations (5e-2 in relative L2 where activations are rounded: "
-        "`int8`, `matmulnbits level 4`), packed in memory where that is the layout's purpose; *r* refused by the "
-        "planner, which leaves such a weight `exact` or, if there is no other, writes nothing; *s* runs, but on a "
-        "processor without VNNI, as this one, the products of `int8` saturate and outputs are farther off: the file's "
-        "metadata names these weights.", "",
+        f"Made on {'; '.join(dates)}: {files} different files. A cell counts {len(groups)} pairs of operator and rows "
+        f"({'; '.join(groups)}): *p* pass: the planner took the layout for that version as target, and the file runs "
+        "in it and in every later one, within 1e-4 of torch's outputs at batches 1 and 3 with and without graph "
+        "optimisations (5e-2 in relative L2 where activations are rounded: `int8`, `matmulnbits level 4`), packed in "
+        "memory where that is the layout's purpose; *r* refused by the planner, which leaves such a weight `exact` or, "
+        "if there is no other, writes nothing (the reasons are in the JSON file); *s* runs, but on a processor without "
+        "VNNI, as this one, the products of `int8` saturate and outputs are farther off: the file's metadata names "
+        "these weights.", "",
     ]  # fmt: skip
-    for layout, kinds in table.items():
+    for layout, kinds in tables[0].items():
         lines += [f"### {layout}", "", "| levels | " + " | ".join(versions) + " |", "|---|" + "---|" * len(versions)]
-        for kind, places in kinds.items():
+        for kind in kinds:
             said = []
             for version in versions:
-                found = [places[where][version] for where in wheres]
+                found = [table[layout][kind][version] for table in tables]
                 failed = [text for text in found if text.startswith("FAIL")]
-                counts = [
-                    f"{found.count(word)} {word[0]}" for word in ("pass", "refused", "saturates") if word in found
-                ]
-                said.append(", ".join([*counts, *failed]))
+                words = [word for word in ("pass", "refused", "saturates") if word in found]
+                said.append(", ".join([*(f"{found.count(word)} {word[0]}" for word in words), *failed]))
             lines.append(f"| {kind} | " + " | ".join(said) + " |")
         lines.append("")
     return "\n".join(lines)
