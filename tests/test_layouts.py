@@ -390,3 +390,27 @@ def test_damage(ternary: Path, tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "m.onnx")
     with pytest.raises(CheckFailed, match=r"layer1\.0\.conv1\.weight: its packed weight is damaged"):
         open_packed(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize(
+    ("options", "passed"),
+    [
+        ((), ("exact", None, False)),
+        (("--optimize", "speed"), ("exact", "speed", False)),
+        (("--optimize", "speed", "--calib", "digits"), ("exact", None, True)),
+        (("--mode", "int8", "--calib", "digits"), ("exact", None, True)),
+        (("--mode", "low-memory"), ("low-memory", None, False)),
+    ],
+)
+def test_options_become_arguments(
+    options: tuple[str, ...], passed: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, object] = {}
+
+    def export(*_: object, **given: object) -> None:
+        seen.update(given)
+        raise PcqError("enough")
+
+    monkeypatch.setattr(pcq.commands, "export_onnx", export)
+    assert cli.run(["export", "x.safetensors", "--onnx", *options]) == 2
+    assert (seen["layout"], seen["aim"], seen["int8"] is not None) == passed
