@@ -125,8 +125,11 @@ def together(run: Callable[[], Any], world: int = 2) -> list[Any]:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
-        assert process.exitcode is not None, "a process hangs"
+        process.join(300)
+    hanging = [process for process in processes if process.exitcode is None]
+    for process in hanging:
+        process.kill()
+    assert not hanging, f"{len(hanging)} processes hang"
     found: list[Any] = [None] * world
     while not answers.empty():
         rank, answer = answers.get()
