@@ -83,16 +83,20 @@ def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
 
 
 def mismatch(module: nn.Module, shapes: Shapes) -> Mismatch:
-    """Compare; counters of BatchNorm and all but one of tied names may be absent."""
+    """Compare; counters of BatchNorm and all but one of tied names may be absent.
+
+    Buffers that the network makes for itself and does not save (older versions of it did) may be there.
+    """
     ours = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     ties = _ties(module)
     given = {ties[name] for name in shapes if name in ties}
+    unsaved = {name for name, _ in module.named_buffers()} - ours.keys()
     missing = [n for n in ours if n not in shapes and not n.endswith(COUNTER) and ties.get(n) not in given]
     return Mismatch(
         ours,
         shapes,
         tuple(missing),
-        tuple(name for name in shapes if name not in ours),
+        tuple(name for name in shapes if name not in ours and name not in unsaved),
         tuple(name for name in ours if name in shapes and ours[name] != tuple(shapes[name])),
     )
 

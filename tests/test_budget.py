@@ -156,7 +156,7 @@ def test_what_a_recipe_keeps_stays_float_and_its_budget_holds(tmp_path):
 
 def test_with_samples_the_better_on_those_held_out_is_taken(tmp_path):
     result = pcq.quantize(DIGITS, arch=ARCH, budget="2.2bits", out=tmp_path / "x.safetensors",
-                          calibration=Calibration("digits", 64, "gptq"))  # fmt: skip
+                          calibration=Calibration("digits", 64, "gptq", refine=8))  # fmt: skip
     found = result.allocation
     allocated, uniform = found.errors
     assert found.uniformly == (uniform < allocated)

@@ -544,3 +544,14 @@ def test_names_alone_say_what_the_modules_say(name: str) -> None:
     module = on_meta(f"torchvision:{name}")
     shapes, dtypes = shapes_of(module), dtypes_of(module)
     assert inventory(shapes, dtypes) == inventory(shapes, dtypes, module)
+
+
+def test_a_buffer_that_is_no_longer_saved_may_be_in_the_file():
+    """transformers' BERT saved its position_ids once; all-MiniLM-L6-v2 has them still."""
+    module = torch.nn.Linear(2, 2)
+    module.register_buffer("position_ids", torch.arange(4), persistent=False)
+    state = {**module.state_dict(), "position_ids": torch.zeros(4, dtype=torch.int64)}
+    models.load_state(module, state)
+    assert torch.equal(module.position_ids, torch.arange(4))
+    with pytest.raises(PcqError, match="not in the network"):
+        models.load_state(module, {**state, "positions": torch.zeros(4)})

@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--float", type=Path, default=DEMO)
     parser.add_argument("--arch", default="pcq.demo.nets:resnet20?num_classes=10&in_channels=1")
     parser.add_argument("--data", default="fashion-mnist")
-    parser.add_argument("--budgets", nargs="+", default=["50kB", "65kB", "80kB", "110kB", "150kB"])
+    parser.add_argument("--budgets", nargs="+", default=["66kB", "75kB", "90kB", "115kB", "160kB"])
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--method", default="gptq")
     parser.add_argument("--seed", type=int, default=0)
