@@ -1,10 +1,10 @@
 """The optimizer step with ProxConnect attached against the plain SGD-momentum step, on ResNet-18's shapes.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/bench_step.py [--rounds N] [--torchao PYTHON] [--whole] [--out FILE.json]
+    OMP_NUM_THREADS=1 python tests/benchmarks/bench_step.py [--rounds N] [--torchao | --whole] [--out FILE.json]
 
 Each round times 20 plain steps and then 20 steps of every variant, refit included at its default period of 20 steps;
-reported is the median over the rounds of the ratio. The goal is at most 3. ``--torchao`` does the same with torchao's
-PARQ by the interpreter of an environment that has it (refits every 20 steps too, and every 10, its default).
+reported is the median over the rounds of the ratio. The goal is at most 3. ``--torchao``, in an environment that has it
+(`make torchao`), does the same with torchao's PARQ, its levels refitted every 20 steps too, and every 10, its default.
 
 ``--whole``: the whole training step instead, forward and backward passes of ResNet-18 (32 images of 224 pixels) and
 ResNet-20 (128 images of 32 pixels) and the optimizer's step, with ProxConnect against without; goal at most 1.02. The
@@ -19,8 +19,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -159,18 +157,11 @@ def whole(rounds: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--torchao", help="interpreter of an environment with torchao")
+    parser.add_argument("--torchao", action="store_true", help="torchao's PARQ instead")
     parser.add_argument("--whole", action="store_true", help="whole training steps")
-    parser.add_argument("--as-peer", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     begun = os.getloadavg()[0]
-    if args.as_peer:
-        import torchao
-
-        found = {"torchao": torchao.__version__, "torch": torch.__version__}
-        args.out.write_text(json.dumps(found | measured(peers(), args.rounds, Variant(None, None, None))))
-        return
     layouts: tuple[tuple[str, int | None], ...] = (("per tensor", None), ("per channel", 0))
     cells = {
         f"{method}, {name}, {layout}": lambda a=(method, quantizer, axis): Variant(*a)
@@ -189,13 +180,13 @@ def main() -> None:
     else:
         what = "optimizer step with ProxConnect / plain SGD-momentum step, median of the rounds, refit every 20 steps"
         plain = Variant(None, None, None)
-        found = {"parameters": sum(p.numel() for p in plain.parameters)} | measured(cells, args.rounds, plain)
-    if args.torchao:
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "peer.json"
-            command = [args.torchao, __file__, "--as-peer", "--rounds", str(args.rounds), "--out", str(out)]
-            subprocess.run(command, check=True)
-            found["torchao"] = json.loads(out.read_text())
+        found = {"parameters": sum(p.numel() for p in plain.parameters)}
+        if args.torchao:
+            import torchao
+
+            what = what.replace("ProxConnect", "torchao's PARQ").replace(", refit every 20 steps", "")
+            found["torchao"] = torchao.__version__
+        found |= measured(peers() if args.torchao else cells, args.rounds, plain)
     result = {
         "what": what,
         "rounds": args.rounds,
