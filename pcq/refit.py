@@ -26,7 +26,7 @@ def refit(quantizer: qtensor.Quantizer, rows: Tensor, grid: Grid) -> Grid:
     stays stuck at zero.
     """
     match quantizer, grid:
-        case ((Ternary() | Uniform(scale="mse")), Affine()):
+        case ((Ternary(scale="mse") | Uniform(scale="mse")), Affine()):
             scale, stuck = _affine_scale(rows, grid)
             moved: Grid = Affine(scale, grid.zero_point, grid.count)
         case ((AdditivePowersOfTwo() | Fixed(scale="mse")), Codebook()) if grid.scale is not None:

@@ -34,6 +34,7 @@ from pcq.quantizers import (
 EVERY: tuple[Quantizer, ...] = (
     Binary(),
     Ternary(),
+    Ternary("mean"),
     *(LeastSquaresBinary(bits, refine) for bits in (1, 3) for refine in (0, 10)),
     *(Uniform(bits, symmetric, scale) for bits in (1, 3, 8) for symmetric in (True, False)
       for scale in ("mse", "absmax", "mean")),
@@ -199,6 +200,14 @@ def test_ternary_codes_are_those_of_the_slow_twin(seed: int) -> None:
         k = max(range(1, len(sizes) + 1), key=lambda k: totals[k - 1] ** 2 / k)
         assert scale == torch.tensor(totals[k - 1] / k, dtype=torch.float32).item()
         assert codes.tolist() == [1 + (0 if abs(w) < sizes[k - 1] else 1 if w > 0 else -1) for w in row]
+
+
+def test_ternary_by_the_mean_follows_the_rule_of_torchaos_parq() -> None:
+    rows = normal(5, 300)
+    v = 1.1 * rows.abs().mean(1, keepdim=True)
+    assert torch.allclose(Ternary("mean").fit(rows).levels(), torch.cat([-v, 0 * v, v], 1), rtol=1e-6)
+    with pytest.raises(ValueError, match="mse"):
+        Ternary("max")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["normal", "heavy"])

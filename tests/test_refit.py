@@ -27,6 +27,7 @@ QUANTIZERS: list[Quantizer] = [
     Fixed((-1.0, 0.0, 1.0)),
     Fixed("nf4", "mse"),
     Fixed("nf4", "absmax"),
+    Ternary("mean"),
 ]
 EXACT = {"absmax"}
 laws = settings(deadline=None, max_examples=60)

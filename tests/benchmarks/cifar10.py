@@ -9,7 +9,8 @@ that has its line is not run again, and one of pcq's that was interrupted goes o
 all that is still running then. pcq's artifacts of seed 0 are exported and scored in ONNX Runtime as well.
 
 All weights get levels, the first and last layer too. ``sets: refitted`` (the default) are least-squares levels of each
-channel, refitted during training; ``sets: paper`` are the fixed sets of arXiv 2110.13220: {-1, 1}, {-1, 0, 1} and
+channel, refitted during training; ``sets: mean`` are ternary ones by torchao's rule of 1.1 times the mean magnitude;
+``sets: paper`` are the fixed sets of arXiv 2110.13220: {-1, 1}, {-1, 0, 1} and
 {-1, -0.3, 0.3, 1}, BatchNorm taking over the scale. ``scratch: true`` trains from random weights (end-to-end).
 Methods are pcq's and those of ``torchao_parq.py``: ``control`` (no levels), and torchao's, run by the interpreter that
 ``--torchao`` names (``make torchao`` makes it); without it they are left out, and said to be.
@@ -48,6 +49,7 @@ from tests.benchmarks import torchao_parq
 
 LEVELS: dict[tuple[str, str], dict[str, Any]] = {
     ("ternary", "refitted"): {"levels": "ternary"},
+    ("ternary", "mean"): {"levels": {"kind": "ternary", "scale": "mean"}},
     ("binary", "refitted"): {"levels": "binary"},
     ("quaternary", "refitted"): {"levels": {"kind": "lsb", "bits": 2}},
     ("ternary", "paper"): {"levels": {"kind": "fixed", "levels": [-1, 0, 1]}, "per": "tensor"},
@@ -254,12 +256,15 @@ def run_all(todo: list[dict[str, Any]], args: argparse.Namespace, data: str, res
         }
         while waiting:
             left = None if args.minutes is None else max(0.0, args.started + args.minutes * 60 - time.time())
-            finished, _ = wait(waiting, left, "FIRST_COMPLETED")
+            try:
+                finished, _ = wait(waiting, left, "FIRST_COMPLETED")
+            except KeyboardInterrupt:
+                finished = set()
             if not finished:
                 pool.shutdown(wait=False, cancel_futures=True)
                 for child in multiprocessing.active_children():
                     child.terminate()
-                left_out.append(f"{len(waiting)} cells: {args.minutes:g} minutes are over; the same command goes on")
+                left_out.append(f"{len(waiting)} cells, for want of time; the same command goes on")
                 break
             for future in finished:
                 cell = waiting.pop(future)
@@ -334,8 +339,10 @@ def _lost(line: dict[str, Any], split: str) -> float:
 
 def _behind(best: dict[int, float], other: dict[int, float]) -> str:
     apart = [other[seed] - best[seed] for seed in best.keys() & other.keys()]
-    if len(apart) < 2 or best == other:
-        return "best" if best == other else ""
+    if len(apart) < 2:
+        return ""
+    if best == other:
+        return "best"
     tie = abs(mean(apart)) <= STUDENT[min(5, len(apart))] * stdev(apart) / len(apart) ** 0.5
     return f"tie ({mean(apart):.2f})" if tie else f"{mean(apart):.2f}"
 
