@@ -539,6 +539,8 @@ def markdown_layers(groups: dict[str, dict[str, object]]) -> str:
         "VNNI, as this one, the products of `int8` saturate and outputs are farther off: the file's metadata names "
         "these weights.", "",
     ]  # fmt: skip
+    notes = dict.fromkeys(str(group["note"]) for group in groups.values() if "note" in group)
+    lines += [line for note in notes for line in (f"Note: {note}.", "")]
     for layout, kinds in tables[0].items():
         lines += [f"### {layout}", "", "| levels | " + " | ".join(versions) + " |", "|---|" + "---|" * len(versions)]
         for kind in kinds:
