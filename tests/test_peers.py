@@ -74,6 +74,8 @@ def test_values_of_the_worst_channel_are_counted(problem: Any) -> None:
     weight = torch.tensor([[[0.5, -0.5, 0.5]], [[0.1, 0.2, 0.3]]])
     assert problem.values(weight) == 3
     assert problem.values(weight[:1]) == 2
+    grouped = torch.tensor([[1.0, 1.0, 2.0, 3.0]])
+    assert (problem.values(grouped), problem.values(grouped, 2)) == (3, 2)
 
 
 def test_an_answer_with_unknown_or_infinite_tensors_is_refused(problem: Any) -> None:

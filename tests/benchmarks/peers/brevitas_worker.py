@@ -43,7 +43,7 @@ BATCH = 64
 
 
 class BinaryPerChannel(WeightQuantSolver):
-    """``-v`` and ``v`` for each channel, v the mean magnitude: the least-squares scale."""
+    """``-v`` and ``v`` for each channel, v the float weights' mean magnitude: the least-squares scale."""
 
     quant_type = QuantType.BINARY
     bit_width_impl_type = BitWidthImplType.CONST
@@ -51,7 +51,7 @@ class BinaryPerChannel(WeightQuantSolver):
     signed = True
     narrow_range = True
     restrict_scaling_type = RestrictValueType.FP
-    scaling_impl_type = ScalingImplType.STATS
+    scaling_impl_type = ScalingImplType.PARAMETER_FROM_STATS
     scaling_stats_op = StatsOp.AVE
     scaling_per_output_type = ScalingPerOutputType.CHANNEL
     scaling_min_val = 1e-10

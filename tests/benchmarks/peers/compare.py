@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from problem import LEVELS, Problem, build, checked, values, write
+from problem import LEVELS, Problem, build, checked, read, values, write
 from safetensors.torch import load_file
 from torch import nn
 
@@ -121,10 +121,10 @@ class Scorer:
     """Predictions of float networks on a split, kept on disk beside them."""
 
     def __init__(self, folder: Path, network: Network, split: str, limit: int | None) -> None:
-        self.network, self.split, self.limit = network, split, limit
+        self.network, self.ending = network, f".{split}{limit or ''}.npy"
         self.data = open_data(network.data, split)
         self.order = self.data.order(limit)
-        self.float = self.predictions(network.float_file, folder / f"float.{split}.npy")
+        self.float = self.predictions(network.float_file, folder / f"float{self.ending}")
 
     def predictions(self, file: Path, kept: Path) -> NDArray[np.int16]:
         if kept.exists():
@@ -144,7 +144,7 @@ class Scorer:
         return self.data.labels[self.order].numpy().astype(np.int16)
 
     def right(self, answer: Path) -> NDArray[np.bool_]:
-        return self.predictions(answer, answer.with_suffix(f".{self.split}.npy")) == self.aim()
+        return self.predictions(answer, answer.with_suffix(self.ending)) == self.aim()
 
 
 def told(asked: Problem, answers: Path, number: int) -> dict[str, Any]:
@@ -158,45 +158,52 @@ def told(asked: Problem, answers: Path, number: int) -> dict[str, Any]:
     return record
 
 
+def posed(args: argparse.Namespace, network: Network, levels: str, seed: int, folder: Path) -> Problem:
+    """The problem in ``folder``, written if it is not there yet."""
+    if not (folder / "problem.json").exists():
+        count = args.search_samples if seed == SEARCH_SEED else args.samples
+        write(folder, problem(network, levels, seed, count))
+    return read(folder)
+
+
 def cell(args: argparse.Namespace, name: str, network: Network, levels: str, tool: str) -> dict[str, Any]:
-    """Search, choice and final runs of one tool."""
-    python = environment(args.venvs, tool)
+    """Search, choice and final runs of one tool; with ``--read`` those that are there already."""
     (args.folder / name).mkdir(parents=True, exist_ok=True)
-    valid = Scorer(args.folder / name, network, "val", VALIDATION)
     base = args.folder / name / levels
-    searched = base / f"seed{SEARCH_SEED}"
-    asked = problem(network, levels, SEARCH_SEED, args.search_samples)
-    write(searched, asked)
-    work(python, tool, network, searched, list(range(args.most)))
-    answers = searched / tool
-    tried = []
-    for number in range(min(args.most, len(list(answers.glob("*.json"))))):
-        record = told(asked, answers, number)
-        if "error" not in record:
-            record["val"] = 100 * float(valid.right(answers / f"{number}.safetensors").mean())
-        tried.append(record)
+    valid = Scorer(args.folder / name, network, "val", VALIDATION)
+
+    def answered(seed: int, numbers: list[int]) -> dict[int, dict[str, Any]]:
+        """Number of a setting -> its record, with the answer's file in ``answer`` if it is a right one."""
+        folder = base / f"seed{seed}"
+        asked = posed(args, network, levels, seed, folder)
+        if not args.read:
+            work(environment(args.venvs, tool), tool, network, folder, numbers)
+        there = [number for number in numbers if (folder / tool / f"{number}.json").exists()]
+        found = {number: told(asked, folder / tool, number) for number in there}
+        return {n: r if "error" in r else r | {"answer": folder / tool / f"{n}.safetensors"} for n, r in found.items()}
+
+    tried = answered(SEARCH_SEED, list(range(args.most)))
+    for record in tried.values():
+        if "answer" in record:
+            record["val"] = 100 * float(valid.right(record.pop("answer")).mean())
         print(name, levels, tool, record, flush=True)
-    scored = [number for number, record in enumerate(tried) if "val" in record]
-    out: dict[str, Any] = {"network": name, "levels": levels, "tool": tool, "tried": tried, "runs": []}
+    out: dict[str, Any] = {"network": name, "levels": levels, "tool": tool, "tried": list(tried.values()), "runs": []}
+    scored = [number for number, record in tried.items() if "val" in record]
     if not scored:
         return out
     best = max(scored, key=lambda number: tried[number]["val"])
     out["chosen"] = tried[best]["setting"]
-    test = Scorer(args.folder / name, network, "test", None)
+    test = Scorer(args.folder / name, network, "test", args.test)
     out["images"] = len(test.order)
     out["float"] = 100 * float((test.float == test.aim()).mean())
     for seed in SEEDS:
-        folder = base / f"seed{seed}"
-        asked = problem(network, levels, seed, args.samples)
-        write(folder, asked)
-        work(python, tool, network, folder, [best])
-        record = told(asked, folder / tool, best)
-        if "error" not in record:
-            right = test.right(folder / tool / f"{best}.safetensors")
-            record |= {"seed": seed, "test": 100 * float(right.mean())}
-            record["right"] = base64.b85encode(zlib.compress(np.packbits(right).tobytes(), 9)).decode()
-        out["runs"].append(record)
-        print(name, levels, tool, {key: record[key] for key in record if key != "right"}, flush=True)
+        for record in answered(seed, [best]).values():
+            if "answer" in record:
+                right = test.right(record.pop("answer"))
+                record |= {"seed": seed, "test": 100 * float(right.mean())}
+                record["right"] = base64.b85encode(zlib.compress(np.packbits(right).tobytes(), 9)).decode()
+            out["runs"].append(record)
+            print(name, levels, tool, {key: record[key] for key in record if key != "right"}, flush=True)
     return out
 
 
@@ -210,6 +217,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=512, help="of the runs that are scored on test")
     parser.add_argument("--search-samples", type=int, default=256, help="of the runs that settings are chosen by")
     parser.add_argument("--most", type=int, default=12, help="try only so many settings of each tool")
+    parser.add_argument("--test", type=int, help="score on so many evenly spaced test samples; default: all")
+    parser.add_argument("--read", action="store_true", help="run nothing: make OUT from what is in FOLDER")
     parser.add_argument("--venvs", type=Path, help="where the environments are; default: FOLDER/venvs")
     parser.add_argument("--cifar10", type=Path, help="where CIFAR-10 is")
     parser.add_argument("--minilm", type=Path, help="the folder that minilm.py made")

@@ -14,14 +14,16 @@ RECIPE = "pcq: 1\nrules:\n  - match: {}\n    levels: {}\n"
 
 
 def settings(problem: Problem) -> list[Setting]:
-    levels = ["ternary", "binary"]
-    if problem.levels in levels:
-        return [{"method": method, "levels": problem.levels} for method in ("proxconnect", "gptq", "rounding")]
-    return [
-        {"method": method, "levels": f"{{kind: uniform, bits: {problem.bits}, symmetric: {symmetric}}}"}
+    """``refine``: steps of the refinement of blocks that follows the layers; 160 is the default."""
+    uniform = [f"{{kind: uniform, bits: {problem.bits}, symmetric: {symmetric}}}" for symmetric in ("true", "false")]
+    kinds = [problem.levels] if problem.levels in ("ternary", "binary") else uniform
+    plain: list[Setting] = [
+        {"method": method, "levels": levels, "refine": 0}
         for method in ("proxconnect", "gptq", "rounding")
-        for symmetric in ("true", "false")
+        for levels in kinds
     ]
+    refined = [{"method": method, "levels": kinds[0], "refine": 160} for method in ("proxconnect", "gptq")]
+    return [*plain, *refined]
 
 
 def quantize(problem: Problem, setting: Setting) -> State:
@@ -37,7 +39,9 @@ def quantize(problem: Problem, setting: Setting) -> State:
             folder / "recipe.yaml",
             arch=f"{problem.arch}?{arguments}" if arguments else problem.arch,
             out=folder / "out.safetensors",
-            calibration=Calibration(f"npz:{folder / 'samples.npz'}", method=setting["method"], seed=problem.seed),
+            calibration=Calibration(
+                f"npz:{folder / 'samples.npz'}", method=setting["method"], seed=problem.seed, refine=setting["refine"]
+            ),
         )
         return dict(pcq.open_network(made.path).module.state_dict())
 

@@ -71,9 +71,10 @@ def table(cells: list[Cell]) -> str:
         runs = [run for run in cell["runs"] if "test" in run]
         if not runs:
             errors = sorted({t["error"] for t in cell["tried"] if "error" in t})
-            lines.append(
-                f"| {tool}, {name} | none: {'; '.join(errors) or 'no such levels'} | {len(cell['tried'])} | | | |"
-            )
+            known = [t["val"] for t in cell["tried"] if "val" in t]
+            why = "none was scored on test" if known else f"none: {'; '.join(errors) or 'no such levels'}"
+            val = f"{max(known):.2f}" if known else ""
+            lines.append(f"| {tool}, {name} | {why} | {len(cell['tried'])} | {val} | | |")
             continue
         chosen = ", ".join(f"{key} {value}" for key, value in cell["chosen"].items())
         best = max(t["val"] for t in cell["tried"] if "val" in t)

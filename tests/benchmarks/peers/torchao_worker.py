@@ -1,6 +1,6 @@
 """torchao: weights rounded with its affine scales or HQQ's; linear layers only, and no data.
 
-Its GPTQ is for int4 through the package mslk, a CUDA library («mslk is not installed»), int8 and nvfp4: not here.
+Its GPTQ is for int8, nvfp4, and int4 through a package mslk («mslk is not installed»): not here.
 """
 
 import torch
