@@ -17,6 +17,7 @@ from pcq.calibrate.streams import Streams
 from pcq.demo.nets import resnet8
 from pcq.errors import PcqError
 from pcq.grids import Codebook
+from pcq.qtensor import quantize
 from pcq.quantizers import AdditivePowersOfTwo, Binary, Fixed, KMeans, LeastSquaresBinary, Quantizer, Ternary, Uniform
 from pcq.rows import Rows
 
@@ -403,3 +404,25 @@ def test_padding_is_part_of_the_samples_path():
     with torch.no_grad():
         y, y_q = net(x), _apply(net, result, x)
     torch.testing.assert_close(y_q.mean((0, 2, 3)), y.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
+class Overflows(nn.Module):
+    """The squares of what enters the last layer are infinite in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x) * 1e25)
+
+
+def test_a_layer_whose_input_overflows_is_rounded_and_named():
+    network = Overflows().eval()
+    plan = {name: (Rows(tuple(p.shape)), Ternary()) for name, p in network.named_parameters() if p.ndim == 2}
+    found = calibrate(network, plan, (torch.randn(64, 4),), Settings(corrected=True))
+    assert found.plain == {"last.weight": "what enters it is not finite on these samples"}
+    rows, quantizer = plan["last.weight"]
+    assert torch.equal(found.quantized["last.weight"].codes, quantize(quantizer, network.last.weight, rows).codes)
+    assert [report.weight for report in found.layers] == ["first.weight"]

@@ -109,6 +109,11 @@ class Moments:
     y_mean: Tensor
     y_var: Tensor
 
+    @property
+    def finite(self) -> bool:
+        """Whether all of them are numbers; activations can overflow where layers before are coarse."""
+        return all(bool(torch.isfinite(t).all()) for t in (self.mean, self.cov, self.cross, self.y_mean, self.y_var))
+
 
 def batches(samples: tuple[Tensor, ...], batch: int) -> list[tuple[Tensor, ...]]:
     """Equal batches of at most ``batch`` samples; fewer samples than there are batches may be left over."""
@@ -274,6 +279,11 @@ def calibrate(
         view = View.of(layer, rows)
         weight = view.split(tensors[layer.weight].float())
         found = moments(layer, weight, streams, settings)
+        if not found.finite:
+            plain[layer.weight] = "what enters it is not finite on these samples"
+            quantized[layer.weight] = qtensor.quantize(quantizer, tensors[layer.weight], rows)
+            streams.quantized[layer.weight] = _fast(quantized[layer.weight].dequantize())
+            continue
         q = quadratic(weight, found, settings)
         codes = solve(q, rows, quantizer, view, settings)
         new = codes.decode()
