@@ -11,6 +11,9 @@ import torch
 from pcq.errors import PcqError
 from pcq.torchvision_compat import declare_operators
 
+# The libraries' own warnings: to show one, pytest-xdist would import its library before the operators are declared.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 

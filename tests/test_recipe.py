@@ -258,8 +258,8 @@ BAD: dict[str, tuple[str, list[str]]] = {
         ],
     ),
     "field of a kind without any": (
-        rules("- match: first", "  levels: {kind: ternary, bits: 2}"),
-        ["r.yaml:4: levels of kind ternary have no `bits`, or anything else to set. Leave it out."],
+        rules("- match: first", "  levels: {kind: binary, bits: 2}"),
+        ["r.yaml:4: levels of kind binary have no `bits`, or anything else to set. Leave it out."],
     ),
     "unknown choice": (
         rules("- match: first", "  levels: {kind: uniform, bits: 3, scale: absmx}"),
