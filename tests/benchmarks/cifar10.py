@@ -252,7 +252,7 @@ def run_all(todo: list[dict[str, Any]], args: argparse.Namespace, data: str, res
     threads = max(1, torch.get_num_threads() // args.jobs)
     with ProcessPoolExecutor(args.jobs, context, _prepare, (threads,)) as pool:
         waiting: dict[Future[dict[str, Any]], dict[str, Any]] = {
-            pool.submit(run, cell, data, shape, args.float, args.work, args.torchao): cell for cell in todo
+            pool.submit(_until_stopped, cell, data, shape, args.float, args.work, args.torchao): cell for cell in todo
         }
         while waiting:
             left = None if args.minutes is None else max(0.0, args.started + args.minutes * 60 - time.time())
@@ -284,6 +284,14 @@ def run_all(todo: list[dict[str, Any]], args: argparse.Namespace, data: str, res
                 told = f"{name(cell)} {json.dumps(line['rows'])} {line['cell_seconds']} s"
                 print(f"{done} of {len(todo)}: {told}; {minutes:.0f} min to go", flush=True)
     return left_out, failed
+
+
+def _until_stopped(*job: Any) -> dict[str, Any]:
+    """:func:`run`, in a process that ends when it is stopped: the pool has handed it the next cell already."""
+    try:
+        return run(*job)
+    except KeyboardInterrupt:
+        os._exit(1)
 
 
 def _prepare(threads: int) -> None:
