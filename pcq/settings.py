@@ -46,6 +46,8 @@ class Finetune:
         distill: share of the loss that compares with the float network's outputs; the rest compares with the labels.
         augment: random changes of the training images; `auto`: those usual for the data set.
         freeze: patterns of parameters that stay as they are; those with levels are rounded once.
+        activations: 8: what enters and leaves the layers has 8 bits in training too, as `pcq export --mode int8` will
+            have it; the ranges are observed, and stored in the artifact.
         precision: `bf16` computes in bfloat16 where it is safe; `auto`: where the machine is quick at it.
         batchnorm: batches from which the statistics of BatchNorm are estimated anew at the end; 0: never.
         seed: of everything random.
@@ -70,12 +72,14 @@ class Finetune:
     distill: float = 0.0
     augment: Literal["auto", "none", "crop", "crop-flip", "resized-crop"] = "auto"
     freeze: tuple[str, ...] = ()
+    activations: Literal[8] | None = None
     precision: Literal["auto", "bf16", "float32"] = "auto"
     batchnorm: int = 50
     seed: int = 0
 
     def __post_init__(self) -> None:
         checks = (
+            ("activations", self.activations in (None, 8), "8, or left out for float"),
             ("anneal_start", 0 <= self.anneal_start <= 1, "a share of the training from 0 to 1"),
             ("anneal_end", 0 <= self.anneal_end < 1, "a share of the training below 1: the last part is for settling"),
             ("anneal_end", self.anneal_end >= min(1.0, self.anneal_start), "a share that is not before anneal_start"),
@@ -89,6 +93,11 @@ class Finetune:
             ("clip", self.clip >= 0, "0 or more"),
             ("smoothing", 0 <= self.smoothing < 1, "a number from 0 to below 1"),
             ("distill", 0 <= self.distill <= 1, "a share of the loss from 0 to 1"),
+            (
+                "precision",
+                self.activations is None or self.precision != "bf16",
+                "float32 where activations have 8 bits",
+            ),
             ("batchnorm", self.batchnorm >= 0, "0 or a number of batches"),
             ("seed", 0 <= self.seed < 2**31, "0 to 2147483647"),
         )

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from onnxscript._framework_apis import torch_2_5
 from torch import Tensor, nn
 
+from pcq.activations import Range
 from pcq.errors import CheckFailed, PcqError
 from pcq.export import read_packed, verify, write_int8, write_onnx
 from pcq.export.drop import compare
 from pcq.export.integers import Channels, Integers, expected, integers, lower_int8
-from pcq.export.ranges import Method, Range, narrowed
+from pcq.export.ranges import Method, narrowed
 from pcq.grids import Affine, Codebook
 from pcq.qtensor import QuantizedTensor
 from pcq.rows import Rows

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pcq.activations import Range
 from pcq.errors import PcqError
 from pcq.grids import Affine, Codebook, Grid
 from pcq.packing import packed_size, planes
@@ -57,6 +58,7 @@ class ArtifactHeader:
         source: what it was made from: ``file``, and ``sha256`` where it is one file of moderate size.
         program: the exported program without its weights, for ``.pt2`` inputs.
         calibration: what it was calibrated with; empty, and then not stored, if it was not.
+        activations: ranges of activations, where it was trained with 8 bits of these; not stored if empty.
     """
 
     tensors: Mapping[str, Coded | Plain]
@@ -66,6 +68,7 @@ class ArtifactHeader:
     source: Mapping[str, str] = field(default_factory=dict)
     program: bytes | None = field(default=None, repr=False)
     calibration: Mapping[str, Any] = field(default_factory=dict)
+    activations: Mapping[str, Range] = field(default_factory=dict)
 
     @cached_property
     def stored_as(self) -> dict[str, str]:
@@ -123,6 +126,11 @@ class ArtifactHeader:
             "source": dict(self.source),
             "recipe": dict(self.recipe),
             **({"calibration": dict(self.calibration)} if self.calibration else {}),
+            **(
+                {"activations": {k: [r.low, r.high, r.top] for k, r in self.activations.items()}}
+                if self.activations
+                else {}
+            ),
             "tied": dict(self.tied),
             "tensors": {
                 name: coded_to_json(form, name, self.stored_as[name])
@@ -166,6 +174,7 @@ def make_header(
     recipe: Mapping[str, Any] | None = None,
     source: Source | None = None,
     calibration: Mapping[str, Any] | None = None,
+    activations: Mapping[str, Range] | None = None,
 ) -> ArtifactHeader:
     """The header of the artifact that ``plan`` will become; reads no weights.
 
@@ -189,7 +198,7 @@ def make_header(
             tensors[parameter.name] = Plain(tuple(parameter.shape), parameter.dtype)
     origin = {} if source is None else source.origin()
     program = None if source is None else source.program
-    return ArtifactHeader(tensors, tied, arch, recipe or {}, origin, program, calibration or {})
+    return ArtifactHeader(tensors, tied, arch, recipe or {}, origin, program, calibration or {}, activations or {})
 
 
 def predicted_size(header: ArtifactHeader) -> int:

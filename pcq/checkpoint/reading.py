@@ -1,6 +1,7 @@
 """Reading an artifact back: every byte is accounted for, every number checked, before anything is returned."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pcq.activations import FULL, HALF, Range
 from pcq.checkpoint.header import FORMAT, PROGRAM, Coded, part_shapes
 from pcq.errors import CheckFailed, PcqError
 from pcq.grids import Affine, Codebook, Grid
@@ -48,6 +50,7 @@ class Artifact:
         program: the exported program without its weights, for ``.pt2`` inputs.
         nbytes: size of the file.
         calibration: data, method, samples and seed it was calibrated with; empty if it was not.
+        activations: ranges of activations by name (``pcq.activations``), where it was trained with 8 bits of these.
     """
 
     names: tuple[str, ...]
@@ -63,6 +66,7 @@ class Artifact:
     program: bytes | None = field(repr=False)
     nbytes: int
     calibration: Mapping[str, Any] = field(default_factory=dict)
+    activations: Mapping[str, Range] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Tensor]:
         """A plain state dict for the original network, in the original dtypes; tied names hold the same tensor."""
@@ -163,7 +167,20 @@ def assemble(path: Path, header: Header, metadata: Mapping[str, Any]) -> Artifac
         program=bytes(read_slot(path, header.slots[PROGRAM]).numpy()) if PROGRAM in header.slots else None,
         nbytes=path.stat().st_size,
         calibration=metadata.get("calibration", {}),
+        activations={name: range_of(name, span) for name, span in metadata.get("activations", {}).items()},
     )
+
+
+def range_of(name: str, said: list[float]) -> Range:
+    """A stored range.
+
+    Raises:
+        ValueError: it is none.
+    """
+    low, high, top = said
+    if not (math.isfinite(low) and math.isfinite(high) and low <= 0 <= high and top in (HALF, FULL)):
+        raise ValueError(f"the activations '{name}' have the range {said}")
+    return Range(float(low), float(high), int(top))
 
 
 def decode(name: str, entry: Mapping[str, Any], parts: Mapping[str, Tensor]) -> QuantizedTensor:

@@ -39,6 +39,9 @@ def finetune(
         ),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration samples (default: 512, or what is there).")] = None,
+    activations: Annotated[
+        int | None, typer.Option(metavar="8", help="Train with activations of 8 bits, for `export --mode int8`.")
+    ] = None,
     scratch: Annotated[bool, typer.Option("--scratch", help="Start from random weights.")] = False,
     seed: Annotated[int | None, typer.Option(help="Of everything random (default: 0).")] = None,
     overrides: Set = None,
@@ -72,6 +75,7 @@ def finetune(
             steps=steps,
             minutes=minutes,
             distill=distill,
+            activations=activations,
             seed=seed,
             overrides=overrides or (),
             calibration=calib,

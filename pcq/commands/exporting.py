@@ -50,7 +50,8 @@ class Int8:
 
     Attributes:
         data: a data spec. Ranges are observed on its split ``train``, the drop is measured on its split ``val``; where
-            the data has no splits, on every other sample. None: only layers that need no ranges run in int8.
+            the data has no splits, on every other sample. Where the artifact has the ranges that it was trained with,
+            these are used. None: without such ranges only layers that need none run in int8.
         samples: how many for each.
         ranges: how a range is chosen from what was seen; see ``pcq.export.ranges``.
         max_drop: points of top-1 that int8 may cost against the exact file; without labels percent of predictions.
@@ -129,6 +130,10 @@ def export_onnx(
             todo="Give one sample's shape without the batch, such as --input 3x224x224",
         )
     calibration, held_out, said = _samples(int8, shape) if int8 is not None else ([], [], "")
+    if stored.activations:
+        said = "ranges of its training" + (
+            f", judged on {sum(len(x) for x, _ in held_out)} samples" if held_out else ""
+        )
 
     def write(out: Path) -> "OnnxReport":
         return write_onnx(
@@ -157,6 +162,7 @@ def export_onnx(
             held_out,
             ranges=int8.ranges,
             vnni=int8.vnni,
+            known=stored.activations,
             keep=int8.keep,
             max_drop=int8.max_drop,
             progress=progress,

@@ -29,6 +29,7 @@ from pcq.train.batches import own_randomness
 
 if TYPE_CHECKING:
     from pcq.scores import Scores
+    from pcq.train.activations import Weight8
     from pcq.train.loop import BatchNorm, Epoch, Job
     from pcq.train.splits import Splits
 
@@ -102,6 +103,7 @@ def finetune(
     steps: int | None = None,
     minutes: float | None = None,
     distill: float | None = None,
+    activations: int | None = None,
     seed: int | None = None,
     overrides: Sequence[str] = (),
     calibration: Calibration | str | None = None,
@@ -130,7 +132,8 @@ def finetune(
             ``test``.
         out: the artifact's path; default ``<model>.<recipe>.ft.safetensors`` beside the model.
         arch: the architecture, where it is not recognised.
-        method, epochs, steps, minutes, distill, seed: instead of what the recipe says; see ``pcq.settings.Finetune``.
+        method, epochs, steps, minutes, distill, activations, seed: instead of what the recipe says; see
+            ``pcq.settings.Finetune``.
         overrides: ``path=value`` changes of the recipe, such as ``finetune.lr=0.001``.
         calibration: start from the calibrated network, as ``pcq.quantize`` makes it; a data spec stands for
             ``Calibration(spec, samples, seed=seed)``.
@@ -157,7 +160,8 @@ def finetune(
     if tensorboard is not None:
         board.writer()
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-    said = {"method": method, "distill": distill, "seed": seed, "epochs": epochs, "steps": steps, "minutes": minutes}
+    said = {"method": method, "distill": distill, "activations": activations, "seed": seed}
+    said |= {"epochs": epochs, "steps": steps, "minutes": minutes}
     given = {key: value for key, value in said.items() if value is not None}
     here = ranks.current(shard)
     settings = loop.settled(changed(loaded.finetune or Finetune(), **given), data, here.device)
@@ -168,6 +172,8 @@ def finetune(
     if isinstance(calibration, str):
         calibration = Calibration(calibration, samples, seed=settings.seed)
     starting.check(settings, calibration, scratch)
+    if settings.activations and here.world > 1:
+        raise PcqError("several processes cannot train with 8-bit activations yet", where="finetune.activations")
     planned = plan(model, rules, arch=arch, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle)
     files = Files.beside(Path(out) if out is not None else default_path(planned.model, f"{rules.name}.ft"))
     checkpoint.refuse_overwrite(files.artifact, inputs=[planned.model], force=force)
@@ -201,6 +207,7 @@ def finetune(
         save_every,
         here,
         None if tensorboard is None else Path(tensorboard),
+        forms8(planned, module) if settings.activations else None,
     )
     trained = loop.train(job, resume=resume, progress=progress)
     header = checkpoint.make_header(
@@ -209,6 +216,7 @@ def finetune(
         recipe=rules.to_json(),
         source=planned.source,
         calibration=None if begin is None else begin.calibrated.to_json(),
+        activations=trained.ranges,
     )
     floats = {name: shards.whole(tensor) for name, tensor in module.state_dict().items() if name not in weights}
     values = stored(planned, floats, {**trained.quantized, **fixed})
@@ -240,6 +248,23 @@ def finetune(
         time.perf_counter() - begun,
         None if begin is None else begin.calibrated,
     )
+
+
+def forms8(planned: Planned, module: nn.Module) -> "dict[Tensor, Weight8]":
+    """The parameters whose layers get activations of 8 bits.
+
+    Raises:
+        PcqError: there are none.
+    """
+    from pcq.train.activations import weights8
+
+    entries = [entry for entry in planned.plan.quantized if entry.parameter.tied_to is None]
+    forms = {entry.parameter.name: (qtensor.blank(entry.quantizer, entry.rows), entry.rows) for entry in entries}
+    found = weights8(dict(module.named_parameters()), forms)
+    if not found:
+        raise PcqError("no layer of this network can run in int8", where="finetune.activations",
+                       allowed="weights with evenly spaced levels per tensor or channel")  # fmt: skip
+    return found
 
 
 @dataclass(frozen=True)
@@ -369,6 +394,7 @@ def table(
 ) -> tuple[FinetuneRow, ...]:
     """Score the float network, its one-shot and calibrated quantizations, and the file that was written, read back."""
     from pcq.scores import module_predictor
+    from pcq.train.activations import simulate
 
     device = job.ranks.device
     oneshot = original_or_new(planned, original.cpu(), None)
@@ -377,8 +403,10 @@ def table(
         if entry.parameter.tied_to is None:
             data = parameters[entry.parameter.name].data
             data.copy_(qtensor.quantize(entry.quantizer, data, entry.rows).dequantize())
+    name8 = "fine-tuned, 8-bit activations"
     if job.ranks.first:
-        tuned = load_network(checkpoint.read_artifact(artifact), artifact, planned.arch).module.float()
+        again = checkpoint.read_artifact(artifact)
+        tuned = load_network(again, artifact, planned.arch).module.float()
     else:
         tuned = original_or_new(planned, original, None)
     job.ranks.share(tuned.state_dict().values())
@@ -391,7 +419,10 @@ def table(
         networks["calibrated"].load_state_dict(dict(begin.tensors), strict=False)
         job.ranks.share(networks["calibrated"].state_dict().values())
     rows = []
-    for name, module in (*networks.items(), ("fine-tuned", tuned)):
+    last = [("fine-tuned", tuned)] + ([(name8, tuned)] if job.weights8 is not None else [])
+    for name, module in (*networks.items(), *last):
+        if name == name8:
+            simulate(module, again.quantized, again.activations, job.splits.val.take([0]).to(device))
         if name == "float" and not labelled:
             continue
         compared = None if name == "float" else reference

@@ -24,10 +24,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from pcq.activations import FULL, HALF, Names, Range
 from pcq.export.body import DOMAIN
 from pcq.export.editing import add_op, initializer, int_attribute, is_constant, numbers, only_reader, sweep, typed_value
 from pcq.export.integers import Channels, Integers, integers, large, lower_int8
-from pcq.export.ranges import FULL, HALF, Range
 from pcq.qtensor import QuantizedTensor
 
 Activations = Literal["static", "dynamic"]
@@ -104,12 +104,14 @@ class Placement:
         whole: tensors quantized where they are made, for all readers.
         partly: tensors quantized for int8 readers only -> those readers.
         same: a tensor of ``whole`` -> the tensor whose codes it has.
+        names: of the tensors that have ranges of their own, as ``pcq.activations`` gives them.
     """
 
     sites: tuple[Site, ...]
     whole: tuple[ir.Value, ...]
     partly: dict[ir.Value, tuple[ir.Node, ...]]
     same: dict[ir.Value, ir.Value]
+    names: dict[ir.Value, str]
 
     def observed(self, vnni: bool) -> dict[str, int]:
         """Tensors whose ranges are needed, for these sites and any fewer -> the last of their codes."""
@@ -121,7 +123,8 @@ class Placement:
 
 def place(model: ir.Model, sites: Sequence[Site]) -> Placement:
     """Decide it for the chosen sites."""
-    static = {site.node for site in sites if site.activations == "static"}
+    static = {site.node: site.weight for site in sites if site.activations == "static"}
+    give, names = Names(), {}
     whole: dict[ir.Value, None] = {}
     partly: dict[ir.Value, list[ir.Node]] = {}
     same: dict[ir.Value, ir.Value] = {}
@@ -130,15 +133,20 @@ def place(model: ir.Model, sites: Sequence[Site]) -> Placement:
         inputs = [value for value in node.inputs if value is not None]
         if node in static:
             if inputs[0] not in whole:
+                if inputs[0] not in partly:
+                    names[inputs[0]] = give.of(static[node], "input")
                 partly.setdefault(inputs[0], []).append(node)
             if kind == "Conv":
                 whole[_end(node)] = None
+                names[_end(node)] = give.of(static[node], "output")
         elif kind in ("Add", "Concat") and len(inputs) > 1 and all(value in whole for value in inputs):
             whole[_end(node)] = None
+            named = [names[same.get(value, value)] for value in inputs]
+            names[_end(node)] = give.combined("sum" if kind == "Add" else "concat", named)
         elif kind in SAME and inputs and inputs[0] in whole:
             whole[node.outputs[0]] = None
             same[node.outputs[0]] = same.get(inputs[0], inputs[0])
-    return Placement(tuple(sites), tuple(whole), {value: tuple(nodes) for value, nodes in partly.items()}, same)
+    return Placement(tuple(sites), tuple(whole), {value: tuple(nodes) for value, nodes in partly.items()}, same, names)
 
 
 def _end(node: ir.Node) -> ir.Value:

@@ -18,13 +18,14 @@ import onnx
 import onnx_ir as ir
 from torch import Tensor
 
+from pcq.activations import FULL, HALF, Range
 from pcq.errors import CheckFailed, PcqError
 from pcq.export import scheme, verify, writing
 from pcq.export.cpu import described
 from pcq.export.drop import Drop, Samples, compare, outputs
 from pcq.export.int8 import Activations, Converted, Site, convert, find_sites, place
 from pcq.export.integers import expected
-from pcq.export.ranges import Method, Range, observe
+from pcq.export.ranges import Method, observe
 from pcq.export.reading import PackedFile, open_packed
 from pcq.progress import Progress, silent
 
@@ -95,6 +96,7 @@ def write_int8(
     *,
     ranges: Method = "minmax",
     vnni: bool = False,
+    known: Mapping[str, Range] | None = None,
     keep: Sequence[str] = (),
     max_drop: float = 0.5,
     external_above: int = writing.EXTERNAL_ABOVE,
@@ -108,6 +110,7 @@ def write_int8(
         held_out: samples, and labels, to measure on.
         ranges: how they are chosen.
         vnni: the file will run on no x86 processor without VNNI, so that sums that saturate there may have 8 bits.
+        known: ranges that the network was trained with, by their names in ``pcq.activations``: used, and none observed.
         keep: weights, or patterns of their names, whose layers stay float; ``first`` and ``last`` are the first and
             last layers that could run in int8.
         max_drop: points of top-1 (percent of predictions, without labels) that int8 may cost.
@@ -118,11 +121,13 @@ def write_int8(
     """
     start = time.perf_counter()
     file = open_packed(exact)
-    work = _Work(exact, file, ranges=ranges, vnni=vnni, calibration=calibration, external_above=external_above)
+    work = _Work(
+        exact, file, ranges=ranges, vnni=vnni, known=known or {}, calibration=calibration, external_above=external_above
+    )
     found = find_sites(ir.load(exact), file.weights)
     reasons = dict(found.left)
     chosen = _without(found.sites, keep, reasons)
-    if calibration is None and any(site.activations == "static" for site in chosen):
+    if calibration is None and not known and any(site.activations == "static" for site in chosen):
         reasons |= {site.weight: "static int8 needs calibration samples" for site in chosen
                     if site.activations == "static"}  # fmt: skip
         chosen = [site for site in chosen if site.activations == "dynamic"]
@@ -165,8 +170,8 @@ def write_int8(
                    for name in file.weights)  # fmt: skip
     return Int8Report(
         Path(out), data, nbytes, file.file_bytes, layers, fused, len(chosen) - sum(fused.values()), measured,
-        described(), tuple(s.weight for s in chosen if s.saturates and s.activations == "static" and not vnni),
-        work.saturating(chosen), first, tuple(fallen), time.perf_counter() - start,
+        described(), work.tops(chosen, spans, HALF), work.tops(chosen, spans, FULL), first,
+        tuple(fallen), time.perf_counter() - start,
     )  # fmt: skip
 
 
@@ -194,6 +199,7 @@ class _Work:
     file: PackedFile
     ranges: Method
     vnni: bool
+    known: Mapping[str, Range]
     calibration: Batches | None
     external_above: int
 
@@ -202,12 +208,33 @@ class _Work:
         tops = place(model, again).observed(self.vnni)
         if not tops:
             return {}
+        if self.known:
+            return self._trained(tops)
         assert self.calibration is not None
         return observe(self.exact, tops, self.calibration, self.ranges, progress)
 
-    def saturating(self, sites: Sequence[Site]) -> tuple[str, ...]:
-        """Weights of layers that can saturate: all with large integers where VNNI is promised, else dynamic ones."""
-        return tuple(s.weight for s in sites if s.saturates and (self.vnni or s.activations == "dynamic"))
+    def _trained(self, wanted: Iterable[str]) -> dict[str, Range]:
+        """The ranges of training: named as if every layer that can ran in int8."""
+        model = ir.load(self.exact)
+        placement = place(model, find_sites(model, self.file.weights).sites)
+        named = {value.name or "": name for value, name in placement.names.items()}
+        named |= {value.name or "": placement.names[root] for value, root in placement.same.items()}
+        if missing := [named[value] for value in wanted if named[value] not in self.known]:
+            raise PcqError(f"the training saw no activations '{missing[0]}', which the graph has",
+                           where=str(self.exact), todo="Keep their layer in float (--float PATTERN)")  # fmt: skip
+        return {value: self.known[named[value]] for value in wanted}
+
+    def tops(self, sites: Sequence[Site], spans: Mapping[str, Range], top: int) -> tuple[str, ...]:
+        """Weights of layers of large integers whose input has this last code: FULL: they can saturate."""
+        model, again = self._fresh(sites)
+        same = place(model, again).same
+
+        def last(site: Site) -> int:
+            source = site.node.inputs[0]
+            assert source is not None
+            return FULL if site.activations == "dynamic" else spans[same.get(source, source).name or ""].top
+
+        return tuple(site.weight for site in again if site.saturates and last(site) == top)
 
     def _fresh(self, sites: Sequence[Site]) -> tuple[ir.Model, list[Site]]:
         """A new copy of the graph, and the same sites in it."""
@@ -223,7 +250,7 @@ class _Work:
         model.metadata_props[scheme.KEY] = scheme.to_json(schemes)
         model.metadata_props["pcq.mode"] = "int8"
         model.metadata_props["pcq.int8"] = json.dumps({site.weight: site.activations for site in again})
-        model.metadata_props[scheme.SATURATING] = json.dumps(self.saturating(again))
+        model.metadata_props[scheme.SATURATING] = json.dumps(self.tops(again, spans, FULL))
         for value in model.graph.initializers.values():
             value.type = value.shape = None
         return writing.save(model, path, self.external_above), converted

@@ -19,6 +19,7 @@ from pcq.export.lowering import digits
 from pcq.grids import Affine, Grid
 from pcq.packing import pack, planes
 from pcq.qtensor import QuantizedTensor
+from pcq.rows import Rows
 
 Floats = npt.NDArray[np.float32]
 
@@ -47,7 +48,11 @@ class Integers:
 
 def integers(weight: QuantizedTensor) -> Integers | str:
     """How the weight becomes int8, or why it cannot."""
-    grid, rows = weight.grid, weight.rows
+    return integers_of(weight.grid, weight.rows)
+
+
+def integers_of(grid: Grid, rows: Rows) -> Integers | str:
+    """How weights with these levels become int8, or why they cannot."""
     if not isinstance(grid, Affine):
         return "its levels are a list, not integers times a scale"
     if rows.groups > 1:

@@ -7,7 +7,6 @@ histogram of 2048 bins and cost a second run.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -16,35 +15,13 @@ import numpy.typing as npt
 import onnx
 from torch import Tensor
 
+from pcq.activations import FULL, Range
 from pcq.errors import CheckFailed
 from pcq.progress import Progress, silent
 
 Method = Literal["minmax", "percentile", "mse", "entropy"]
 BINS, TAIL, STEPS = 2048, 1e-4, 48
-FULL, HALF = 255, 127
-"""The last code of a tensor in 8 bits and in 7."""
-
 Histogram = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Range:
-    """Codes 0 to ``top`` stand for ``scale * (code - zero_point)``, which spans ``low <= 0`` to ``high >= 0``.
-
-    Codes go on to 255 in any case; ``top`` is 127 where products with large weights are to fit into 16 bits.
-    """
-
-    low: float
-    high: float
-    top: int = FULL
-
-    @property
-    def scale(self) -> np.float32:
-        return np.float32(max((self.high - self.low) / self.top, 1e-12))
-
-    @property
-    def zero_point(self) -> np.uint8:
-        return np.uint8(np.clip(np.rint(-self.low / float(self.scale)), 0, self.top))
 
 
 def observe(

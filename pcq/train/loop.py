@@ -8,6 +8,7 @@ step waits for the device.
 import copy
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pcq import shards
+from pcq.activations import Range
 from pcq.errors import CheckFailed, PcqError
 from pcq.progress import Progress, silent
 from pcq.proxconnect import ProxConnect, Target, Telemetry
@@ -23,6 +25,7 @@ from pcq.qtensor import QuantizedTensor
 from pcq.scores import Scores, module_predictor
 from pcq.settings import EPOCHS, Finetune, method_of, schedule_of
 from pcq.train import augment, batchnorm, saving
+from pcq.train.activations import Simulation, Weight8
 from pcq.train.batches import Batches, own_randomness
 from pcq.train.board import Board
 from pcq.train.ranks import ALONE, Ranks
@@ -57,6 +60,7 @@ class Job:
         save_every: steps between saves; None: by the clock.
         ranks: the processes that train together; the first one writes the files.
         board: TensorBoard's folder; None: it gets nothing.
+        weights8: parameters whose layers compute on activations of 8 bits; None: activations are float.
     """
 
     module: nn.Module
@@ -71,6 +75,7 @@ class Job:
     save_every: int | None = None
     ranks: Ranks = ALONE
     board: Path | None = None
+    weights8: Mapping[Tensor, Weight8] | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,7 @@ class Trained:
         hard_from: the step from which on all weights were on their levels.
         unquantized: for post-training quantization, the score before the weights were rounded.
         resumed_at: the step that the run went on from, if it was interrupted.
+        ranges: of activations, by name, where they had 8 bits.
     """
 
     quantized: dict[str, QuantizedTensor]
@@ -115,6 +121,7 @@ class Trained:
     hard_from: int
     unquantized: float | None
     resumed_at: int | None
+    ranges: dict[str, Range] = field(default_factory=dict)
 
 
 @dataclass
@@ -125,6 +132,7 @@ class _Run:
     prox: ProxConnect
     total: int
     losses: Tensor
+    simulation: Simulation | None = None
     step: int = 0
     looked: int = 0
     counted: int = 0
@@ -145,7 +153,7 @@ def settled(settings: Finetune, data: str, device: torch.device) -> Finetune:
     """``settings`` with every ``auto`` made up, but for ``anneal``, which belongs to the method."""
     precision = settings.precision
     if precision == "auto":
-        precision = "bf16" if quick_in_bf16(device) else "float32"
+        precision = "bf16" if settings.activations is None and quick_in_bf16(device) else "float32"
     return replace(settings, augment=augment.settle(settings.augment, data), precision=precision)
 
 
@@ -187,6 +195,9 @@ def train(job: Job, *, resume: bool = False, progress: Progress = silent) -> Tra
         )
         device = next(module.parameters()).device
         run = _Run(optimizer, prox, total, torch.zeros((), dtype=torch.float64, device=device))
+        if job.weights8 is not None:
+            run.simulation = Simulation(module, job.weights8)
+            run.simulation.look(next(_plain(job, batches, 1)))
         if saved:
             _restore(run, saved)
         measured = _metrics(job, saved)
@@ -198,6 +209,8 @@ def train(job: Job, *, resume: bool = False, progress: Progress = silent) -> Tra
         finally:
             prox.detach()
             measured.close()
+            if run.simulation is not None:
+                run.simulation.detach()
 
 
 def _metrics(job: Job, saved: Mapping[str, Any] | None) -> saving.Metrics:
@@ -281,7 +294,9 @@ def _steps(job: Job, run: _Run, batches: Batches, measured: saving.Metrics, stop
         x, y = next(coming)
         learning_rate = rate(settings, run.step / total)
         module.train()
-        loss = job.ranks.part(_loss(job, module, x, y), len(x), batches.size)
+        observing = run.step == 0 or run.step / total < settings.anneal_end
+        with run.simulation.watching(observing) if run.simulation is not None else nullcontext():
+            loss = job.ranks.part(_loss(job, module, x, y), len(x), batches.size)
         update(settings, run.optimizer, module, loss, learning_rate, job.ranks)
         run.step += 1
         run.losses += job.ranks.mean(loss.detach().to(run.losses))
@@ -389,6 +404,7 @@ def _save(job: Job, run: _Run, measured: saving.Metrics) -> None:
         "telemetry": [asdict(seen) for seen in run.telemetry],
         "seconds": run.seconds,
         "metrics": measured.flushed(),
+        "activations": None if run.simulation is None else run.simulation.state_dict(),
     }
     saving.save(job.saved, state, job.fingerprint)
 
@@ -408,6 +424,8 @@ def _restore(run: _Run, saved: Mapping[str, Any]) -> None:
     run.losses.copy_(saved["losses"])
     run.epochs = [Epoch(**epoch) for epoch in saved["epochs"]]
     run.telemetry = [Telemetry(**seen) for seen in saved["telemetry"]]
+    if run.simulation is not None:
+        run.simulation.load_state_dict(saved["activations"])
 
 
 def _of(parameter: Tensor, value: object) -> bool:
@@ -457,4 +475,5 @@ def _finished(
         hard_from,
         unquantized,
         resumed_at,
+        {} if run.simulation is None else run.simulation.ranges,
     )

@@ -1,0 +1,251 @@
+"""Training with 8-bit activations: the simulation rounds what the exported file rounds, by the same names."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+import torch.nn.functional as F
+from onnxruntime import InferenceSession, SessionOptions
+from torch import Tensor, nn
+
+import pcq
+from pcq import qtensor
+from pcq.activations import HALF, Names, Range
+from pcq.demo import HERE
+from pcq.errors import CheckFailed, PcqError
+from pcq.export import verify, write_int8, write_onnx
+from pcq.export.int8 import find_sites, place
+from pcq.qtensor import QuantizedTensor
+from pcq.quantizers import Ternary, Uniform
+from pcq.rows import Rows
+from pcq.train.activations import Simulation, onto, weights8
+
+ARCH = "pcq.demo.nets:resnet8?num_classes=10&in_channels=1"
+DIGITS = HERE / "digits-resnet8.safetensors"
+Weights = dict[str, QuantizedTensor]
+
+
+class Residual(nn.Module):
+    """BatchNorm, ReLU in place, ReLU6, depthwise, a shortcut that is padded, one that is not, SiLU, pooling, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm0 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.deep, self.norm1 = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), nn.BatchNorm2d(8)
+        self.point, self.norm2 = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+        self.wide, self.down = nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.Conv2d(8, 16, 1, stride=2)
+        self.last, self.head = nn.Conv2d(16, 16, 3), nn.Linear(16, 10)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(self.relu(self.norm0(self.stem(x))), 2)
+        y = F.relu6(self.norm1(self.deep(x)))
+        y = self.norm2(self.point(y))
+        y += x
+        x = self.relu(y)
+        x = F.relu(self.wide(x) + self.down(x))
+        x = F.relu(F.pad(x, (1, 1, 1, 1)) + 0.1)
+        x = F.silu(self.last(x)).mean((2, 3))
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+class Before(nn.Module):
+    """BatchNorm and ReLU before the convolutions, so that sums have two readers; and concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm1, self.one = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
+        self.norm2, self.two = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
+        self.three, self.head = nn.Conv2d(24, 8, 1), nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = x + self.one(torch.relu(self.norm1(x)))
+        y = y + self.two(torch.relu(self.norm2(y)))
+        z = torch.cat([x, y, self.one(torch.relu(y))], 1)
+        z = torch.relu(self.three(z))
+        return self.head(torch.flatten(F.adaptive_avg_pool2d(z, 1), 1))  # type: ignore[no-any-return]
+
+
+def quantized(network: nn.Module, last: str = "head.weight") -> Weights:
+    """Ternary; the last layer in 8 bits. BatchNorms get something to do, one channel a negative factor."""
+    weights: Weights = {}
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, 0, 0.1)  # type: ignore[arg-type]
+            nn.init.uniform_(module.running_var, 0.5, 2)  # type: ignore[arg-type]
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+            module.weight.data[2] = -1
+    for name, parameter in network.named_parameters():
+        if parameter.ndim > 1:
+            quantizer = Uniform(8) if name == last else Ternary()
+            weights[name] = qtensor.quantize(quantizer, parameter.detach(), Rows(tuple(parameter.shape)))
+            parameter.data.copy_(weights[name].dequantize())
+    network.eval()
+    return weights
+
+
+def simulated(network: nn.Module, weights: Weights, x: Tensor) -> Simulation:
+    """With ranges observed on ``x``."""
+    forms = {name: (weight.grid, weight.rows) for name, weight in weights.items()}
+    simulation = Simulation(network, weights8(dict(network.named_parameters()), forms))
+    simulation.look(x)
+    with simulation.watching(True), torch.no_grad():
+        network(x)
+    return simulation
+
+
+def run(path: Path, x: Tensor) -> np.ndarray:
+    session = verify.open_session(str(path), optimised=True)
+    return np.asarray(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+
+@pytest.mark.parametrize("make", [Residual, Before])
+def test_the_file_computes_what_was_simulated(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = make()
+    weights = quantized(network)
+    x = torch.randn(64, 3, 12, 12)
+    exact, out = tmp_path / "exact.onnx", tmp_path / "int8.onnx"
+    write_onnx(network, weights, (torch.zeros(1, 3, 12, 12),), exact)
+    with torch.no_grad():
+        plain = network(x).numpy()
+    simulation = simulated(network, weights, x)
+    with torch.no_grad():
+        ours = network(x).numpy()
+    model = ir.load(exact)
+    assert simulation.ranges.keys() == set(place(model, find_sites(model, weights).sites).names.values())
+    report = write_int8(exact, out, None, known=simulation.ranges)
+    assert report.unfused == 0
+    assert report.seven_bits == ("head.weight",)
+    assert report.saturating == ()
+    theirs = run(out, x)
+    far, near = np.abs(plain - theirs).max(1), np.abs(ours - theirs).max(1)
+    scale = np.abs(theirs).max()
+    assert np.median(far) > 1e-3 * scale  # rounding shows
+    assert (near < 1e-4 * scale).mean() > 2 / 3  # the same, but where one of thousands of codes lies on a tie
+    simulation.detach()
+    with torch.no_grad():
+        assert np.array_equal(network(x).numpy(), plain)
+
+
+def test_matrices_of_tokens_are_rounded_anew_in_each_call(tmp_path: Path) -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(32, 48), nn.Linear(48, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(F.gelu(self.a(x)))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    network = Tokens()
+    weights = quantized(network, "a.weight")
+    x, exact = torch.randn(4, 7, 32), tmp_path / "exact.onnx"
+    write_onnx(network, weights, (torch.zeros(1, 7, 32),), exact)
+    simulation = simulated(network, weights, x)
+    assert simulation.ranges == {}
+    report = write_int8(exact, tmp_path / "int8.onnx", None)
+    assert report.saturating == ("a.weight",)
+    options = SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")  # sums of 32 bits without VNNI too
+    session = InferenceSession(str(report.path), options)
+    theirs = np.asarray(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    with torch.no_grad():
+        ours = network(x).numpy()
+    assert np.abs(ours - theirs).max() < 1e-5 * np.abs(theirs).max()
+    assert not np.array_equal(network(x[:1]).detach().numpy()[0], ours[0])  # a sample depends on its batch
+
+
+def test_control_flow_and_a_branch_that_was_never_seen() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, image: Tensor) -> Tensor:
+            x = torch.relu(self.a(image))
+            for _ in range(3 if image.abs().mean() > 10 else 1):
+                x = torch.relu(self.b(x))
+            return x
+
+    torch.manual_seed(0)
+    network = Branches()
+    weights = quantized(network, "")
+    x = torch.randn(2, 3, 6, 6)
+    simulation = simulated(network, weights, x)
+    assert set(simulation.ranges) == {"a.weight/input", "a.weight/output", "b.weight/output"}
+    assert network(100 * x).isfinite().all()
+    with simulation.watching(True):
+        network(100 * x)
+    assert {"b.weight/output#2", "b.weight/output#3"} < set(simulation.ranges)
+
+
+def test_the_gradient_passes_within_the_range() -> None:
+    span = Range(-1.0, 2.0)
+    x = torch.tensor([-1.5, -0.999, 0.0, 0.5003, 1.9, 2.5], requires_grad=True)
+    made = onto(x, span)
+    codes = made.detach().numpy() / span.scale + span.zero_point
+    assert np.allclose(codes, np.clip(np.rint(x.detach().numpy() / span.scale) + span.zero_point, 0, 255), atol=1e-4)
+    made.sum().backward()  # type: ignore[no-untyped-call]
+    assert x.grad is not None
+    assert x.grad.tolist() == [0, 1, 1, 1, 1, 0]
+
+
+def test_names() -> None:
+    give = Names()
+    assert [give.of("w", "output"), give.of("w", "output"), give.of("w", "input")] == [
+        "w/output", "w/output#2", "w/input",
+    ]  # fmt: skip
+    assert give.combined("sum", ["a.b/sum", "w/output#2"]) == "w/sum"
+    assert give.combined("sum", ["a.b/sum", "c/concat"]) == "a.b/sum"
+
+
+def test_trained_exported_and_resumed(tmp_path: Path) -> None:
+    common = {"arch": ARCH, "activations": 8, "steps": 8, "overrides": ("finetune.anneal_end=0.5",)}
+    path, other = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
+    result = pcq.finetune(DIGITS, "ternary", "digits", out=path, **common)  # type: ignore[arg-type]
+    assert [row.weights for row in result.rows][2:] == ["fine-tuned", "fine-tuned, 8-bit activations"]
+
+    def dying(stage: str, done: int, total: int) -> None:
+        if done == 5 and stage.startswith("epoch"):
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        pcq.finetune(DIGITS, "ternary", "digits", out=other, save_every=3, progress=dying, **common)  # type: ignore[arg-type]
+    again = pcq.finetune(DIGITS, "ternary", "digits", out=other, resume=True, **common)  # type: ignore[arg-type]
+    assert again.resumed_at == 3
+    assert other.read_bytes() == path.read_bytes()
+
+    ranges = pcq.read_artifact(path).activations
+    assert ranges["conv1.weight/input"].top == ranges["fc.weight/input"].top == HALF  # 8-bit weights
+    assert ranges["layer1.0.conv2.weight/sum"].low == 0
+    made = pcq.export_onnx(path, input_shape=(1, 8, 8), int8=pcq.commands.Int8())
+    assert made.int8 is not None
+    assert made.int8.fused == {"QLinearConv": 7, "QGemm": 1}
+    assert pcq.evaluate(made.path, "digits").scores.top1 == result.rows[3].test.top1  # type: ignore[union-attr]
+    said = str(json.loads(json.dumps(pcq.read_artifact(path).recipe))["finetune"]["activations"])
+    assert said == "8"
+
+    damaged = path.read_bytes().replace(b'"conv1.weight/input\\": [-', b'"conv1.weight/input\\": [9')
+    assert damaged != path.read_bytes()
+    (tmp_path / "z.safetensors").write_bytes(damaged)
+    with pytest.raises(CheckFailed, match="have the range"):
+        pcq.read_artifact(tmp_path / "z.safetensors")
+
+
+def test_what_cannot_be_trained_so() -> None:
+    with pytest.raises(PcqError, match="no layer of this network can run in int8"):
+        pcq.finetune(DIGITS, "nf4", "digits", arch=ARCH, activations=8, steps=1)
+    with pytest.raises(PcqError, match="activations is 4"):
+        pcq.finetune(DIGITS, "ternary", "digits", arch=ARCH, activations=4, steps=1)
+    with pytest.raises(PcqError, match="float32 where activations"):
+        pcq.finetune(
+            DIGITS, "ternary", "digits", arch=ARCH, activations=8, steps=1, overrides=("finetune.precision=bf16",)
+        )
