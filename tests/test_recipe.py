@@ -716,7 +716,7 @@ def test_overrides_work_on_a_recipe_that_json_wrote() -> None:
             "Allowed: match, levels, keep, per, group, optional. Did you mean 'levels'?",
         ),
         ("rules.1.levels.bits=9", "bits has to be a whole number from 1 to 8, not 9."),
-        ("rules.0.levels.bits=2", "levels of kind ternary have no `bits`, or anything else to set. Leave it out."),
+        ("rules.0.levels.bits=2", "there is no `bits` in levels of kind ternary. Allowed: kind, scale."),
         ("rules.0.optional=yes", "`optional` has to be true or false, not 'yes'. Write true."),
         ("rules.0.group=1e-3", "`group` has to be a whole number, not 0.001."),
         ("rules.0.group=", "a value is missing. Give a value or leave out the key."),
