@@ -12,6 +12,7 @@ from pcq.calibrate.oneshot import Settings, batches, calibrate
 from pcq.demo.nets import resnet8
 from pcq.quantizers import AdditivePowersOfTwo, Binary, Fixed, KMeans, LeastSquaresBinary, Quantizer, Ternary, Uniform
 from pcq.rows import Rows
+from tests.test_calibrate import calibration_net
 
 QUANTIZERS: list[Quantizer] = [
     Binary(), Ternary(), Uniform(2), Uniform(3, symmetric=False), KMeans(4), LeastSquaresBinary(2),
@@ -92,22 +93,8 @@ def test_latents_round_to_the_codes_and_stay_where_they_were_otherwise(quantizer
         assert torch.equal(found[far], weight[far])
 
 
-def _net() -> nn.Module:
-    torch.manual_seed(0)
-    net = resnet8()
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, 0, 0.3)
-            module.momentum = None
-    net.train()
-    with torch.no_grad():
-        net(torch.randn(64, 1, 8, 8))
-    return net.eval()
-
-
 def test_refinement_lowers_the_error_on_other_samples():
-    net, x = _net(), torch.randn(128, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    net, x = calibration_net(), torch.randn(128, 1, 8, 8, generator=torch.Generator().manual_seed(3))
     fresh = torch.randn(200, 1, 8, 8, generator=torch.Generator().manual_seed(4))
     plan, parts = _plan(net, Binary()), batches((x,), 32)
     start = calibrate(net, plan, (x,), Settings(rounds=1, steps=20))
@@ -166,7 +153,7 @@ def test_every_kind_of_levels_and_rows_is_refined_and_the_same_each_time(quantiz
 
 
 def test_a_block_that_training_does_not_help_stays_as_it_was():
-    net, x = _net(), torch.randn(64, 1, 8, 8)
+    net, x = calibration_net(), torch.randn(64, 1, 8, 8)
     plan, parts = _plan(net, Uniform(2)), batches((x,), 32)
     start = calibrate(net, plan, (x,), Settings(method="nearest"))
     tape, found = _blocks(net, parts[0][0])
@@ -177,7 +164,7 @@ def test_a_block_that_training_does_not_help_stays_as_it_was():
 
 
 def test_little_memory_means_fewer_samples():
-    net, x = _net(), torch.randn(64, 1, 8, 8)
+    net, x = calibration_net(), torch.randn(64, 1, 8, 8)
     plan, parts = _plan(net, Uniform(4)), batches((x,), 8)
     start = calibrate(net, plan, (x,), Settings(method="nearest"))
     tape, found = _blocks(net, parts[0][0])

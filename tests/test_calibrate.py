@@ -296,7 +296,7 @@ def test_a_transformer_is_replayed_and_all_its_linears_found():
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-def _net() -> nn.Module:
+def calibration_net() -> nn.Module:
     torch.manual_seed(0)
     net = resnet8()
     for module in net.modules():
@@ -317,7 +317,7 @@ def _apply(net: nn.Module, result, x: Tensor) -> Tensor:
 
 
 def test_calibration_is_deterministic_streams_and_beats_rounding():
-    net, x = _net(), torch.randn(200, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    net, x = calibration_net(), torch.randn(200, 1, 8, 8, generator=torch.Generator().manual_seed(3))
     plan = _plan(net, Uniform(2))
     before = {n: t.clone() for n, t in net.state_dict().items()}
     whole = calibrate(net, plan, (x,), Settings(batch=40))

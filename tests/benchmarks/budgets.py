@@ -58,7 +58,7 @@ def run(args: argparse.Namespace, budget: str) -> dict[str, Any]:
         "seed": args.seed, "samples": args.samples, "method": args.method, "limit_test": args.limit,
         "commit": head.stdout.strip(), "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, AMD EPYC without AVX512, 1 thread, shared",
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads",
     }  # fmt: skip
 
 

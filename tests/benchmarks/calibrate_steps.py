@@ -42,7 +42,7 @@ RECIPES = ("w4", "w3", "w2", "ternary-all", "binary-all")
 CARD = {
     "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     "torch": torch.__version__,
-    "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, AMD EPYC without AVX512, 1 thread, shared",
+    "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads",
 }
 
 

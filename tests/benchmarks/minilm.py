@@ -118,7 +118,7 @@ def run(args: argparse.Namespace, recipe: str, seed: int, found: dict[str, Tenso
         "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024), "commit": head.stdout.strip(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "torch": torch.__version__,
         "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, AMD EPYC without AVX512, 1 thread, shared",
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads",
     }  # fmt: skip
 
 
