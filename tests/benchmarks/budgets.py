@@ -8,26 +8,17 @@ scored on ``limit`` test images, which nothing is chosen by.
 """
 
 import argparse
-import datetime
-import json
-import os
-import platform
-import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
-
-import torch
 
 import pcq
 from pcq.commands import Calibration
 from pcq.recipe import Recipe
+from tests.benchmarks import record
 
-DEMO = Path(pcq.__file__).parent / "demo" / "fashion-mnist-resnet20.safetensors"
 
-
-def run(args: argparse.Namespace, budget: str) -> dict[str, Any]:
+def run(args: argparse.Namespace, budget: str) -> record.Row:
     """The budget's file, and that of the best uniform levels within it."""
     asked = Calibration(args.data, args.samples, args.method, seed=args.seed, refine=0)
     with tempfile.TemporaryDirectory() as folder:
@@ -37,8 +28,8 @@ def run(args: argparse.Namespace, budget: str) -> dict[str, Any]:
         cpu = time.process_time() - start
         allocation = made.allocation
         assert allocation is not None
-        line: dict[str, Any] = {
-            "float": args.float.name, "budget": budget, "limit": allocation.limit, "bytes": made.bytes_after,
+        line: record.Row = {
+            "limit": allocation.limit, "bytes": made.bytes_after,
             "bits": made.bits, "loss": allocation.loss, "gap": allocation.gap, "note": allocation.note,
             "uniformly": allocation.uniformly, "errors": allocation.errors, "cpu_seconds": round(cpu),
             "options": {name: option.text for name, option in allocation.options.items()},
@@ -53,28 +44,21 @@ def run(args: argparse.Namespace, budget: str) -> dict[str, Any]:
             scores = pcq.evaluate(alike.path, args.data, arch=args.arch, reference=args.float, limit=args.limit).scores
             line["uniform"] = {"levels": best.option.text, "bytes": alike.bytes_after, "loss": best.loss,
                                "top1": scores.top1, "agreement": scores.agreement}  # fmt: skip
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return line | {
-        "seed": args.seed, "samples": args.samples, "method": args.method, "limit_test": args.limit,
-        "commit": head.stdout.strip(), "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads",
-    }  # fmt: skip
+    return line | {"seed": args.seed, "samples": args.samples, "method": args.method, "limit_test": args.limit}
 
 
-def table(lines: list[dict[str, Any]]) -> str:
+def table(lines: list[record.Row]) -> str:
     """One row a budget."""
-    out = [
-        "| float | budget | file, bytes | used % | top-1 | agreement % | uniform levels | bytes | top-1 | agreement % |"
-    ]
-    out.append("|---|---|---|---|---|---|---|---|---|---|")
+    rows = []
     for line in lines:
         other = line.get("uniform", {"levels": "none fits", "bytes": 0, "top1": None, "agreement": None})
         cells = [line["float"], line["budget"], f"{line['bytes']:,}", f"{100 * line['bytes'] / line['limit']:.2f}"]
         cells += [_percent(line["top1"]), _percent(line["agreement"]), other["levels"], f"{other['bytes']:,}"]
-        cells += [_percent(other["top1"]), _percent(other["agreement"])]
-        out.append("| " + " | ".join(cells) + " |")
-    return "\n".join(out) + "\n"
+        rows.append([*cells, _percent(other["top1"]), _percent(other["agreement"])])
+    head = (
+        "| float | budget | file, bytes | used % | top-1 | agreement % | uniform levels | bytes | top-1 | agreement % |"
+    )
+    return record.markdown(head, rows)
 
 
 def _percent(value: float | None) -> str:
@@ -82,29 +66,15 @@ def _percent(value: float | None) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--float", type=Path, default=DEMO)
-    parser.add_argument("--arch", default="pcq.demo.nets:resnet20?num_classes=10&in_channels=1")
-    parser.add_argument("--data", default="fashion-mnist")
+    parser = record.arguments(__doc__)
+    record.network_arguments(parser)
     parser.add_argument("--budgets", nargs="+", default=["66kB", "75kB", "90kB", "115kB", "160kB"])
-    parser.add_argument("--samples", type=int, default=256)
-    parser.add_argument("--method", default="gptq")
+    record.calibration_arguments(parser, samples=256, method="gptq", refine=None)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, default=2500)
-    parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
-    done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
-    if not args.table:
-        for budget in args.budgets:
-            if any((line["float"], line["budget"]) == (args.float.name, budget) for line in done):
-                continue
-            line = run(args, budget)
-            done.append(line)
-            with args.out.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            print(budget, line["bytes"], line["top1"], line.get("uniform"), flush=True)
-    print(table(done))
+    wanted = [{"float": args.float.name, "budget": budget} for budget in args.budgets]
+    record.fill(args, wanted, lambda key: run(args, key["budget"]), table)
 
 
 if __name__ == "__main__":

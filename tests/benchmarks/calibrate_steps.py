@@ -7,26 +7,18 @@
 The steps are those of ``pcq quantize --calib`` with its defaults (512 samples), one after the other: levels nearest to
 the weights; layers reconstructed; channel moments matched (``--ablate`` also runs without); blocks refined; BatchNorm
 statistics taken anew. Each is scored on ``limit`` evenly spaced test images, which nothing is chosen by: what the
-command keeps is settled by samples that were held out, and marked. A run that has its line is not run again.
+command keeps is settled by samples that were held out. Recipe ``w2+all`` is ``w2`` with all layers in 2 bits.
 """
 
 import argparse
-import datetime
-import json
-import os
-import platform
-import resource
-import subprocess
 import time
 from collections.abc import Mapping
-from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import pcq
 from pcq import commands, qtensor
 from pcq import tape as tapes
 from pcq.calibrate.batchnorm import reestimate
@@ -36,24 +28,14 @@ from pcq.calibrate.oneshot import Settings, batches, calibrate
 from pcq.calibrate.steps import compared, outputs
 from pcq.commands.calibrating import REFINE, Calibration, draw, float_network
 from pcq.data import open_data
+from tests.benchmarks import record
 
-DEMO = Path(pcq.__file__).parent / "demo" / "fashion-mnist-resnet20.safetensors"
 RECIPES = ("w4", "w3", "w2", "ternary-all", "binary-all")
-CARD = {
-    "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    "torch": torch.__version__,
-    "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads",
-}
-
-
-def commit() -> str:
-    """The commit this runs at."""
-    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
 
 
 def run(args: argparse.Namespace, recipe: str, seed: int) -> dict[str, Any]:
     """All steps for one recipe and seed."""
-    planned = commands.plan(args.float, recipe, arch=args.arch)
+    planned = commands.plan(args.float, record.recipe(recipe), arch=args.arch)
     network = float_network(planned)
     plan = {e.parameter.name: (e.rows, e.quantizer) for e in planned.plan.quantized}
     samples, held_out, _ = draw(Calibration(args.data, args.samples, seed=seed))
@@ -101,60 +83,37 @@ def run(args: argparse.Namespace, recipe: str, seed: int) -> dict[str, Any]:
     if fresh := reestimate(tape, {**own, **dense(refined)}, parts):
         measure("BatchNorm statistics taken anew", {**dense(refined), **fresh}, time.process_time() - begun)
     return {
-        "float": Path(args.float).name, "data": args.data, "recipe": recipe, "seed": seed, "bits": planned.plan.bits,
-        "samples": len(samples), "test": len(y), "float_top1": top1, "method": args.method, "steps": rows,
-        "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024), "commit": commit(), **CARD,
+        "data": args.data, "bits": planned.plan.bits, "samples": len(samples), "test": len(y), "float_top1": top1,
+        "method": args.method, "steps": rows, "peak_mb": record.peak_mb(),
     }  # fmt: skip
 
 
-def table(lines: list[dict[str, Any]]) -> str:
+def table(lines: list[record.Row]) -> str:
     """Points lost, mean and deviation over seeds; the samples held out would keep a step whose error is lower."""
-    out = ["| float | recipe | step | seeds | points lost | agreement % | error held out | CPU s |"]
-    out.append("|---|---|---|---|---|---|---|---|")
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for line in lines:
         for step in line["steps"]:
             groups.setdefault((line["float"], line["recipe"], step["step"]), []).append({**step, "seed": line["seed"]})
-    for (name, recipe, step), found in groups.items():
+    rows = []
+    for key, found in groups.items():
         seeds = ", ".join(str(each["seed"]) for each in found)
-        cells = [_spread([each[key] for each in found]) for key in ("lost", "agreement")]
+        cells = [record.spread([each[name] for each in found]) for name in ("lost", "agreement")]
         rest = [f"{mean(each['held_out_error'] for each in found):.4f}", f"{mean(e['cpu_seconds'] for e in found):.0f}"]
-        out.append("| " + " | ".join([name, recipe, step, seeds, *cells, *rest]) + " |")
-    return "\n".join(out) + "\n"
-
-
-def _spread(values: list[float]) -> str:
-    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+        rows.append([*key, seeds, *cells, *rest])
+    head = "| float | recipe | step | seeds | points lost | agreement % | error held out | CPU s |"
+    return record.markdown(head, rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--float", type=Path, default=DEMO)
-    parser.add_argument("--arch", default="pcq.demo.nets:resnet20?num_classes=10&in_channels=1")
-    parser.add_argument("--data", default="fashion-mnist")
-    parser.add_argument("--recipes", nargs="+", default=RECIPES)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--samples", type=int, default=512)
-    parser.add_argument("--method", default="proxconnect")
+    parser = record.arguments(__doc__)
+    record.network_arguments(parser)
+    record.recipe_arguments(parser, RECIPES, seeds=(0, 1, 2))
+    record.calibration_arguments(parser, samples=512, method="proxconnect", refine=None)
     parser.add_argument("--limit", type=int, default=None)
     parser.add_argument("--ablate", action="store_true")
-    parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
-    done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
-    if not args.table:
-        for seed in args.seeds:
-            for recipe in args.recipes:
-                if any(
-                    (line["float"], line["recipe"], line["seed"]) == (args.float.name, recipe, seed) for line in done
-                ):
-                    continue
-                line = run(args, recipe, seed)
-                with args.out.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
-                done.append(line)
-                print(recipe, seed, [(row["step"], round(row["lost"], 2)) for row in line["steps"]], flush=True)
-    print(table(done))
+    wanted = [{"float": args.float.name, "recipe": r, "seed": seed} for seed in args.seeds for r in args.recipes]
+    record.fill(args, wanted, lambda key: run(args, key["recipe"], key["seed"]), table)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ Methods are pcq's and those of ``torchao_parq.py``: ``control`` (no levels), and
 """
 
 import argparse
-import datetime
 import fcntl
 import hashlib
 import itertools
@@ -25,7 +24,6 @@ import json
 import multiprocessing
 import os
 import pickle
-import platform
 import signal
 import subprocess
 import sys
@@ -45,7 +43,8 @@ import pcq
 from pcq.data import open_data
 from pcq.data.folder import find_images, open_image
 from pcq.spec import parse
-from tests.benchmarks import torchao_parq
+from tests.benchmarks import record, torchao_parq
+from tests.benchmarks.record import ROOT, spread
 
 LEVELS: dict[tuple[str, str], dict[str, Any]] = {
     ("ternary", "refitted"): {"levels": "ternary"},
@@ -59,7 +58,6 @@ LEVELS: dict[tuple[str, str], dict[str, Any]] = {
 COUNT = {"ternary": 3, "binary": 2, "quaternary": 4}
 
 DEFAULTS = {"levels": "float", "sets": "refitted", "seed": 0, "scratch": False}
-ROOT = Path(__file__).parents[2]
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 """Two-sided 95 % quantiles of Student's t, by the number of seeds."""
 
@@ -93,16 +91,7 @@ def run(
     begun = time.perf_counter()
     start, out = folder / f"{cell['net']}.safetensors", work / f"{name(cell)}.safetensors"
     found = by(cell, data, start, arch, shape, out, torchao)
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return {"cell": cell} | found | {
-        "cell_seconds": round(time.perf_counter() - begun),
-        "date": datetime.date.today().isoformat(),
-        "commit": head.stdout.strip(),
-        "torch": torch.__version__,
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {device}",
-        "load": round(os.getloadavg()[0], 1),
-    }  # fmt: skip
+    return {"cell": cell} | found | {"cell_seconds": round(time.perf_counter() - begun)} | record.certificate()
 
 
 def run_pcq(
@@ -330,9 +319,9 @@ def table(lines: list[dict[str, Any]]) -> str:
                 *key,
                 method,
                 ", ".join(map(str, sorted(found))),
-                _spread([_lost(line, "val") for line in found.values()]),
-                _spread(list(lost[method].values())),
-                _spread([x["rows"]["fine-tuned"]["test"] for x in found.values()]),
+                spread([_lost(line, "val") for line in found.values()]),
+                spread(list(lost[method].values())),
+                spread([x["rows"]["fine-tuned"]["test"] for x in found.values()]),
                 _behind(lost[ranked[0]], lost[method]),
                 f"{max(apart):.2f}" if apart else "",
             ]
@@ -353,10 +342,6 @@ def _behind(best: dict[int, float], other: dict[int, float]) -> str:
         return "best"
     tie = abs(mean(apart)) <= STUDENT[min(5, len(apart))] * stdev(apart) / len(apart) ** 0.5
     return f"tie ({mean(apart):.2f})" if tie else f"{mean(apart):.2f}"
-
-
-def _spread(values: list[float]) -> str:
-    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """What int8 activations cost: the float network, the exact and the int8 file of one artifact, scored on test data.
 
-    python tests/benchmarks/int8_accuracy.py NAME ARTIFACT --float CHECKPOINT --test SPEC [SPEC ...] --calib SPEC
+    python -m tests.benchmarks.int8_accuracy NAME ARTIFACT --float CHECKPOINT --test SPEC [SPEC ...] --calib SPEC
         [--arch ARCH] [--input 3x224x224]
 
 exports both files (``--max-drop`` 0.5, ranges of 256 samples of the split ``train`` of ``--calib``, judged on 256 of
@@ -9,19 +9,15 @@ exports both files (``--max-drop`` 0.5, ranges of 256 samples of the split ``tra
 """
 
 import argparse
-import datetime
 import json
-import subprocess
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
-import torch
-
 import pcq
 from pcq.commands import Int8
+from tests.benchmarks import record
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -83,12 +79,7 @@ def main() -> None:
     args = parser.parse_args()
     path = RESULTS / "int8_accuracy.json"
     found = json.loads(path.read_text()) if path.exists() else []
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-    born = {
-        "date": datetime.date.today().isoformat(),
-        "commit": head.stdout.strip(),
-        "versions": f"torch {torch.__version__}, ONNX Runtime {onnxruntime.__version__}",
-    }
+    born = record.certificate("onnxruntime")
     for row in rows(args):
         found = [old for old in found if (old["name"], old["test"]) != (row["name"], row["test"])] + [row | born]
     path.write_text(json.dumps(found, indent=1) + "\n")

@@ -12,21 +12,13 @@ the test, the others for calibration. ``sentences`` is a data spec of three inpu
 
 import argparse
 import ast
-import datetime
 import importlib.util
-import json
-import os
-import platform
 import re
-import resource
-import subprocess
-import sys
 import sysconfig
 import tempfile
 import time
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +26,7 @@ from torch import Tensor, nn
 
 import pcq
 from pcq.commands import Calibration
+from tests.benchmarks import record
 
 LENGTH = 32
 TEST = 256
@@ -95,76 +88,57 @@ def compared(made: Tensor, exact: Tensor) -> dict[str, float]:
             "rank_correlation": float(torch.corrcoef(ranks)[0, 1])}  # fmt: skip
 
 
-def run(args: argparse.Namespace, recipe: str, seed: int, found: dict[str, Tensor], exact: Tensor) -> dict[str, Any]:
+def run(args: argparse.Namespace, recipe: str, seed: int, found: dict[str, Tensor], exact: Tensor) -> record.Row:
     """One recipe: nearest and calibrated."""
-    where, arch = str(args.folder), f"hf:{args.folder}"
+    where, arch, wanted = str(args.folder), f"hf:{args.folder}", record.recipe(recipe)
     with tempfile.TemporaryDirectory() as scratch:
-        plain = pcq.quantize(where, recipe, arch=arch, out=Path(scratch) / "plain.safetensors")
+        plain = pcq.quantize(where, wanted, arch=arch, out=Path(scratch) / "plain.safetensors")
         nearest = compared(embeddings(pcq.open_network(plain.path, arch).module, found), exact)
         asked = Calibration(
             f"{__file__}:sentences?folder={where}", args.samples, args.method, seed=seed, refine=args.refine
         )
         start = time.process_time()
-        made = pcq.quantize(where, recipe, arch=arch, out=Path(scratch) / "x.safetensors", calibration=asked)
+        made = pcq.quantize(where, wanted, arch=arch, out=Path(scratch) / "x.safetensors", calibration=asked)
         cpu = time.process_time() - start
         calibrated = compared(embeddings(pcq.open_network(made.path, arch).module, found), exact)
     assert made.calibrated is not None
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return {
-        "recipe": recipe, "seed": seed, "samples": args.samples, "method": args.method, "refine": args.refine,
         "bits": made.bits, "bytes": made.bytes_after, "float_bytes": made.bytes_before, "sentences": len(exact),
         "nearest": nearest, "calibrated": calibrated, "cpu_seconds": round(cpu, 1),
         "steps": [[s.name, s.error, s.reason, round(s.seconds, 1)] for s in made.calibrated.outcome.steps],
-        "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024), "commit": head.stdout.strip(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads",
+        "peak_mb": record.peak_mb(),
     }  # fmt: skip
 
 
-def table(lines: list[dict[str, Any]]) -> str:
+def table(lines: list[record.Row]) -> str:
     """One row a recipe, means over seeds."""
-    out = ["| recipe | file MB | bits/weight | cosine, nearest | cosine, calibrated | ranks kept | CPU s |"]
-    out.append("|---|---|---|---|---|---|---|")
+    rows = []
     for recipe in dict.fromkeys(line["recipe"] for line in lines):
         some = [line for line in lines if line["recipe"] == recipe]
-        cells = [
-            f"{some[0]['bytes'] / 1e6:.2f}", f"{some[0]['bits']:.2f}",
+        rows.append([
+            recipe, f"{some[0]['bytes'] / 1e6:.2f}", f"{some[0]['bits']:.2f}",
             *(f"{mean(line[key]['cosine'] for line in some):.4f}" for key in ("nearest", "calibrated")),
             f"{mean(line['calibrated']['rank_correlation'] for line in some):.4f}",
             f"{mean(line['cpu_seconds'] for line in some):.0f}",
-        ]  # fmt: skip
-        out.append(f"| {recipe} | " + " | ".join(cells) + " |")
-    return "\n".join(out) + "\n"
+        ])  # fmt: skip
+    head = "| recipe | file MB | bits/weight | cosine, nearest | cosine, calibrated | ranks kept | CPU s |"
+    return record.markdown(head, rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
+    parser = record.arguments(__doc__)
     parser.add_argument("--folder", type=Path, default=None)
-    parser.add_argument("--recipes", nargs="+", default=["w8", "w4", "w3", "w2", "ternary-all", "binary-all"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--refine", type=int, default=0)
-    parser.add_argument("--method", default="gptq")
-    parser.add_argument("--table", action="store_true")
+    record.recipe_arguments(parser, ("w8", "w4", "w3", "w2", "ternary-all", "binary-all"))
+    record.calibration_arguments(parser, samples=64, method="gptq", refine=0)
     args = parser.parse_args()
-    done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    alike = {name: getattr(args, name) for name in ("samples", "method", "refine")}
+    wanted = [{"recipe": recipe, "seed": seed} | alike for seed in args.seeds for recipe in args.recipes]
+    found, exact = dict[str, Tensor](), torch.empty(0)
     if not args.table:
         args.folder = args.folder or folder()
         found = tokens(texts("test")[:TEST], str(args.folder))
         exact = embeddings(pcq.open_network(args.folder, f"hf:{args.folder}").module, found)
-        for seed in args.seeds:
-            for recipe in args.recipes:
-                key = (recipe, seed, args.samples, args.method, args.refine)
-                if key in [tuple(line[k] for k in ("recipe", "seed", "samples", "method", "refine")) for line in done]:
-                    continue
-                line = run(args, recipe, seed, found, exact)
-                done.append(line)
-                with args.out.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
-                print(recipe, seed, line["nearest"], line["calibrated"], line["cpu_seconds"], flush=True)
-    sys.stdout.write(table(done))
+    record.fill(args, wanted, lambda key: run(args, key["recipe"], key["seed"], found, exact), table)
 
 
 if __name__ == "__main__":

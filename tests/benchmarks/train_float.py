@@ -13,11 +13,8 @@ the machine is quick at it. A JSON beside the checkpoint records recipe, seed, s
 """
 
 import argparse
-import datetime
 import json
 import math
-import platform
-import subprocess
 import time
 from pathlib import Path
 
@@ -28,7 +25,7 @@ from safetensors.torch import save_file
 from pcq.data import open_data
 from pcq.demo import nets
 from pcq.train.loop import quick_in_bf16
-from tests.benchmarks import vit
+from tests.benchmarks import record, vit
 
 
 def augment(images: torch.Tensor, pad: int, flip: bool, generator: torch.Generator) -> torch.Tensor:
@@ -111,21 +108,16 @@ def main() -> None:
     scores = {"held_out": accuracy(model, *held), "test": accuracy(model, *test)}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.cpu().contiguous() for k, v in model.state_dict().items()}, args.out)
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    record = {
+    made = {
         "data": args.data,
         "net": net,
         "recipe": {"epochs": args.epochs, "lr": args.lr, "batch": args.batch},
         "seed": args.seed,
         "top1": scores,
         "seconds": round(time.time() - start),
-        "date": datetime.date.today().isoformat(),
-        "torch": torch.__version__,
-        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {device.type}",
-        "commit": head.stdout.strip(),
-    }
-    args.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+    } | record.certificate()
+    args.out.with_suffix(".json").write_text(json.dumps(made, indent=1) + "\n")
+    print(json.dumps(made))
 
 
 if __name__ == "__main__":
