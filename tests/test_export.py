@@ -2,8 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import onnxruntime as ort
 import onnxscript.optimizer
 import pytest
 import torch
-from onnxscript._framework_apis import torch_2_5
 from torch import Tensor, nn
 
 from pcq.errors import CheckFailed, PcqError
@@ -122,14 +120,6 @@ class Mlp(nn.Module):
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _translations_once() -> Iterator[None]:
-    """torch.onnx parses its 500 translations anew in every export: half of what a small network's takes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_2_5, "get_torchlib_ops", cache(torch_2_5.get_torchlib_ops))
-        yield
 
 
 @pytest.fixture(scope="module")

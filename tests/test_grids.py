@@ -79,9 +79,13 @@ def test_pieces_fit_together(grid: Grid, tile: int, monkeypatch: pytest.MonkeyPa
     rows = some_rows()
     whole = grid.encode(rows)
     monkeypatch.setattr(grids, "_TILE", tile if tile > 1 else 101)
-    assert torch.equal(grid.encode(rows), whole)
-    assert torch.equal(grid.decode(whole), grid.levels().expand(3, -1).gather(1, whole.long()))
-    assert torch.equal(grid.encode(rows.t().contiguous().t()), whole)
+    before = torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        assert torch.equal(grid.encode(rows), whole)
+        assert torch.equal(grid.decode(whole), grid.levels().expand(3, -1).gather(1, whole.long()))
+        assert torch.equal(grid.encode(rows.t().contiguous().t()), whole)
+    torch.set_num_threads(before)
 
 
 def test_ties() -> None:

@@ -2,7 +2,6 @@
 
 import json
 import math
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnxscript._framework_apis import torch_2_5
 from torch import Tensor, nn
 
 import pcq
@@ -36,14 +34,6 @@ ARCH = "pcq.demo.nets:resnet8?num_classes=10&in_channels=1"
 DIGITS = HERE / "digits-resnet8.safetensors"
 TARGETS = [runtime.name for runtime in RUNTIMES]
 AIMS: tuple[Aim, ...] = ("size", "speed", "ram")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _translations_once() -> object:
-    """torch.onnx parses its 500 translations anew in every export: half of what a small network's takes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_2_5, "get_torchlib_ops", cache(torch_2_5.get_torchlib_ops))
-        yield
 
 
 # The planner

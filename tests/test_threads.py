@@ -1,5 +1,6 @@
 """Pieces on threads: in order, without gradients, and torch's own setting as it was."""
 
+import os
 from threading import Thread, current_thread
 from time import sleep
 
@@ -57,3 +58,8 @@ def test_only_pieces_use_several_threads(threads: int) -> None:
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
+
+
+def test_the_suite_computes_on_as_many_threads_as_it_is_told() -> None:
+    """One, unless the environment has another number: tests/conftest.py says so before torch is imported."""
+    assert torch.get_num_threads() == int(os.environ["OMP_NUM_THREADS"])
