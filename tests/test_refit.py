@@ -68,13 +68,24 @@ def test_never_worse_than_before_and_of_the_same_form(quantizer: Quantizer, seed
 def test_scales_are_the_least_squares_scales_of_the_codes(quantizer: Quantizer, seed: int) -> None:
     before, after = moved(seed, 3, 70)
     grid = quantizer.fit(before)
-    again = refit.refit(quantizer, after, grid)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(refit, "SHORT", 0)
+        again = refit.refit(quantizer, after, grid)
     assert grid.scale is not None
     assert again.scale is not None
     units = (grid.decode(grid.encode(after)) / grid.scale[:, None]).double()
     for row in range(3):
         want = torch.linalg.lstsq(units[row, :, None], after[row, :, None].double()).solution.item()
         assert again.scale[row].item() == pytest.approx(want, rel=1e-5)
+
+
+@laws
+@given(st.integers(0, 999), st.integers(2, 90), st.floats(0.05, 20))
+def test_short_ternary_rows_get_their_best_levels_from_any_start(seed: int, n: int, off: float) -> None:
+    before, after = moved(seed, 3, n)
+    grid = Ternary().fit(before)
+    stuck = Affine(grid.scale * off, 1.0, 3)
+    assert torch.equal(refit.refit(Ternary(), after, stuck).levels(), Ternary().fit(after).levels())
 
 
 @laws
