@@ -18,8 +18,7 @@ from pcq.quantizers import AdditivePowersOfTwo, Fixed, KMeans, LeastSquaresBinar
 from pcq.rows import Rows
 
 SHORT = 640
-"""Ternary rows of up to this many weights get their best levels. Below a tenth of the weights of a ResNet-18, but all of
-a ResNet-20 or a LeNet."""
+"""Ternary rows of up to this many weights get their best levels: a tenth of a ResNet-18's, all of a ResNet-20's."""
 
 
 @torch.no_grad()
