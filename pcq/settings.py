@@ -47,7 +47,9 @@ class Finetune:
         augment: random changes of the training images; `auto`: those usual for the data set.
         freeze: patterns of parameters that stay as they are; those with levels are rounded once.
         activations: 8: what enters and leaves the layers has 8 bits in training too, as `pcq export --mode int8` will
-            have it; the ranges are observed, and stored in the artifact.
+            have it; the ranges are stored in the artifact.
+        ranges: of these activations: `observed`, moving averages of each batch's least and greatest number; or
+            `learned`, trained from there.
         precision: `bf16` computes in bfloat16 where it is safe; `auto`: where the machine is quick at it.
         batchnorm: batches from which the statistics of BatchNorm are estimated anew at the end; 0: never.
         seed: of everything random.
@@ -73,6 +75,7 @@ class Finetune:
     augment: Literal["auto", "none", "crop", "crop-flip", "resized-crop"] = "auto"
     freeze: tuple[str, ...] = ()
     activations: Literal[8] | None = None
+    ranges: Literal["observed", "learned"] = "observed"
     precision: Literal["auto", "bf16", "float32"] = "auto"
     batchnorm: int = 50
     seed: int = 0
@@ -80,6 +83,12 @@ class Finetune:
     def __post_init__(self) -> None:
         checks = (
             ("activations", self.activations in (None, 8), "8, or left out for float"),
+            ("ranges", self.ranges in ("observed", "learned"), "observed or learned"),
+            (
+                "ranges",
+                self.ranges == "observed" or self.activations is not None,
+                "observed where activations are float",
+            ),
             ("anneal_start", 0 <= self.anneal_start <= 1, "a share of the training from 0 to 1"),
             ("anneal_end", 0 <= self.anneal_end < 1, "a share of the training below 1: the last part is for settling"),
             ("anneal_end", self.anneal_end >= min(1.0, self.anneal_start), "a share that is not before anneal_start"),

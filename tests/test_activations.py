@@ -23,6 +23,7 @@ from pcq.qtensor import QuantizedTensor
 from pcq.quantizers import Ternary, Uniform
 from pcq.rows import Rows
 from pcq.train.activations import Simulation, onto, weights8
+from pcq.train.learned import LEAST, Learned, Onto
 
 ARCH = "pcq.demo.nets:resnet8?num_classes=10&in_channels=1"
 DIGITS = HERE / "digits-resnet8.safetensors"
@@ -207,8 +208,97 @@ def test_names() -> None:
     assert give.combined("sum", ["a.b/sum", "c/concat"]) == "a.b/sum"
 
 
+def slow_onto(x: Tensor, logs: Tensor, signs: Tensor) -> Tensor:
+    """LSQ+ (arXiv 2004.09576) on the ends of a range, by autograd: nothing is derived, roundings pass the gradient."""
+
+    def straight(value: Tensor) -> Tensor:
+        return value + (value.round() - value).detach()
+
+    low, high = signs * logs.exp()
+    scale = (high - low) / 255
+    zero = straight(-low / scale)
+    codes = (straight(x / scale) + zero).clamp(0, 255)
+    return scale * (codes - zero)
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1.03, 2.0), (-0.5, 0.0), (0.0, 3.7), (-1e-3, 40.0)])
+def test_the_gradient_of_a_learned_range_is_that_of_a_slow_twin(low: float, high: float) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(500, dtype=torch.float64).mul_(1.5).float().requires_grad_()
+    pull = torch.randn(500)
+    logs = torch.tensor([-low, high], dtype=torch.float64).log()
+    ours, theirs = logs.clone().requires_grad_(), logs.clone().requires_grad_()
+    made = Onto.apply(x, ours, Range(low, high))  # type: ignore[no-untyped-call]
+    assert torch.equal(made, onto(x, Range(low, high)))
+    (made * pull).sum().backward()
+    assert x.grad is not None
+    mine, x.grad = x.grad, None
+    wanted = slow_onto(x.double(), theirs, torch.tensor([-1.0, 1.0]))
+    (wanted * pull).sum().backward()  # type: ignore[no-untyped-call]
+    assert torch.equal(mine, x.grad)
+    assert theirs.grad is not None
+    assert torch.allclose(ours.grad, theirs.grad.nan_to_num(0), rtol=1e-4, atol=1e-5 * float(theirs.grad.abs().max()))
+
+
+class Spiked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.two(F.relu(self.one(x))))
+        return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_learned_ranges_let_go_of_an_outlier() -> None:
+    """A pixel in 16 images that should not count spans most of the codes of the observed range."""
+    torch.manual_seed(0)
+    network = Spiked()
+    weights = quantized(network)
+    clean = torch.randn(64, 1, 8, 8)
+    x = clean.clone()
+    x[::16, :, 3, 4] = 12
+    with torch.no_grad():
+        wanted = network(clean)
+    simulation = simulated(network, weights, x)
+    observed = F.mse_loss(network(x), wanted).item()
+    simulation.learn()
+    for _ in range(110):
+        F.mse_loss(network(x), wanted).backward()
+        simulation.update(1.0)
+    assert simulation.ranges["one.weight/input"].high < 6
+    assert simulation.ranges["one.weight/output"].low == 0
+    assert F.mse_loss(network(x), wanted).item() < 0.4 * observed
+
+
+def test_a_learned_range_holds_zero_does_not_collapse_and_goes_no_further_than_what_is_seen() -> None:
+    learned = Learned({"a": Range(-2.0, 4.0), "half": Range(-2.0, 4.0, HALF), "empty": Range(0.0, 0.0)})
+    assert ["a" in learned, "half" in learned, "empty" in learned] == [True, False, False]
+    learned.rounded(torch.tensor([-2.0, 1.0, 5.0]), "a", Range(-2.0, 4.0))
+    for way, (low, high) in ((-20.0, (-2.0 * LEAST, 5.0 * LEAST)), (20.0, (-2.0, 5.0)), (0.0, (-2.0, 5.0))):
+        learned.logs.data += way
+        span = learned.update(1.0)["a"]
+        assert (span.low, span.high) == pytest.approx((low, high), rel=1e-12)
+    assert span.high <= 5
+    learned.rounded(torch.tensor([7.0]), "a", span)
+    for _ in range(100):
+        learned.logs.grad = torch.full_like(learned.logs, -1.0)
+        span = learned.update(1.0)["a"]
+    assert (span.low, span.high) == pytest.approx((-2.0, 7.0), rel=1e-12)
+    learned.logs.grad = torch.full_like(learned.logs, float("nan"))
+    assert np.isfinite(learned.update(1.0)["a"].high)
+
+
 def test_trained_exported_and_resumed(tmp_path: Path) -> None:
-    common = {"arch": ARCH, "activations": 8, "steps": 8, "overrides": ("finetune.anneal_end=0.5",)}
+    """Ranges learned; those of 7 bits observed."""
+    common = {
+        "arch": ARCH,
+        "activations": 8,
+        "ranges": "learned",
+        "steps": 8,
+        "overrides": ("finetune.anneal_end=0.5",),
+    }
     path, other = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
     result = pcq.finetune(DIGITS, "ternary", "digits", out=path, **common)  # type: ignore[arg-type]
     assert [row.weights for row in result.rows][2:] == ["fine-tuned", "fine-tuned, 8-bit activations"]
@@ -223,9 +313,10 @@ def test_trained_exported_and_resumed(tmp_path: Path) -> None:
     assert again.resumed_at == 3
     assert other.read_bytes() == path.read_bytes()
 
-    ranges = pcq.read_artifact(path).activations
-    assert ranges["conv1.weight/input"].top == ranges["fc.weight/input"].top == HALF  # 8-bit weights
-    assert ranges["layer1.0.conv2.weight/sum"].low == 0
+    known = pcq.read_artifact(path).activations
+    assert known["conv1.weight/input"].top == known["fc.weight/input"].top == HALF  # 8-bit weights
+    assert known["layer1.0.conv2.weight/sum"].low == 0
+    assert known["layer1.0.conv2.weight/output"].low < 0
     made = pcq.export_onnx(path, input_shape=(1, 8, 8), int8=pcq.commands.Int8())
     assert made.int8 is not None
     assert made.int8.fused == {"QLinearConv": 7, "QGemm": 1}
@@ -245,7 +336,23 @@ def test_what_cannot_be_trained_so() -> None:
         pcq.finetune(DIGITS, "nf4", "digits", arch=ARCH, activations=8, steps=1)
     with pytest.raises(PcqError, match="activations is 4"):
         pcq.finetune(DIGITS, "ternary", "digits", arch=ARCH, activations=4, steps=1)
+    with pytest.raises(PcqError, match="ranges is learned, which has to be observed where activations are float"):
+        pcq.finetune(DIGITS, "ternary", "digits", arch=ARCH, ranges="learned", steps=1)
     with pytest.raises(PcqError, match="float32 where activations"):
         pcq.finetune(
             DIGITS, "ternary", "digits", arch=ARCH, activations=8, steps=1, overrides=("finetune.precision=bf16",)
+        )
+
+
+def test_nothing_to_learn(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "from torch import nn\n\n\n"
+        "def net():\n    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 10))\n"
+    )
+    torch.save(
+        nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 10)).state_dict(), tmp_path / "x"
+    )
+    with pytest.raises(PcqError, match="there are no ranges to learn"):
+        pcq.finetune(
+            tmp_path / "x", "w8", "digits", arch=f"{tmp_path / 'own.py'}:net", activations=8, ranges="learned", steps=1
         )

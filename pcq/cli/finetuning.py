@@ -42,6 +42,9 @@ def finetune(
     activations: Annotated[
         int | None, typer.Option(metavar="8", help="Train with activations of 8 bits, for `export --mode int8`.")
     ] = None,
+    ranges: Annotated[
+        str | None, typer.Option(metavar="observed|learned", help="Of these activations (default: observed).")
+    ] = None,
     scratch: Annotated[bool, typer.Option("--scratch", help="Start from random weights.")] = False,
     seed: Annotated[int | None, typer.Option(help="Of everything random (default: 0).")] = None,
     overrides: Set = None,
@@ -76,6 +79,7 @@ def finetune(
             minutes=minutes,
             distill=distill,
             activations=activations,
+            ranges=ranges,
             seed=seed,
             overrides=overrides or (),
             calibration=calib,

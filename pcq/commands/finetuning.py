@@ -104,6 +104,7 @@ def finetune(
     minutes: float | None = None,
     distill: float | None = None,
     activations: int | None = None,
+    ranges: str | None = None,
     seed: int | None = None,
     overrides: Sequence[str] = (),
     calibration: Calibration | str | None = None,
@@ -132,7 +133,7 @@ def finetune(
             ``test``.
         out: the artifact's path; default ``<model>.<recipe>.ft.safetensors`` beside the model.
         arch: the architecture, where it is not recognised.
-        method, epochs, steps, minutes, distill, activations, seed: instead of what the recipe says; see
+        method, epochs, steps, minutes, distill, activations, ranges, seed: instead of what the recipe says; see
             ``pcq.settings.Finetune``.
         overrides: ``path=value`` changes of the recipe, such as ``finetune.lr=0.001``.
         calibration: start from the calibrated network, as ``pcq.quantize`` makes it; a data spec stands for
@@ -160,7 +161,7 @@ def finetune(
     if tensorboard is not None:
         board.writer()
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-    said = {"method": method, "distill": distill, "activations": activations, "seed": seed}
+    said = {"method": method, "distill": distill, "activations": activations, "ranges": ranges, "seed": seed}
     said |= {"epochs": epochs, "steps": steps, "minutes": minutes}
     given = {key: value for key, value in said.items() if value is not None}
     here = ranks.current(shard)

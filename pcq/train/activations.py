@@ -4,7 +4,7 @@ Every tensor that the exported file holds in 8 bits goes through the proximal ma
 from the first step: the nearest of 256 evenly spaced levels. Its gradient is the straight-through estimator, 1 within
 the range and 0 outside (arXiv 1712.05877). Ranges are observed: moving averages of the least and greatest number of
 each batch, kept fixed from ``anneal_end`` on, so that the last part of the training settles with what the file will
-have.
+have. Or they are learned (:mod:`pcq.train.learned`), once they have been observed for a while.
 
 Nothing is traced. :class:`Simulation` watches the calls of torch's functions while ``forward`` runs, whatever Python
 does between them, and follows the rules of ``pcq.export.int8.place``: inputs of convolutions and of matrices with
@@ -31,6 +31,7 @@ from pcq.activations import FULL, HALF, Names, Range
 from pcq.grids import Grid
 from pcq.qtensor import QuantizedTensor
 from pcq.rows import Rows
+from pcq.train.learned import Learned
 
 CONVOLUTIONS = {"conv1d", "conv2d", "conv3d"}
 CLIPS = {"relu", "relu_", "relu6", "hardtanh", "hardtanh_", "clamp", "clamp_", "clip", "clip_"}
@@ -79,12 +80,18 @@ class Simulation:
         module: the network; its ``forward`` is wrapped until :meth:`detach`.
         weights: parameters whose layers run in int8.
         ranges: known ones, by name; where there are none they are observed.
+
+    Attributes:
+        seen: names of the tensors that were rounded.
+        learned: the ranges that are being trained.
     """
 
     def __init__(self, module: nn.Module, weights: Mapping[Tensor, Weight8], ranges: Mapping[str, Range] | None = None):
         self.weights = WeakIdKeyDictionary(dict(weights))
         self.ranges: dict[str, Range] = dict(ranges or {})
         self.observing = False
+        self.seen: set[str] = set()
+        self.learned: Learned | None = None
         self.halved: set[str] = {name for name, span in self.ranges.items() if span.top == HALF}
         self.readers: Counter[tuple[str, str]] = Counter()
         self._module, self._forward = module, module.forward
@@ -121,7 +128,11 @@ class Simulation:
 
     def rounded(self, x: Tensor, name: str) -> Tensor:
         """``x`` on the levels of the tensor ``name``."""
-        if self.observing:
+        self.seen.add(name)
+        learned = self.learned if self.learned is not None and name in self.learned else None
+        if learned is not None and torch.is_grad_enabled():
+            return learned.rounded(x, name, self.ranges[name])
+        if self.observing and learned is None:
             self._observe(x.detach(), name)
         span = self.ranges.get(name)
         if span is None:  # nothing was observed there
@@ -138,12 +149,26 @@ class Simulation:
             low, high = (old + MOMENTUM * (new - old) for old, new in ((known.low, low), (known.high, high)))
         self.ranges[name] = Range(low, high, self._top(name))
 
+    def learn(self) -> None:
+        """Train the ranges from now on, from where they are; those that cannot be trained are still observed."""
+        if self.learned is None:
+            self.learned = Learned(self.ranges)
+
+    def update(self, share: float) -> None:
+        """Once the gradient is there: move the ranges that are trained, at ``share`` of their learning rate."""
+        if self.learned is not None:
+            self.ranges |= self.learned.update(share)
+
     def state_dict(self) -> dict[str, Any]:
         """What a run needs to go on."""
-        return {"ranges": {name: (span.low, span.high, span.top) for name, span in self.ranges.items()}}
+        return {
+            "ranges": {name: (span.low, span.high, span.top) for name, span in self.ranges.items()},
+            "learned": None if self.learned is None else self.learned.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.ranges = {name: Range(*span) for name, span in state["ranges"].items()}
+        self.learned = None if state["learned"] is None else Learned.going_on(state["learned"])
 
 
 def onto(x: Tensor, span: Range) -> Tensor:

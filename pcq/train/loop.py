@@ -39,6 +39,9 @@ LINES = 100
 SAVE_SECONDS = 120.0
 """Between saves, where no number of steps is given."""
 
+OBSERVED = 0.1
+"""Share of the training before ranges of activations are learned."""
+
 LOOK_BATCHES = 10
 """For the BatchNorm statistics of an epoch's score."""
 
@@ -198,6 +201,11 @@ def train(job: Job, *, resume: bool = False, progress: Progress = silent) -> Tra
         if job.weights8 is not None:
             run.simulation = Simulation(module, job.weights8)
             run.simulation.look(next(_plain(job, batches, 1)))
+            if settings.ranges == "learned" and run.simulation.seen <= run.simulation.halved:
+                raise PcqError("there are no ranges to learn", where="finetune.ranges",
+                               allowed="activations of 8 bits; where weights of 8 bits read them they have 7, and "
+                               "those of tokens are measured anew in each run",
+                               todo="Leave it out, or give weights 7 bits or fewer")  # fmt: skip
         if saved:
             _restore(run, saved)
         measured = _metrics(job, saved)
@@ -295,9 +303,13 @@ def _steps(job: Job, run: _Run, batches: Batches, measured: saving.Metrics, stop
         learning_rate = rate(settings, run.step / total)
         module.train()
         observing = run.step == 0 or run.step / total < settings.anneal_end
+        if run.simulation is not None and settings.ranges == "learned" and 0 < run.step >= OBSERVED * total:
+            run.simulation.learn()
         with run.simulation.watching(observing) if run.simulation is not None else nullcontext():
             loss = job.ranks.part(_loss(job, module, x, y), len(x), batches.size)
         update(settings, run.optimizer, module, loss, learning_rate, job.ranks)
+        if run.simulation is not None:
+            run.simulation.update(learning_rate / settings.learning_rate)
         run.step += 1
         run.losses += job.ranks.mean(loss.detach().to(run.losses))
         run.counted += 1
