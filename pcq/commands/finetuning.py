@@ -173,8 +173,9 @@ def finetune(
     if isinstance(calibration, str):
         calibration = Calibration(calibration, samples, seed=settings.seed)
     starting.check(settings, calibration, scratch)
-    if settings.activations and here.world > 1:
-        raise PcqError("several processes cannot train with 8-bit activations yet", where="finetune.activations")
+    if settings.activations and here.shard:
+        what = "sharded weights cannot train with 8-bit activations, which are rounded where whole weights are read"
+        raise PcqError(what, where="--shard", todo="Leave it out: each process then has the whole network")
     planned = plan(model, rules, arch=arch, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle)
     files = Files.beside(Path(out) if out is not None else default_path(planned.model, f"{rules.name}.ft"))
     checkpoint.refuse_overwrite(files.artifact, inputs=[planned.model], force=force)
@@ -405,8 +406,8 @@ def table(
             data = parameters[entry.parameter.name].data
             data.copy_(qtensor.quantize(entry.quantizer, data, entry.rows).dequantize())
     name8 = "fine-tuned, 8-bit activations"
-    if job.ranks.first:
-        again = checkpoint.read_artifact(artifact)
+    again = checkpoint.read_artifact(artifact) if job.ranks.first else None
+    if again is not None:
         tuned = load_network(again, artifact, planned.arch).module.float()
     else:
         tuned = original_or_new(planned, original, None)
@@ -420,10 +421,13 @@ def table(
         networks["calibrated"].load_state_dict(dict(begin.tensors), strict=False)
         job.ranks.share(networks["calibrated"].state_dict().values())
     rows = []
-    last = [("fine-tuned", tuned)] + ([(name8, tuned)] if job.weights8 is not None else [])
+    last = [("fine-tuned", tuned)]
+    if job.weights8 is not None:
+        last += [(name8, tuned)]
+        quantized, known = job.ranks.agree(None if again is None else (again.quantized, again.activations)) or ({}, {})
     for name, module in (*networks.items(), *last):
         if name == name8:
-            simulate(module, again.quantized, again.activations, job.splits.val.take([0]).to(device))
+            simulate(module, quantized, known, job.splits.val.take([0]).to(device))
         if name == "float" and not labelled:
             continue
         compared = None if name == "float" else reference

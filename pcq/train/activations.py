@@ -32,6 +32,7 @@ from pcq.grids import Grid
 from pcq.qtensor import QuantizedTensor
 from pcq.rows import Rows
 from pcq.train.learned import Learned
+from pcq.train.ranks import ALONE, Ranks
 
 CONVOLUTIONS = {"conv1d", "conv2d", "conv3d"}
 CLIPS = {"relu", "relu_", "relu6", "hardtanh", "hardtanh_", "clamp", "clamp_", "clip", "clip_"}
@@ -80,16 +81,23 @@ class Simulation:
         module: the network; its ``forward`` is wrapped until :meth:`detach`.
         weights: parameters whose layers run in int8.
         ranges: known ones, by name; where there are none they are observed.
+        ranks: the processes that train together, whose parts of a batch are observed as one.
 
     Attributes:
         seen: names of the tensors that were rounded.
         learned: the ranges that are being trained.
     """
 
-    def __init__(self, module: nn.Module, weights: Mapping[Tensor, Weight8], ranges: Mapping[str, Range] | None = None):
+    def __init__(
+        self,
+        module: nn.Module,
+        weights: Mapping[Tensor, Weight8],
+        ranges: Mapping[str, Range] | None = None,
+        ranks: Ranks = ALONE,
+    ):
         self.weights = WeakIdKeyDictionary(dict(weights))
         self.ranges: dict[str, Range] = dict(ranges or {})
-        self.observing = False
+        self.ranks, self.observing = ranks, False
         self.seen: set[str] = set()
         self.learned: Learned | None = None
         self.halved: set[str] = {name for name, span in self.ranges.items() if span.top == HALF}
@@ -133,21 +141,29 @@ class Simulation:
         if learned is not None and torch.is_grad_enabled():
             return learned.rounded(x, name, self.ranges[name])
         if self.observing and learned is None:
-            self._observe(x.detach(), name)
+            self._observe(x, name)
         span = self.ranges.get(name)
         if span is None:  # nothing was observed there
-            span = Range(*_ends(x.detach()), self._top(name))
+            span = Range(*self.ends(x), self._top(name))
         return onto(x, span)
 
     def _top(self, name: str) -> int:
         return HALF if name in self.halved else FULL
 
     def _observe(self, x: Tensor, name: str) -> None:
-        low, high = _ends(x)
+        low, high = self.ends(x)
         known = self.ranges.get(name)
         if known is not None:
             low, high = (old + MOMENTUM * (new - old) for old, new in ((known.low, low), (known.high, high)))
         self.ranges[name] = Range(low, high, self._top(name))
+
+    def ends(self, x: Tensor) -> tuple[float, float]:
+        """The least and the greatest number, or 0; in training, of all processes' samples."""
+        low, high = _ends(x.detach())
+        if self.ranks.world == 1 or not torch.is_grad_enabled():
+            return low, high
+        low, high = self.ranks.furthest(torch.tensor([-low, high], dtype=torch.float64)).tolist()
+        return 0.0 - low, high
 
     def learn(self) -> None:
         """Train the ranges from now on, from where they are; those that cannot be trained are still observed."""
@@ -157,7 +173,7 @@ class Simulation:
     def update(self, share: float) -> None:
         """Once the gradient is there: move the ranges that are trained, at ``share`` of their learning rate."""
         if self.learned is not None:
-            self.ranges |= self.learned.update(share)
+            self.ranges |= self.learned.update(share, self.ranks)
 
     def state_dict(self) -> dict[str, Any]:
         """What a run needs to go on."""
@@ -231,7 +247,7 @@ class _Watching(TorchFunctionMode):
     def _layer(self, func: Any, kind: str, x: Tensor, layer: Weight8, args: Any, kwargs: Any) -> Any:
         """A layer that runs in int8."""
         if kind == "linear" and x.ndim != 2:
-            x = onto(self._read(x), Range(*_ends(x.detach())))
+            x = onto(self._read(x), Range(*self.simulation.ends(x)))
         else:
             codes = self.codes.get(x)
             if codes is None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pcq.activations import FULL, Range
+from pcq.train.ranks import ALONE, Ranks
 
 RATE = 0.01
 """Adam's highest learning rate; the share of it is the network's."""
@@ -58,13 +59,14 @@ class Learned:
         return Onto.apply(x, self.logs[place], span)  # type: ignore[no-any-return, no-untyped-call]
 
     @torch.no_grad()
-    def update(self, share: float) -> dict[str, Range]:
-        """One step down the gradient, at ``share`` of the learning rate; the ranges then."""
-        if self.logs.grad is not None:
-            self.logs.grad.nan_to_num_(0, 0, 0)  # the run is going to say that its loss is none
-            self.optimizer.param_groups[0]["lr"] = RATE * share
-            self.optimizer.step()
-            self.logs.grad = None
+    def update(self, share: float, ranks: Ranks = ALONE) -> dict[str, Range]:
+        """One step down the gradient (all processes' mean), at ``share`` of the learning rate; the ranges then."""
+        gradient = torch.zeros_like(self.logs) if self.logs.grad is None else self.logs.grad
+        self.logs.grad = ranks.mean(gradient).nan_to_num(0, 0, 0)  # the run is going to say that its loss is none
+        self.reach = ranks.furthest(self.reach)
+        self.optimizer.param_groups[0]["lr"] = RATE * share
+        self.optimizer.step()
+        self.logs.grad = None
         self.logs.copy_(self.logs.clamp((self.reach * LEAST).log(), self.reach.log()))
         ends = self.logs.exp().minimum(self.reach).tolist()
         return {name: Range(0.0 - ends[i][0], ends[i][1]) for name, i in self.places.items()}

@@ -199,7 +199,7 @@ def train(job: Job, *, resume: bool = False, progress: Progress = silent) -> Tra
         device = next(module.parameters()).device
         run = _Run(optimizer, prox, total, torch.zeros((), dtype=torch.float64, device=device))
         if job.weights8 is not None:
-            run.simulation = Simulation(module, job.weights8)
+            run.simulation = Simulation(module, job.weights8, ranks=ranks)
             run.simulation.look(next(_plain(job, batches, 1)))
             if settings.ranges == "learned" and run.simulation.seen <= run.simulation.halved:
                 raise PcqError("there are no ranges to learn", where="finetune.ranges",

@@ -84,6 +84,14 @@ class Ranks:
         dist.all_reduce(value)
         return value / self.world
 
+    def furthest(self, value: Tensor) -> Tensor:
+        """The greatest over the processes, elementwise, of a tensor without gradient."""
+        if self.world == 1:
+            return value
+        value = value.clone()
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return value
+
     def wait(self) -> None:
         """Until all are here."""
         if self.world > 1:
