@@ -42,6 +42,7 @@ def test_quantize_prints_plan_and_ledger(tmp_path: Path, capsys: pytest.CaptureF
     assert "layer2.0.conv1.weight" in out
     assert "bits/weight" in out
     assert "size as predicted to the byte" in out
+    assert "`--calib random` repairs most of it without data" in " ".join(out.split())
     assert f"Next: pcq export {tmp_path}/x.safetensors --onnx" in err
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 

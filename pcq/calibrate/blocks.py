@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pcq import tape as tapes
 from pcq.calibrate.layers import Layer
+from pcq.calibrate.padding import counted
 from pcq.calibrate.quadratic import Codes, nearest, parameters_of, with_parameters
 from pcq.grids import Grid
 from pcq.progress import Progress, silent
@@ -170,6 +171,7 @@ def refine(
     memory: int = 2**30,
     seed: int = 0,
     progress: Progress = silent,
+    mask: int | None = None,
 ) -> Refined:
     """Refine one block after the other; one that its refinement does not help stays as it was.
 
@@ -184,19 +186,23 @@ def refine(
         memory: see ``parts``.
         seed: of the order of the batches.
         progress: called once a block.
+        mask: which of the inputs masks tokens (``pcq.calibrate.padding``); those do not count.
     """
     quantized, changed = dict(quantized), dict(changed)
     student = {**tensors, **changed, **{name: q.dequantize() for name, q in quantized.items()}}
     parts = parts[: max(1, memory // _moving_bytes(tape, found, tensors, parts[0]))]
     exact = [dict(zip(tape.inputs, part, strict=True)) for part in parts]
     values = list(exact)
+    places = [(block.stop, block.leaves) for block in found if block.leaves is not None]
+    real = [counted(tape, tensors, part, mask, places) for part in parts]
     reports = []
     for index, block in enumerate(found):
         progress("refining blocks", index, len(found))
         aims = [tapes.run(tape, tensors, v, block.start, block.stop) for v in exact]
         coming = [tapes.run(tape, student, v, block.start, block.stop) for v in values]
         if block.weights and block.leaves is not None:
-            wanted = [aim[block.leaves] for aim in aims]
+            leaves = block.leaves
+            wanted = [Wanted.of(aim[leaves], rows.get(leaves)) for aim, rows in zip(aims, real, strict=True)]
             before = _error([v[block.leaves] for v in coming], wanted)
             moved, fresh = _trained(tape, block, quantized, student, tensors, values, wanted, steps, seed)
             trial = {**student, **fresh, **{name: q.dequantize() for name, q in moved.items()}}
@@ -223,15 +229,32 @@ def _moving_bytes(tape: Tape, found: Sequence[Block], tensors: Mapping[str, Tens
     return most
 
 
-def _error(y: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    above = sum(float((a - b).square().sum()) for a, b in zip(y, wanted, strict=True))
+@dataclass(frozen=True)
+class Wanted:
+    """What is to leave a block for one batch, and which of it counts: 1 or 0, of a shape that broadcasts to it."""
+
+    value: Tensor
+    counts: Tensor
+
+    @staticmethod
+    def of(value: Tensor, rows: Tensor | None) -> "Wanted":
+        return Wanted(value, torch.ones(1) if rows is None else rows[..., None].to(value.dtype))
+
+    def missed(self, y: Tensor) -> Tensor:
+        """Sum of squared differences."""
+        return ((y - self.value) * self.counts).square().sum()
+
+
+def _error(y: Sequence[Tensor], wanted: Sequence[Wanted]) -> float:
+    above = sum(float(w.missed(a)) for a, w in zip(y, wanted, strict=True))
     return above / max(_spread(wanted), 1e-30)
 
 
-def _spread(wanted: Sequence[Tensor]) -> float:
+def _spread(wanted: Sequence[Wanted]) -> float:
     """Sum of squared differences from the mean of all samples, place by place."""
-    mean = sum(w.mean(0) for w in wanted) / len(wanted)
-    return sum(float((w - mean).square().sum()) for w in wanted)
+    total = sum((w.value * w.counts).sum(0) for w in wanted)
+    count = sum(w.counts.expand(len(w.value), *w.counts.shape[1:]).sum(0) for w in wanted)
+    return sum(float(w.missed(total / torch.as_tensor(count).clamp(min=1))) for w in wanted)
 
 
 def _trained(
@@ -241,7 +264,7 @@ def _trained(
     student: Mapping[str, Tensor],
     tensors: Mapping[str, Tensor],
     values: Sequence[Mapping[int, Tensor]],
-    wanted: Sequence[Tensor],
+    wanted: Sequence[Wanted],
     steps: int,
     seed: int,
 ) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]]:
@@ -270,7 +293,7 @@ def _trained(
         points = {name: weight.point(min(1.0, done / SOFT)) for name, weight in moving.items()}
         now = tapes.run(tape, {**student, **floats, **points}, values[which], block.start, block.stop, gradient=True)
         assert block.leaves is not None
-        loss = (now[block.leaves] - wanted[which]).square().sum() / scale
+        loss = wanted[which].missed(now[block.leaves]) / scale
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -7,7 +7,7 @@ this is ``tr((W_q - T) C (W_q - T)^T)`` plus a constant, ``C = cov(x_q)`` and th
 made equal to the float network's: through the BatchNorm's statistics, or through the bias.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pcq import qtensor
 from pcq import tape as tapes
 from pcq.calibrate.layers import Layer, Norm, find, patches
+from pcq.calibrate.padding import counted, mask_at
 from pcq.calibrate.quadratic import Codes, Quadratic, descend, gptq, nearest, proxconnect, refit
 from pcq.calibrate.rounding import rounding
 from pcq.calibrate.streams import Streams
@@ -48,6 +49,7 @@ class Settings:
         batch: samples that go through the network at once.
         memory: bytes of activations to keep between layers.
         refine: optimizer steps in which each block is refined after its layers; 0: none.
+        fresh: try BatchNorm statistics taken anew at the end.
         seed: of the positions drawn, and of the order of the batches.
     """
 
@@ -62,6 +64,7 @@ class Settings:
     batch: int = 32
     memory: int = 2**30
     refine: int = 0
+    fresh: bool = True
     seed: int = 0
 
 
@@ -129,8 +132,13 @@ def _fast(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
 
 
-def moments(layer: Layer, weight: Tensor, streams: Streams, settings: Settings) -> Moments:
-    """Second moments of what enters ``layer``, over all batches; ``weight [G, r, n]`` is the float one."""
+def moments(
+    layer: Layer, weight: Tensor, streams: Streams, settings: Settings, real: Sequence[Mapping[int, Tensor]] = ()
+) -> Moments:
+    """Second moments of what enters ``layer``, over all batches; ``weight [G, r, n]`` is the float one.
+
+    ``real``: for each batch the rows that count, by the number of the value; all of them where nothing is said.
+    """
     n = weight.shape[2]
     count = max(min(settings.positions, _ELEMENTS // (len(weight) * n)), 16 * n) // len(streams.kept) + 1
     sums: list[Tensor] = []
@@ -138,6 +146,8 @@ def moments(layer: Layer, weight: Tensor, streams: Streams, settings: Settings) 
     total = 0
     for index, (x_f, x_q) in enumerate(streams.inputs(layer.op, layer.x)):
         seed = settings.seed * 1_000_003 + layer.op * 1009 + index
+        if layer.geometry is None and real and (rows := real[index].get(layer.x)) is not None:
+            x_f, x_q = x_f[rows], x_q[rows]
         p_f, p_q = (patches(layer, x, count, torch.Generator().manual_seed(seed)).float() for x in (x_f, x_q))
         if pivot is None:
             pivot = p_q.mean(1, keepdim=True)
@@ -257,7 +267,8 @@ def calibrate(
     Args:
         module: the float network; it is left as it is.
         plan: name of a weight -> how it is cut into rows, and what chooses the levels.
-        samples: the network's positional inputs ``[N, ...]``, without labels.
+        samples: the network's positional inputs ``[N, ...]``, without labels. Tokens that an ``attention_mask`` among
+            them masks do not count.
         settings: see :class:`Settings`.
         teacher: tensors that replace some of the module's as the float reference.
         progress: called once a layer.
@@ -272,13 +283,15 @@ def calibrate(
     quantized = {name: qtensor.quantize(plan[name][1], tensors[name], plan[name][0]) for name in plain}
     student = {**tensors, **{name: q.dequantize() for name, q in quantized.items()}}
     streams = Streams(tape, parts, tensors, student, settings.memory)
+    mask, places = mask_at(module, samples), [(layer.op, layer.x) for layer in layers]
+    real = [counted(tape, tensors, part, mask, places) for part in parts]
     reports, changed = [], {}
     for index, layer in enumerate(layers):
         progress("calibrating", index, len(layers))
         rows, quantizer = plan[layer.weight]
         view = View.of(layer, rows)
         weight = view.split(tensors[layer.weight].float())
-        found = moments(layer, weight, streams, settings)
+        found = moments(layer, weight, streams, settings, real)
         if not found.finite:
             plain[layer.weight] = "what enters it is not finite on these samples"
             quantized[layer.weight] = qtensor.quantize(quantizer, tensors[layer.weight], rows)

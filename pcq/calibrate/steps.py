@@ -12,12 +12,17 @@ from pcq import qtensor
 from pcq import tape as tapes
 from pcq.calibrate.batchnorm import reestimate
 from pcq.calibrate.blocks import BlockReport, blocks, refine
+from pcq.calibrate.equalization import equalize, most_common, pairs
 from pcq.calibrate.layers import find
 from pcq.calibrate.oneshot import LayerReport, Settings, batches, calibrate
+from pcq.calibrate.padding import mask_at
 from pcq.errors import PcqError
 from pcq.progress import Progress, silent
 from pcq.qtensor import QuantizedTensor, Quantizer
 from pcq.rows import Rows
+
+MATCHED = 128
+"""Samples that means and deviations are matched on after plain rounding."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,8 @@ def outputs(
 ) -> Tensor:
     """``module``'s first floating output with ``tensors`` in place of its own: float32 ``[n, k]``.
 
-    ``x`` are samples, or an array of them for each input.
+    ``x`` are samples, or an array of them for each input. Where one is an ``attention_mask`` and the network puts out
+    something for each token, n are the tokens that it does not mask.
 
     Raises:
         PcqError: the module does not take the samples.
@@ -83,6 +89,7 @@ def outputs(
     parts = []
     with tapes.evaluating(module), torch.no_grad():
         inputs = x if isinstance(x, tuple) else (x,)
+        mask = mask_at(module, inputs)
         for given in zip(*(each.split(batch) for each in inputs), strict=True):
             part = given[0]
             try:
@@ -98,6 +105,8 @@ def outputs(
             first = next((leaf for leaf in leaves if leaf.is_floating_point() and len(leaf) == len(part)), None)
             if first is None:
                 raise PcqError("the network puts out no numbers for each sample", where=type(module).__name__)
+            if mask is not None and first.ndim > 2 and first.shape[:2] == given[mask].shape:
+                first = first[given[mask] != 0]
             parts.append(first.float().flatten(1))
     return torch.cat(parts)
 
@@ -116,11 +125,12 @@ def calibrate_measured(
     held_out: tuple[Tensor, ...],
     settings: Settings,
     progress: Progress = silent,
+    teacher: Mapping[str, Tensor] | None = None,
 ) -> Outcome:
-    """Reconstruct layer by layer on ``samples``, refine block by block, try BatchNorm statistics taken anew.
+    """Step by step, each on top of those that were kept, and kept if it lowers the output's error on ``held_out``.
 
-    The reconstruction and the refinement stay if they lower the network's output error on ``held_out``; BatchNorm
-    statistics taken anew if both the error and the agreement are then no worse.
+    Scales are equalized between layers; means and deviations of every channel matched after plain rounding; layers
+    reconstructed; blocks refined; BatchNorm statistics taken anew (these only if the agreement is no lower, either).
 
     Args:
         module: the float network; it is left as it is.
@@ -129,64 +139,83 @@ def calibrate_measured(
         held_out: other samples, to judge by.
         settings: of the reconstruction.
         progress: called once a layer, and once a block.
+        teacher: tensors that replace some of the module's as the float reference.
 
     Raises:
         PcqError: the network does not take the samples, or its pass cannot be replayed.
     """
-    aim = outputs(module, {}, held_out)
-    own = tapes.state(module)
+    exact = {**tapes.state(module), **(teacher or {})}
+    aim = outputs(module, exact, held_out)
+    steps: list[Step] = []
+
+    def rounded(weights: Mapping[str, Tensor]) -> dict[str, QuantizedTensor]:
+        return {name: qtensor.quantize(quantizer, weights[name], rows) for name, (rows, quantizer) in plan.items()}
+
+    def measured(name: str, made: Outcome) -> Step:
+        seconds = time.perf_counter() - start
+        return compared(name, outputs(module, {**exact, **made.tensors()}, held_out), aim, seconds)
+
+    def chosen(name: str, made: Outcome, other: Outcome) -> Outcome:
+        step = measured(name, made)
+        kept = better(step, last_kept(steps))
+        steps.append(step if kept else replace(step, reason=HIGHER))
+        return made if kept else other
+
     start = time.perf_counter()
-    plain = {name: qtensor.quantize(quantizer, own[name], rows) for name, (rows, quantizer) in plan.items()}
-    seconds = time.perf_counter() - start
-    best = {name: q.dequantize() for name, q in plain.items()}
-    steps = [compared("nearest levels", outputs(module, best, held_out), aim, seconds)]
+    best = Outcome(rounded(exact), {}, {}, (), (), {}, 0, len(held_out[0]))
+    steps.append(measured("nearest levels", best))
     start = time.perf_counter()
-    result = calibrate(module, plan, samples, settings, progress=progress)
-    seconds = time.perf_counter() - start
-    outcome = Outcome(plain, {}, {}, (), (), result.plain, result.samples, len(held_out[0]))
-    trial = {**result.changed, **{name: q.dequantize() for name, q in result.quantized.items()}}
-    step = compared(_described(settings), outputs(module, trial, held_out), aim, seconds)
-    if better(step, steps[0]):
-        best = trial
-        outcome = replace(outcome, quantized=result.quantized, changed=result.changed, layers=result.layers)
-    else:
-        step = replace(step, reason=HIGHER)
-    steps.append(step)
     parts = batches(samples, settings.batch)
+    used = len(parts) * len(parts[0][0])
     tape = tapes.record(module, parts[0])
+    layers, plain = find(tape, {name: rows.shape for name, (rows, _) in plan.items()})
+    best = replace(best, plain=plain, samples=used)
+    found, refused = pairs(tape, layers)
+    if found:
+        moved = equalize(found, exact)
+        trial = replace(
+            best,
+            quantized=rounded({**exact, **moved}),
+            changed={name: tensor for name, tensor in moved.items() if name not in plan},
+            moved={name: tensor for name, tensor in moved.items() if name in plan},
+        )
+        best = chosen(f"equalization of {len(found)} pairs", trial, best)
+    else:
+        steps.append(Step("equalization", None, reason=most_common(refused)))
+    source, floats = {**exact, **best.changed, **best.moved}, best.changed
+    few = tuple(each[:MATCHED] for each in samples)
+    for some, how in ((few, replace(settings, method="nearest", corrected=False)), (samples, settings)):
+        start = time.perf_counter()
+        result = calibrate(module, plan, some, how, source, progress)
+        trial = replace(
+            best, quantized=result.quantized, changed={**floats, **result.changed}, plain=result.plain,
+            layers=result.layers if how is settings else (),
+        )  # fmt: skip
+        best = chosen(_described(how) + _fewer(result.samples, used), trial, best)
     if settings.refine:
         start = time.perf_counter()
-        layers, _ = find(tape, {name: rows.shape for name, (rows, _) in plan.items()})
-        found = blocks(tape, layers, list(plan))
         refined = refine(
-            tape, found, outcome.quantized, outcome.changed, own, parts, settings.refine, settings.memory,
-            settings.seed, progress,
+            tape, blocks(tape, layers, list(plan)), best.quantized, best.changed, source, parts, settings.refine,
+            settings.memory, settings.seed, progress, mask_at(module, samples),
         )  # fmt: skip
-        seconds = time.perf_counter() - start
-        trial = {**refined.changed, **{name: q.dequantize() for name, q in refined.quantized.items()}}
-        name = f"{len(refined.blocks)} blocks refined" + _fewer(refined.samples, result.samples)
-        step = compared(name, outputs(module, trial, held_out), aim, seconds)
-        if better(step, last_kept(steps)):
-            best = trial
-            outcome = replace(outcome, quantized=refined.quantized, changed=refined.changed, blocks=refined.blocks)
+        trial = replace(best, quantized=refined.quantized, changed=refined.changed, blocks=refined.blocks)
+        name = f"{len(refined.blocks)} blocks refined" + _fewer(refined.samples, used)
+        best = chosen(name, trial, best)
+    if settings.fresh:
+        start = time.perf_counter()
+        fresh = reestimate(tape, {**exact, **best.tensors()}, parts)
+        name = "BatchNorm statistics taken anew"
+        if fresh:
+            trial = replace(best, changed={**best.changed, **fresh})
+            step, kept = measured(name, trial), last_kept(steps)
+            if better(step, kept) and (step.agreement or 0) >= (kept.agreement or 0):
+                best = trial
+            else:
+                step = replace(step, reason="not kept: no better on the samples held out")
+            steps.append(step)
         else:
-            step = replace(step, reason=HIGHER)
-        steps.append(step)
-    start = time.perf_counter()
-    fresh = reestimate(tape, {**own, **best}, parts)
-    name = "BatchNorm statistics taken anew"
-    if fresh:
-        seconds = time.perf_counter() - start
-        step = compared(name, outputs(module, {**best, **fresh}, held_out), aim, seconds)
-        kept = last_kept(steps)
-        if better(step, kept) and (step.agreement or 0) >= (kept.agreement or 0):
-            outcome = replace(outcome, changed={**outcome.changed, **fresh})
-        else:
-            step = replace(step, reason="not kept: no better on the samples held out")
-        steps.append(step)
-    else:
-        steps.append(Step(name, None, None, "the network has no BatchNorm"))
-    return replace(outcome, steps=tuple(steps))
+            steps.append(Step(name, None, None, "the network has no BatchNorm"))
+    return replace(best, steps=tuple(steps))
 
 
 HIGHER = "not kept: the error is not lower"
@@ -198,7 +227,7 @@ def last_kept(steps: Sequence[Step]) -> Step:
 
 
 def _fewer(used: int, given: int) -> str:
-    return "" if used == given else f" on {used:,} of the samples, which fit into memory"
+    return "" if used == given else f" on {used:,} of the samples"
 
 
 def better(step: Step, other: Step) -> bool:
@@ -210,4 +239,5 @@ def better(step: Step, other: Step) -> bool:
 
 def _described(settings: Settings) -> str:
     matched = {"none": "", "mean": ", means matched", "deviation": ", means and deviations matched"}
-    return f"reconstruction ({settings.method}){matched[settings.match]}"
+    method = "nearest levels" if settings.method == "nearest" else f"reconstruction ({settings.method})"
+    return method + matched[settings.match]

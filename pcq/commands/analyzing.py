@@ -153,7 +153,7 @@ def open_bench(
     Raises:
         PcqError: the network is not known or does not take the samples, or there are too few of them.
     """
-    from pcq.equalize import invented
+    from pcq.care import invented
     from pcq.sensitivity import Bench
 
     network = float_network(planned)

@@ -101,7 +101,7 @@ def calibrated(planned: "Planned", asked: Calibration, progress: Progress = sile
     """
     from pcq.calibrate.oneshot import Settings
     from pcq.calibrate.steps import calibrate_measured
-    from pcq.equalize import CARE, care
+    from pcq.care import CARE, care
 
     network = float_network(planned)
     known = dict(network.named_parameters())

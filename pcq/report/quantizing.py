@@ -86,7 +86,21 @@ def _(result: commands.QuantizeResult) -> RenderableType:
         f"scales and tables; size as predicted to the byte; {result.seconds:.1f} s."
     )
     parts = [render(part) for part in (result.allocation, result.calibrated) if part is not None]
-    return Group(made, *parts, Text(total))
+    return Group(made, *parts, Text(total + (ROUNDED if _rounded_blindly(result) else "")))
+
+
+ROUNDED = (
+    "\nEach weight was rounded for itself, which shifts what its layer puts out. BatchNorm knows what that was in "
+    "training: `--calib random` repairs most of it without data, `--calib SPEC` more, with unlabelled samples."
+)
+FEW_BITS = 6
+"""Bits a weight below which plain rounding was seen to cost networks with BatchNorm points."""
+
+
+def _rounded_blindly(result: commands.QuantizeResult) -> bool:
+    """Whether there was no calibration of a network with BatchNorm to few bits."""
+    norms = any(entry.parameter.name.endswith("running_var") for entry in result.planned.plan.entries)
+    return result.calibrated is None and norms and 0 < result.bits < FEW_BITS
 
 
 @render.register

@@ -7,9 +7,12 @@ import torch
 from torch import nn
 
 from pcq import tape as tapes
+from pcq.calibrate.equalization import equalize, pairs
 from pcq.calibrate.layers import find, norms
+from pcq.calibrate.oneshot import Settings
+from pcq.calibrate.steps import calibrate_measured, compared, last_kept, outputs
+from pcq.care import care, reference, synthesize, transferred
 from pcq.demo.nets import resnet8
-from pcq.equalize import care, equalize, pairs, reference, synthesize, transferred
 from pcq.errors import PcqError
 from pcq.quantizers import Quantizer, Uniform
 from pcq.rows import Rows
@@ -151,6 +154,27 @@ def test_care_takes_steps_that_help_and_says_what_they_bought():
     assert len(first.steps) == 4
     assert kept == sorted(kept, reverse=True)
     assert kept[-1] < kept[0] / 2
+
+
+def test_equalization_and_matched_moments_are_steps_with_samples_too():
+    """Of channels out of balance equalization is kept, and everything after it starts from the moved weights."""
+    net = _net(nn.ReLU())
+    with torch.no_grad():
+        net[1].weight[:4] *= 8
+        net[1].bias[:4] *= 8
+        net[3].weight[:, :4] /= 8
+    x = torch.randn(48, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    samples, held_out = (x[:32],), (x[32:],)
+    result = calibrate_measured(net, _plan(net, Uniform(3)), samples, held_out, Settings(refine=2, batch=16))
+    names = ["nearest levels", "equalization of 1 pairs", "nearest levels, means and deviations matched"]
+    assert [step.name for step in result.steps][:3] == names
+    assert not result.steps[1].reason
+    assert result.steps[1].error < result.steps[0].error
+    assert result.moved.keys() == {"3.weight"}
+    kept = last_kept(result.steps)
+    again = compared("", outputs(net, result.tensors(), held_out), outputs(net, {}, held_out))
+    assert again.error == pytest.approx(kept.error, rel=1e-4)
+    assert kept.error < result.steps[1].error
 
 
 def test_care_without_batchnorm_rounds_to_nearest_and_says_so():

@@ -5,13 +5,12 @@ So samples need not be real to have layers see inputs of the right moments: :fun
 :func:`reference` gives the float network the BatchNorm statistics of those samples, so that every BatchNorm in it puts
 out its trained moments, and calibration against that network (``pcq.calibrate``) rounds with the layers' inputs in view
 and matches every channel's mean and deviation. :func:`transferred` carries the change of the statistics over to the
-trained ones. Before that :func:`equalize` moves scale between layers where that is exact (arXiv 1906.04721).
+trained ones.
 """
 
 import math
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +18,18 @@ from torch import Tensor, nn
 from pcq import qtensor
 from pcq import tape as tapes
 from pcq.calibrate.batchnorm import reestimate
-from pcq.calibrate.layers import Layer, Norm, find, norms
-from pcq.calibrate.oneshot import Settings, calibrate
-from pcq.calibrate.steps import HIGHER, Outcome, Step, better, compared, last_kept, outputs
+from pcq.calibrate.layers import Norm, norms
+from pcq.calibrate.oneshot import Settings
+from pcq.calibrate.steps import Outcome, Step, calibrate_measured, outputs
 from pcq.errors import PcqError
 from pcq.progress import Progress, silent
-from pcq.qtensor import QuantizedTensor, Quantizer
+from pcq.qtensor import Quantizer
 from pcq.rows import Rows
-from pcq.tape import Op, Tape
+from pcq.tape import Tape
 
-CARE = Settings(corrected=False)
-"""Settings for invented samples: errors of the layers before are not compensated, for those are not the real ones."""
+CARE = Settings(corrected=False, fresh=False)
+"""Settings for invented samples: errors of the layers before are not compensated, for those are not the real ones, and
+BatchNorm statistics are not taken anew."""
 
 
 def synthesize(example: tuple[int, ...], count: int, seed: int) -> Tensor:
@@ -114,85 +114,6 @@ def transferred(
     return out
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Two layers between which scale can move: ``second`` alone reads the activation of ``norm``'s output."""
-
-    first: Layer
-    norm: Norm
-    second: Layer
-
-
-def pairs(tape: Tape, layers: list[Layer]) -> tuple[list[Pair], dict[str, str]]:
-    """The pairs of ``layers`` that equalization is exact for, and for every other second layer the reason against it.
-
-    Exact: convolution or Linear, BatchNorm with weight and bias, nothing or an activation with ``f(s x) = s f(x)`` for
-    ``s > 0``, then a convolution without groups or a Linear, each value read only by the next.
-    """
-    found: list[Pair] = []
-    refused: dict[str, str] = {}
-    by_norm = {layer.norm.op: layer for layer in layers if layer.norm is not None}
-    for layer in layers:
-        number, reason = layer.x, ""
-        while not reason:
-            maker = tape.makers.get(number)
-            if tape.sole_user(number) is None:
-                reason = "its input is used elsewhere too"
-            elif maker is None:
-                reason = "its input is the network's"
-            elif maker in by_norm:
-                break
-            elif tape.ops[maker].name in ("relu", "leaky_relu") or _pads_with_zeros(tape.ops[maker]):
-                number = tape.ops[maker].args[0].number
-            else:
-                reason = f"'{tape.ops[maker].name}' before it does not pass a scale on"
-        first = by_norm.get(tape.makers.get(number, -1))
-        if not reason and (first is None or first.norm is None or not first.norm.weight or not first.norm.bias):
-            reason = "the BatchNorm before it has no weight and bias"
-        if not reason and (layer.groups > 1 or (layer.geometry is not None and layer.geometry.transposed)):
-            reason = "scaling the inputs of a grouped or transposed convolution is not done"
-        if reason:
-            refused[layer.weight] = reason
-        else:
-            assert first is not None
-            assert first.norm is not None
-            found.append(Pair(first, first.norm, layer))
-    return found, refused
-
-
-def _pads_with_zeros(op: Op) -> bool:
-    return op.name == "constant_pad_nd" and (len(op.args) < 3 or op.args[2] == 0)
-
-
-def equalize(found: list[Pair], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """New tensors under which the network computes the same, with ranges of inputs and outputs in balance.
-
-    Channel c between the layers is divided by ``s_c = sqrt(r1 r2) / r2`` (arXiv 1906.04721, eq. 11), r1 the range of
-    the first layer's output channel with the BatchNorm's slope, r2 that of the second layer's input channel; s is kept
-    in 1/8 .. 8. Only the BatchNorm's weight and bias and the second layer's weight change.
-    """
-    now = dict(tensors)
-    changed: dict[str, Tensor] = {}
-    for pair in found:
-        assert pair.norm.weight, pair
-        assert pair.norm.bias, pair
-        gamma, beta = now[pair.norm.weight], now[pair.norm.bias]
-        weight = now[pair.second.weight]
-        own = pair.first.channels(tuple(now[pair.first.weight].shape)).split(now[pair.first.weight])
-        slope = gamma.abs() / (now[pair.norm.var] + pair.norm.eps).sqrt()
-        r1, r2 = own.abs().amax(1) * slope, weight.transpose(0, 1).flatten(1).abs().amax(1)
-        sound = (r1 > 0) & (r2 > 0)
-        s = torch.where(sound, (r1 / r2).sqrt(), 1.0).clamp(0.125, 8.0)
-        update = {
-            pair.norm.weight: gamma / s,
-            pair.norm.bias: beta / s,
-            pair.second.weight: weight * s.reshape(1, -1, *[1] * (weight.ndim - 2)),
-        }
-        changed.update(update)
-        now.update(update)
-    return changed
-
-
 def care(
     module: nn.Module,
     plan: Mapping[str, tuple[Rows, Quantizer]],
@@ -237,52 +158,6 @@ def care(
         nothing = (Step("nearest levels", None), Step("data-free care", None, reason=reason))
         return replace(outcome, steps=nothing)
     teacher = {**trained, **reference(tape, trained, (samples,))}
-    aim = outputs(module, teacher, unseen, count)
-
-    def measure(name: str, quantized: Mapping[str, QuantizedTensor], changed: Mapping[str, Tensor]) -> Step:
-        student = {**teacher, **changed, **{name: q.dequantize() for name, q in quantized.items()}}
-        return compared(name, outputs(module, student, unseen, count), aim, time.perf_counter() - start)
-
-    start = time.perf_counter()
-    steps = [measure("nearest levels", plain, {})]
-    layers, refused = find(tape, {name: rows.shape for name, (rows, _) in plan.items()})
-    best, changed, moved = plain, dict[str, Tensor](), dict[str, Tensor]()
-    found, unpaired = pairs(tape, layers)
-    start = time.perf_counter()
-    if found:
-        equalized = equalize(found, teacher)
-        source = {**teacher, **equalized}
-        trial = {name: qtensor.quantize(quantizer, source[name], rows) for name, (rows, quantizer) in plan.items()}
-        floats = {name: tensor for name, tensor in equalized.items() if name not in plan}
-        step = measure(f"equalization of {len(found)} pairs", trial, floats)
-        if better(step, steps[0]):
-            teacher, best, changed = source, trial, floats
-            moved = {name: tensor for name, tensor in equalized.items() if name in plan}
-        else:
-            step = replace(step, reason=HIGHER)
-        steps.append(step)
-    else:
-        steps.append(Step("equalization", None, reason=_most_common(unpaired)))
     settings = replace(settings, batch=count)
-    floats = changed
-    for name, trial_settings in (
-        ("moments matched through BatchNorm", replace(settings, method="nearest")),
-        (f"reconstruction of each layer ({settings.method})", settings),
-    ):
-        start = time.perf_counter()
-        result = calibrate(module, plan, (samples,), trial_settings, teacher, progress)
-        fresh = {**floats, **result.changed}
-        step = measure(name, result.quantized, fresh)
-        if better(step, last_kept(steps)):
-            best, changed = result.quantized, fresh
-            outcome = replace(outcome, layers=result.layers)
-        else:
-            step = replace(step, reason=HIGHER)
-        steps.append(step)
-    changed = transferred(all_norms, changed, teacher, trained)
-    return replace(outcome, quantized=best, changed=changed, moved=moved, steps=tuple(steps), plain=refused)
-
-
-def _most_common(refused: Mapping[str, str]) -> str:
-    reasons = list(refused.values())
-    return max(sorted(set(reasons)), key=reasons.count) if reasons else "no two layers follow each other"
+    outcome = calibrate_measured(module, plan, (samples,), (unseen,), settings, progress, teacher)
+    return replace(outcome, changed=transferred(all_norms, outcome.changed, teacher, trained))

@@ -1,0 +1,117 @@
+"""Padded tokens do not count: their rows are found, and calibration is as if they were not there."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pcq import tape as tapes
+from pcq.calibrate.layers import find
+from pcq.calibrate.oneshot import Settings, View, batches, moments
+from pcq.calibrate.padding import counted, mask_at
+from pcq.calibrate.steps import calibrate_measured, outputs
+from pcq.calibrate.streams import Streams
+from pcq.quantizers import Uniform
+from pcq.rows import Rows
+
+NOT_TOKENS = {"pooled.weight"}
+
+
+class Reader(nn.Module):
+    """Attention (torch's own, which turns tokens outermost), an MLP, a head on the first token; puts out the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.norm = nn.Embedding(30, 8), nn.LayerNorm(8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.first, self.second, self.pooled = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 8)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.words(input_ids)
+        h = self.norm(x)
+        x = x + self.attention(h, h, h, key_padding_mask=attention_mask == 0, need_weights=False)[0]
+        x = x + self.second(F.gelu(self.first(self.norm(x))))
+        out: Tensor = x + self.pooled(x[:, 0])[:, None]
+        return out
+
+
+def _texts(width: int, n: int = 40) -> tuple[Tensor, Tensor]:
+    """Texts of 3 to 7 tokens, the rest to ``width`` filled with token 0: the same ones for every width."""
+    g = torch.Generator().manual_seed(3)
+    lengths = torch.randint(3, 8, (n,), generator=g)
+    mask = (torch.arange(width)[None] < lengths[:, None]).long()
+    ids = torch.randint(1, 30, (n, 7), generator=g)
+    return F.pad(ids, (0, width - 7)) * mask, mask
+
+
+def _plan(module: nn.Module) -> dict[str, tuple[Rows, Uniform]]:
+    names = [name for name, p in module.named_parameters() if p.ndim > 1 and name != "words.weight"]
+    return {name: (Rows(tuple(module.state_dict()[name].shape)), Uniform(2)) for name in names}
+
+
+def test_the_rows_of_padded_tokens_are_found_in_whatever_order_they_lie() -> None:
+    module, (ids, mask) = Reader().eval(), _texts(9)
+    tape = tapes.record(module, (ids, mask))
+    layers, _ = find(tape, {name: rows.shape for name, (rows, _) in _plan(module).items()})
+    places = [(layer.op, layer.x) for layer in layers]
+    assert mask_at(module, (ids, mask)) == 1
+    found = counted(tape, tapes.state(module), (ids, mask), 1, places)
+    assert {layer.weight for layer in layers if layer.x not in found} == NOT_TOKENS
+    orders = {tuple(found[layer.x].flatten().tolist()) for layer in layers if layer.x in found}
+    assert orders == {tuple(mask.bool().flatten().tolist()), tuple(mask.T.bool().flatten().tolist())}
+    assert counted(tape, tapes.state(module), (ids, torch.ones_like(mask)), 1, places) == {}
+    assert counted(tape, tapes.state(module), (ids, mask), None, places) == {}
+
+
+def test_moments_are_those_of_the_texts_one_by_one_without_padding() -> None:
+    module, (ids, mask) = Reader().eval(), _texts(9)
+    plan, seen = _plan(module), dict[str, list[Tensor]]()
+    for name, part in (("first", module.first), ("second", module.second), ("pooled", module.pooled)):
+        part.register_forward_hook(lambda _, x, __, n=name: seen.setdefault(n, []).append(x[0].flatten(0, -2)))
+    with torch.no_grad():
+        for i, length in enumerate(mask.sum(1).tolist()):
+            module(ids[i : i + 1, :length], mask[i : i + 1, :length])
+    twins = {f"{name}.weight": torch.cat(rows) for name, rows in seen.items()}
+    parts, state = batches((ids, mask), 16), tapes.state(module)
+    used = len(parts) * len(parts[0][0])
+    tape = tapes.record(module, parts[0])
+    layers, _ = find(tape, {name: rows.shape for name, (rows, _) in plan.items()})
+    real = [counted(tape, state, part, 1, [(layer.op, layer.x) for layer in layers]) for part in parts]
+    streams = Streams(tape, parts, state, state, 2**30)
+    for layer in layers:
+        if layer.weight in twins:
+            weight = View.of(layer, plan[layer.weight][0]).split(state[layer.weight])
+            found = moments(layer, weight, streams, Settings(), real)
+            twin = twins.pop(layer.weight)[: used if layer.weight in NOT_TOKENS else int(mask[:used].sum())]
+            torch.testing.assert_close(found.mean[0], twin.mean(0), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found.cov[0], torch.cov(twin.T, correction=0), rtol=1e-3, atol=1e-5)
+    assert not twins
+
+
+@pytest.mark.parametrize("refined", [0, 6])
+def test_how_much_is_padded_changes_nothing(refined: int) -> None:
+    """Codes, levels and errors are the same, of the layers and of refined blocks."""
+    module = Reader().eval()
+    settings = Settings(batch=20, refine=refined, corrected=False)
+    made = []
+    for width in (7, 12):
+        texts = _texts(width)
+        made.append(calibrate_measured(module, _plan(module), texts, tuple(x[:12] for x in texts), settings))
+    for name, weight in made[0].quantized.items():
+        other = made[1].quantized[name]
+        assert torch.equal(weight.codes, other.codes), name
+        torch.testing.assert_close(weight.dequantize(), other.dequantize(), rtol=1e-3, atol=1e-4)
+    for one, two in zip(made[0].steps, made[1].steps, strict=True):
+        assert (one.name, one.reason, one.agreement) == (two.name, two.reason, two.agreement)
+        assert one.error == (None if two.error is None else pytest.approx(two.error, rel=1e-3))
+    for one, two in zip(made[0].blocks, made[1].blocks, strict=True):
+        assert (one.before, one.after) == (pytest.approx(two.before, rel=1e-2), pytest.approx(two.after, rel=1e-2))
+
+
+def test_outputs_are_those_of_the_tokens_that_count() -> None:
+    module, (ids, mask) = Reader().eval(), _texts(9)
+    y = outputs(module, {}, (ids, mask))
+    assert y.shape == (int(mask.sum()), 8)
+    with torch.no_grad():
+        torch.testing.assert_close(y[: int(mask[0].sum())], module(ids[:1], mask[:1])[0, : int(mask[0].sum())])
