@@ -17,7 +17,8 @@ import torch.nn.functional as F
 import typer
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pcq
@@ -25,6 +26,7 @@ from pcq import cli
 from pcq.data import Data, from_arrays, open_data
 from pcq.data.dataset import Pixels, normalised
 from pcq.demo import HERE
+from pcq.demo.nets import BasicBlock
 from pcq.errors import CheckFailed, PcqError
 from pcq.methods import METHODS
 from pcq.models import build
@@ -43,8 +45,40 @@ SHORT = 12
 """Steps of a run of which only the mechanics are looked at."""
 
 
+class Small(nn.Module):
+    """A residual network so small that a step is soon done; its layers' names are those of the demo's networks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.layer1, self.layer2 = (nn.Sequential(BasicBlock(4, wide, stride)) for wide, stride in ((4, 1), (6, 2)))
+        self.fc = nn.Linear(6, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x)))))
+        logits: Tensor = self.fc(x.mean((2, 3)))
+        return logits
+
+
+def small(folder: Path) -> Path:
+    """Its checkpoint in ``folder``, untrained."""
+    path = folder / "small.safetensors"
+    if not path.exists():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            save_file(Small().state_dict(), path)
+    return path
+
+
 def tune(out: Path, recipe: str = "ternary", **options: Any) -> pcq.commands.FinetuneResult:
-    return pcq.finetune(DIGITS, recipe, "digits", out=out, arch=ARCH, **{"steps": SHORT, **options})
+    """A run of which only the mechanics are looked at."""
+    options = {"steps": SHORT, **options}
+    return pcq.finetune(small(out.parent), recipe, "digits", out=out, arch=f"{__name__}:Small", **options)
+
+
+def tune_digits(out: Path, **options: Any) -> pcq.commands.FinetuneResult:
+    """A run of the trained network."""
+    return pcq.finetune(DIGITS, "ternary", "digits", out=out, arch=ARCH, **options)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +138,8 @@ def test_the_file_is_what_the_result_says(straight: pcq.commands.FinetuneResult)
 
 
 def test_the_input_is_left_alone_and_so_are_the_callers_random_numbers(tmp_path: Path) -> None:
-    before = DIGITS.read_bytes()
+    start = small(tmp_path)
+    before = start.read_bytes()
     torch.manual_seed(1)
     random.seed(1)
     wanted = torch.rand(3), random.random()
@@ -113,7 +148,7 @@ def test_the_input_is_left_alone_and_so_are_the_callers_random_numbers(tmp_path:
     tune(tmp_path / "x.safetensors", steps=2)
     assert torch.equal(torch.rand(3), wanted[0])
     assert random.random() == wanted[1]
-    assert DIGITS.read_bytes() == before
+    assert start.read_bytes() == before
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -127,7 +162,7 @@ def test_every_method_from_the_same_recipe_by_one_word(method: str, tmp_path: Pa
 
 
 def test_posttraining_is_float_training_rounded_once(tmp_path: Path) -> None:
-    result = tune(tmp_path / "x.safetensors", method="posttraining", steps=6)
+    result = tune_digits(tmp_path / "x.safetensors", method="posttraining", steps=6)
     assert result.unquantized is not None
     assert result.unquantized > 95
 
@@ -142,7 +177,7 @@ def test_same_run_twice_and_another_seed(straight: pcq.commands.FinetuneResult, 
 def test_levels_fixed_or_refitted(tmp_path: Path) -> None:
     fixed = tune(tmp_path / "a.safetensors", overrides=["finetune.refit=0"])
     moved = tune(tmp_path / "b.safetensors", overrides=["finetune.refit=1"])
-    oneshot = pcq.quantize(DIGITS, "ternary", arch=ARCH, out=tmp_path / "c.safetensors")
+    oneshot = pcq.quantize(small(tmp_path), "ternary", arch=f"{__name__}:Small", out=tmp_path / "c.safetensors")
     name = "layer2.0.conv1.weight"
     first, last, start = (pcq.read_artifact(r.path).quantized[name].grid.scale for r in (fixed, moved, oneshot))
     assert first is not None
@@ -154,7 +189,7 @@ def test_levels_fixed_or_refitted(tmp_path: Path) -> None:
 
 def test_frozen_weights_are_rounded_once(tmp_path: Path) -> None:
     tuned = tune(tmp_path / "a.safetensors", overrides=['finetune.freeze=["layer2.*", "bn1.*"]'])
-    oneshot = pcq.quantize(DIGITS, "ternary", arch=ARCH, out=tmp_path / "b.safetensors")
+    oneshot = pcq.quantize(small(tmp_path), "ternary", arch=f"{__name__}:Small", out=tmp_path / "b.safetensors")
     a, b = (pcq.read_artifact(r.path).state_dict() for r in (tuned, oneshot))
     assert all(torch.equal(a[name], b[name]) for name in a if name.startswith("layer2.") and "running" not in name
                and "num_batches" not in name)  # fmt: skip
@@ -164,7 +199,7 @@ def test_frozen_weights_are_rounded_once(tmp_path: Path) -> None:
 
 
 def test_from_scratch_starts_from_random_weights(tmp_path: Path) -> None:
-    result = tune(tmp_path / "x.safetensors", scratch=True, steps=2)
+    result = tune_digits(tmp_path / "x.safetensors", scratch=True, steps=2)
     assert result.epochs[-1].score < 50
     assert result.rows[0].val.top1 == 99.5
 

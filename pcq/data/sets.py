@@ -8,6 +8,7 @@ import gzip
 import io
 import pickle
 import zlib
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -69,6 +70,15 @@ def part(name: str, total: int, split: str) -> torch.Tensor:
 
 
 def _digits(test: bool) -> Images:
+    images, labels = _every_digit()
+    order = np.random.RandomState(0).permutation(len(images))
+    chosen = order[1397:] if test else order[:1397]
+    return images[chosen], labels[chosen]
+
+
+@cache
+def _every_digit() -> Images:
+    """All 1,797, read once: scikit-learn parses text."""
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
@@ -77,10 +87,7 @@ def _digits(test: bool) -> Images:
             "the digits come with scikit-learn, which is not installed", where="digits", todo=todo
         ) from error
     bunch = load_digits()
-    images = (bunch.images * (255 / 16)).round().astype(np.uint8)[:, None]
-    order = np.random.RandomState(0).permutation(len(images))
-    chosen = order[1397:] if test else order[:1397]
-    return images[chosen], bunch.target[chosen]
+    return (bunch.images * (255 / 16)).round().astype(np.uint8)[:, None], bunch.target
 
 
 def _fashion_mnist(root: str, test: bool) -> Images:
