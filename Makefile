@@ -9,7 +9,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/pcq demo
 
 test: $(VENV)/test.stamp check
-	$(BIN)/python -m pytest -n 2 --durations=15
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=15
 
 check: $(VENV)/test.stamp
 	$(BIN)/ruff format --check .

@@ -106,6 +106,7 @@ def allocate(
     if not entries:
         raise PcqError("the recipe quantizes nothing, so there is nothing to allocate", where=planned.recipe.name)
     problem = Problem(planned, budget, limit, entries, calibration)
+    problem.refuse_too_little()
     losses = problem.losses(progress)
     uniform = problem.uniform(losses)
     choice, loss, gap = problem.solve(losses)
@@ -185,25 +186,40 @@ class Problem:
         )
         return checkpoint.predicted_size(header)
 
-    def solve(self, losses: Sequence[Sequence[float]]) -> tuple[tuple[int, ...], float, float]:
-        """Options, loss and gap. The header's size depends on the options, so the room for weights is found by trying.
+    @cached_property
+    def smallest(self) -> list[int]:
+        """The option of each weight that takes the fewest bytes."""
+        return [min(range(len(OPTIONS)), key=lambda k: (cost[k], k)) for cost in self.costs]
+
+    @cached_property
+    def least(self) -> int:
+        """The size with those."""
+        return self.size(self.plan(self._named(self.smallest)))
+
+    def refuse_too_little(self) -> None:
+        """Before anything is measured.
 
         Raises:
             PcqError: not even the smallest options fit.
         """
-        smallest = [min(range(len(OPTIONS)), key=lambda k: (cost[k], k)) for cost in self.costs]
-        least = self.size(self.plan(self._named(smallest)))
-        rest = least - sum(cost[k] for cost, k in zip(self.costs, smallest, strict=True))
-        if least > self.allowed:
+        if self.least > self.allowed:
             bits = isinstance(self.limit, Bits)
             numel = sum(entry.parameter.numel for entry in self.entries)
-            said = f"{8 * least / numel:.3f} bits" if bits else f"{least:,} bytes"
+            said = f"{8 * self.least / numel:.3f} bits" if bits else f"{self.least:,} bytes"
             raise PcqError(
                 f"{self.budget} is less than the smallest levels for every weight take, {said}",
                 where="budget",
                 todo="Give it more"
                 + ("" if not self.planned.plan.kept else "; what stays float counts too, see `--dry-run`"),
             )
+
+    def solve(self, losses: Sequence[Sequence[float]]) -> tuple[tuple[int, ...], float, float]:
+        """Options, loss and gap. The header's size depends on the options, so the room for weights is found by trying.
+
+        The smallest options fit.
+        """
+        smallest = self.smallest
+        rest = self.least - sum(cost[k] for cost, k in zip(self.costs, smallest, strict=True))
         room = self.allowed - rest
         best: tuple[tuple[int, ...], float, float] | None = None
         for _ in range(12):
