@@ -6,7 +6,7 @@ before is computed once for all.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from pcq import tape as tapes
 from pcq.calibrate.layers import find, patches
 from pcq.calibrate.oneshot import batches
+from pcq.calibrate.padding import counted, mask_at, of_tokens, real_rows
 from pcq.errors import PcqError
 from pcq.progress import Progress, silent
 from pcq.qtensor import QuantizedTensor
@@ -100,12 +101,14 @@ class Bench:
         parts: the samples in batches.
         tensors: its parameters and buffers.
         aim: what it puts out: ``[n, k]``.
+        mask: which of its inputs masks tokens; those do not count.
     """
 
     tape: Tape
     parts: Sequence[tuple[Tensor, ...]]
     tensors: Mapping[str, Tensor]
     aim: Tensor
+    mask: int | None = None
 
     @staticmethod
     def of(module: nn.Module, samples: tuple[Tensor, ...], teacher: Mapping[str, Tensor] | None = None) -> "Bench":
@@ -116,8 +119,9 @@ class Bench:
         """
         parts = batches(samples, BATCH)
         tape = tapes.record(module, parts[0])
-        bench = Bench(tape, parts, {**tapes.state(module), **(teacher or {})}, torch.empty(0))
-        return Bench(tape, parts, bench.tensors, bench.outputs({}))
+        mask = mask_at(module, samples)
+        bench = Bench(tape, parts, {**tapes.state(module), **(teacher or {})}, torch.empty(0), mask)
+        return replace(bench, aim=bench.outputs({}))
 
     def outputs(self, changed: Mapping[str, Tensor]) -> Tensor:
         """What the network puts out with some tensors ``changed``."""
@@ -125,7 +129,7 @@ class Bench:
         found = []
         for part in self.parts:
             values = tapes.run(self.tape, tensors, dict(zip(self.tape.inputs, part, strict=True)), 0, self.end)
-            found.append(self._output(values, len(part[0])))
+            found.append(self._output(values, part))
         return torch.cat(found)
 
     @property
@@ -139,11 +143,11 @@ class Bench:
         ]
         return min(places, default=None)
 
-    def _output(self, values: Mapping[int, Tensor], count: int) -> Tensor:
+    def _output(self, values: Mapping[int, Tensor], part: tuple[Tensor, ...]) -> Tensor:
         leaves: list[Any] = pytree.tree_leaves(tapes.output(self.tape, values))
         for leaf in leaves:
-            if isinstance(leaf, Tensor) and leaf.is_floating_point() and len(leaf) == count:
-                return leaf.float().flatten(1)
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and len(leaf) == len(part[0]):
+                return of_tokens(leaf, part, self.mask).float().flatten(1)
         raise PcqError("the network puts out no numbers for each sample")
 
     def one_by_one(
@@ -169,7 +173,7 @@ class Bench:
                 values = tapes.run(self.tape, tensors, values, at, place)
                 at = place
                 end = tapes.run(self.tape, {**tensors, name: swapped[name]}, values, place, self.end)
-                found[name].append(self._output(end, len(part[0])))
+                found[name].append(self._output(end, part))
         same = drift(self.outputs(base), self.aim) if len(order) < len(swapped) else None
         return {name: drift(torch.cat(found[name]), self.aim) if name in found else _known(same) for name in swapped}
 
@@ -186,13 +190,15 @@ class Bench:
         counts = {layer.weight: 0 for layer in layers}
         for index, part in enumerate(self.parts):
             values = dict(zip(self.tape.inputs, part, strict=True))
+            real = counted(self.tape, self.tensors, part, self.mask, [(layer.op, layer.x) for layer in layers])
             at = 0
             for number, layer in enumerate(layers):
                 progress("layers", index * len(layers) + number, len(self.parts) * len(layers))
                 values = tapes.run(self.tape, self.tensors, values, at, layer.op)
                 at = layer.op
                 generator = torch.Generator().manual_seed(layer.op * 1009 + index)
-                p = patches(layer, values[layer.x], POSITIONS // len(self.parts) + 1, generator).float()
+                x = real_rows(layer, values[layer.x], real)
+                p = patches(layer, x, POSITIONS // len(self.parts) + 1, generator).float()
                 channels = layer.channels(tuple(self.tensors[layer.weight].shape))
 
                 def split(weight: Tensor, layer: Any = layer, channels: Any = channels) -> Tensor:

@@ -1,8 +1,12 @@
 """Padded tokens do not count: their rows are found, and calibration is as if they were not there."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from pcq import tape as tapes
@@ -11,8 +15,12 @@ from pcq.calibrate.oneshot import Settings, View, batches, moments
 from pcq.calibrate.padding import counted, mask_at
 from pcq.calibrate.steps import calibrate_measured, outputs
 from pcq.calibrate.streams import Streams
+from pcq.onnx_input.calibrating import calibrate as calibrate_onnx
+from pcq.onnx_input.feeds import Feeds
 from pcq.quantizers import Uniform
 from pcq.rows import Rows
+from pcq.sensitivity import Bench
+from tests.test_onnx_input import normal, save
 
 NOT_TOKENS = {"pooled.weight"}
 
@@ -115,3 +123,55 @@ def test_outputs_are_those_of_the_tokens_that_count() -> None:
     assert y.shape == (int(mask.sum()), 8)
     with torch.no_grad():
         torch.testing.assert_close(y[: int(mask[0].sum())], module(ids[:1], mask[:1])[0, : int(mask[0].sum())])
+
+
+def test_analyze_does_not_count_them_either() -> None:
+    module = Reader().eval()
+    rounded = {name: (module.state_dict()[name] * 4).round() / 4 for name in _plan(module)}
+    found = []
+    for width in (7, 12):
+        bench = Bench.of(module, _texts(width))
+        found.append(
+            (bench.one_by_one({}, rounded), bench.local({name: [lambda n=name: rounded[n]] for name in rounded}))
+        )
+    for name in rounded:
+        for one, two in zip(vars(found[0][0][name]).values(), vars(found[1][0][name]).values(), strict=True):
+            assert one == pytest.approx(two, rel=1e-3)
+        if name not in NOT_TOKENS:
+            assert found[0][1][name][0].error == pytest.approx(found[1][1][name][0].error, rel=1e-3)
+
+
+def _onnx_reader(path: Path) -> Path:
+    """Each token is given the mean over those that the mask leaves, then an MLP; puts out the tokens."""
+    nodes = [
+        helper.make_node("Gather", ["words", "input_ids"], ["e"]),
+        helper.make_node("Cast", ["attention_mask"], ["m"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["m", "two"], ["real"]),
+        helper.make_node("Mul", ["e", "real"], ["left"]),
+        helper.make_node("ReduceSum", ["left", "one"], ["sum"]),
+        helper.make_node("ReduceSum", ["real", "one"], ["count"]),
+        helper.make_node("Div", ["sum", "count"], ["mean"]),
+        helper.make_node("Add", ["e", "mean"], ["x"]),
+        helper.make_node("MatMul", ["x", "first"], ["h"]),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("MatMul", ["r", "second"], ["y"]),
+    ]
+    tensors = {"words": normal(30, 8), "first": normal(8, 16), "second": normal(16, 8), "one": np.array([1]),
+               "two": np.array([2])}  # fmt: skip
+    texts = [helper.make_tensor_value_info(n, TensorProto.INT64, ["n", "t"]) for n in ("input_ids", "attention_mask")]
+    return Path(save(path, nodes, tensors, texts, ["y"]))
+
+
+def test_of_onnx_models_neither(tmp_path: Path) -> None:
+    path = _onnx_reader(tmp_path / "m.onnx")
+    plan = {name: (Rows((b, a)), Uniform(2)) for name, a, b in (("first", 8, 16), ("second", 16, 8))}
+    made = []
+    for width in (7, 12):
+        ids, mask = (x.numpy() for x in _texts(width))
+        batches = [{"input_ids": ids[i : i + 8], "attention_mask": mask[i : i + 8]} for i in range(0, 40, 8)]
+        made.append(calibrate_onnx(path, plan, Feeds(tuple(batches[:4]), 8), Feeds(tuple(batches[4:]), 8), Settings()))
+    for name in plan:
+        assert torch.equal(made[0].quantized[name].codes, made[1].quantized[name].codes)
+    for one, two in zip(made[0].steps, made[1].steps, strict=True):
+        assert (one.name, one.reason, one.agreement) == (two.name, two.reason, two.agreement)
+        assert one.error == pytest.approx(two.error, rel=1e-3)

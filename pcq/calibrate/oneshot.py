@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pcq import qtensor
 from pcq import tape as tapes
 from pcq.calibrate.layers import Layer, Norm, find, patches
-from pcq.calibrate.padding import counted, mask_at
+from pcq.calibrate.padding import counted, mask_at, real_rows
 from pcq.calibrate.quadratic import Codes, Quadratic, descend, gptq, nearest, proxconnect, refit
 from pcq.calibrate.rounding import rounding
 from pcq.calibrate.streams import Streams
@@ -146,8 +146,8 @@ def moments(
     total = 0
     for index, (x_f, x_q) in enumerate(streams.inputs(layer.op, layer.x)):
         seed = settings.seed * 1_000_003 + layer.op * 1009 + index
-        if layer.geometry is None and real and (rows := real[index].get(layer.x)) is not None:
-            x_f, x_q = x_f[rows], x_q[rows]
+        if real:
+            x_f, x_q = (real_rows(layer, x, real[index]) for x in (x_f, x_q))
         p_f, p_q = (patches(layer, x, count, torch.Generator().manual_seed(seed)).float() for x in (x_f, x_q))
         if pivot is None:
             pivot = p_q.mean(1, keepdim=True)

@@ -7,12 +7,13 @@ over all tokens) all rows count.
 """
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from pcq import tape as tapes
+from pcq.calibrate.layers import Layer
 from pcq.tape import Tape
 
 MASK = "attention_mask"
@@ -20,7 +21,11 @@ MASK = "attention_mask"
 
 def mask_at(module: nn.Module, inputs: tuple[Tensor, ...]) -> int | None:
     """Which of the inputs is a mask ``[n, t]`` of tokens; None: none is."""
-    names = list(inspect.signature(module.forward).parameters)[: len(inputs)]
+    return named_mask(list(inspect.signature(module.forward).parameters)[: len(inputs)], inputs)
+
+
+def named_mask(names: Sequence[str], inputs: Sequence[Tensor]) -> int | None:
+    """Which of the inputs of these ``names`` is a mask ``[n, t]`` of tokens; None: none is."""
     at = names.index(MASK) if MASK in names else None
     return None if at is None or inputs[at].ndim != 2 or inputs[at].is_floating_point() else at
 
@@ -54,12 +59,30 @@ def counted(
         pair = [tapes.run(tape, tensors, values, before, op) for values in pair]
         before = op
         plain, other = (values[number] for values in pair)
-        if plain.ndim > 1 and int((reached := (plain != other).any(-1)).sum()) == padded:
-            found[number] = ~reached
+        if (rows := unreached(plain, other, padded)) is not None:
+            found[number] = rows
     return found
 
 
-def altered(batch: tuple[Tensor, ...], at: int) -> tuple[Tensor, ...]:
+def real_rows(layer: Layer, x: Tensor, real: Mapping[int, Tensor]) -> Tensor:
+    """Of what enters ``layer`` the rows that count; ``real`` is from :func:`counted`."""
+    return x if layer.geometry is not None or layer.x not in real else x[real[layer.x]]
+
+
+def of_tokens(y: Tensor, batch: Sequence[Tensor], at: int | None) -> Tensor:
+    """Of an output ``[n, t, ...]`` the tokens ``[m, ...]`` that input number ``at`` does not mask; another as it is."""
+    return y if at is None or y.ndim < 3 or y.shape[:2] != batch[at].shape else y[batch[at] != 0]
+
+
+def unreached(plain: Tensor, other: Tensor, padded: int) -> Tensor | None:
+    """Rows along the last axis that are the same with other tokens behind the mask; None: not all but ``padded``."""
+    if plain.ndim < 2:
+        return None
+    same = (plain == other).all(-1)
+    return same if int((~same).sum()) == padded else None
+
+
+def altered(batch: Sequence[Tensor], at: int) -> tuple[Tensor, ...]:
     """The batch with other tokens where input number ``at`` masks them: numbers that occur elsewhere in it."""
     mask = batch[at] != 0
 

@@ -15,7 +15,7 @@ from pcq.calibrate.blocks import BlockReport, blocks, refine
 from pcq.calibrate.equalization import equalize, most_common, pairs
 from pcq.calibrate.layers import find
 from pcq.calibrate.oneshot import LayerReport, Settings, batches, calibrate
-from pcq.calibrate.padding import mask_at
+from pcq.calibrate.padding import mask_at, of_tokens
 from pcq.errors import PcqError
 from pcq.progress import Progress, silent
 from pcq.qtensor import QuantizedTensor, Quantizer
@@ -105,9 +105,7 @@ def outputs(
             first = next((leaf for leaf in leaves if leaf.is_floating_point() and len(leaf) == len(part)), None)
             if first is None:
                 raise PcqError("the network puts out no numbers for each sample", where=type(module).__name__)
-            if mask is not None and first.ndim > 2 and first.shape[:2] == given[mask].shape:
-                first = first[given[mask] != 0]
-            parts.append(first.float().flatten(1))
+            parts.append(of_tokens(first, given, mask).float().flatten(1))
     return torch.cat(parts)
 
 

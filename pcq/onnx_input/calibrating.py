@@ -23,6 +23,7 @@ from torch import Tensor
 from pcq import qtensor
 from pcq.calibrate.layers import patches
 from pcq.calibrate.oneshot import LayerReport, Moments, Settings, View, match, quadratic, solve
+from pcq.calibrate.padding import altered, named_mask, of_tokens, unreached
 from pcq.calibrate.steps import Outcome, Step, better
 from pcq.errors import PcqError
 from pcq.export import verify, writing
@@ -210,13 +211,30 @@ def _moments(
     pair = [_session(path, q, c, wanted, folder) for q, c in (({}, {}), (quantized, changed))] if wanted else []
     sums = [_Sums(site, inventory, samples, settings) for site in stage]
     for index, batch in enumerate(samples.batches):
-        seen = [dict(zip(wanted, run(session, batch, path), strict=True)) for session in pair]
+        seen = [{**batch, **dict(zip(wanted, run(session, batch, path), strict=True))} for session in pair]
+        seen = seen or [dict(batch)] * 2
+        other, padded = _otherwise(batch)
+        if padded and pair:
+            other = {**other, **dict(zip(wanted, run(pair[0], other, path), strict=True))}
         for one in sums:
-            if one.site.x in inputs:
-                one.add(batch[one.site.x], batch[one.site.x], index)
-            else:
-                one.add(seen[0][one.site.x], seen[1][one.site.x], index)
+            x = one.site.x
+            one.add(seen[0][x], seen[1][x], index, (other[x], padded) if padded else None)
     return [one.moments() for one in sums]
+
+
+def _mask(batch: Mapping[str, Array]) -> tuple[list[Tensor], int | None]:
+    """The batch's arrays, and which of them masks tokens."""
+    tensors = [torch.from_numpy(np.array(array)) for array in batch.values()]
+    return tensors, named_mask(list(batch), tensors)
+
+
+def _otherwise(batch: Mapping[str, Array]) -> tuple[dict[str, Array], int]:
+    """The batch with other tokens behind its mask, and how many are masked."""
+    tensors, at = _mask(batch)
+    if at is None:
+        return dict(batch), 0
+    other = altered(tensors, at)
+    return {name: x.numpy() for name, x in zip(batch, other, strict=True)}, int((tensors[at] == 0).sum())
 
 
 class _Sums:
@@ -233,22 +251,26 @@ class _Sums:
         self.sums: list[Tensor] = []
         self.total = 0
 
-    def add(self, float_: Array, quantized: Array, index: int) -> None:
-        """One batch of what enters in the float and in the quantized network."""
+    def add(self, float_: Array, quantized: Array, index: int, other: tuple[Array, int] | None) -> None:
+        """One batch of what enters in the float and in the quantized network.
+
+        ``other``: what enters the float one with other tokens behind the mask, and how many are there.
+        """
         seed = self.settings.seed * 1_000_003 + self.site.layer.op * 1009 + index
-        p_f, p_q = (
-            patches(
-                self.site.layer, self.site.entering(torch.from_numpy(np.array(x, np.float32))), self.count,
-                torch.Generator().manual_seed(seed),
-            )
-            for x in (float_, quantized)
-        )  # fmt: skip
+        entering = [self._entering(x) for x in (float_, quantized)]
+        if other is not None and self.site.layer.geometry is None:
+            rows = unreached(entering[0], self._entering(other[0]), other[1])
+            entering = entering if rows is None else [x[rows] for x in entering]
+        p_f, p_q = (patches(self.site.layer, x, self.count, torch.Generator().manual_seed(seed)) for x in entering)
         if self.pivot is None:
             self.pivot = p_q.mean(1, keepdim=True)
         y, f, q = p_f @ self.weight.transpose(1, 2), p_f - self.pivot, p_q - self.pivot
         new = [q.sum(1), f.sum(1), q.transpose(1, 2) @ q, f.transpose(1, 2) @ q, y.sum(1), y.square().sum(1)]
         self.sums = [a + b for a, b in zip(self.sums, new, strict=True)] if self.sums else [s.double() for s in new]
         self.total += p_q.shape[1]
+
+    def _entering(self, x: Array) -> Tensor:
+        return self.site.entering(torch.from_numpy(np.array(x, np.float32)))
 
     def moments(self) -> Moments:
         """Centred where the layer has a bias that can take up a mean; else about zero."""
@@ -324,7 +346,15 @@ def _compared(
 
 
 def _outputs(session: ort.InferenceSession, feeds: Feeds, path: Path) -> list[list[Array]]:
-    return [run(session, batch, path) for batch in feeds.batches]
+    """Batch by batch; of what is put out for each token only those that count."""
+    found = []
+    for batch in feeds.batches:
+        put_out = run(session, batch, path)
+        tensors, at = _mask(batch)
+        if at is not None:
+            put_out = [of_tokens(torch.from_numpy(np.array(y)), tensors, at).numpy() for y in put_out]
+        found.append(put_out)
+    return found
 
 
 def _flat(array: Array) -> Array:
