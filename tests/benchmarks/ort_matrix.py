@@ -33,6 +33,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from networks import SMALL, TORCHVISION, prepare
+from runtimes import VERSIONS, python_with
 from torch import Tensor, nn
 
 from pcq.errors import PcqError
@@ -47,7 +48,6 @@ from pcq.grids import Affine, Codebook, Grid
 from pcq.qtensor import QuantizedTensor
 from pcq.rows import Rows
 
-VERSIONS = ("1.17.3", "1.18.1", "1.20.1", "1.22.1", "1.23.2", "1.24.4", "1.26.0", "1.28.0", "1.30.0", "1.32.0")
 RESULTS = Path(__file__).parent / "results"
 NETWORKS = [
     *((name, recipe) for name in TORCHVISION for recipe in ("ternary-all", "binary-all")),
@@ -379,17 +379,6 @@ def judge(cell: Cell, ort: str, ran: dict[str, dict[str, dict]]) -> str:
 
 def version_of(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(".")[:2]))
-
-
-def python_with(version: str, envs: Path) -> Path:
-    """The interpreter of an environment with that ONNX Runtime, made if it is missing."""
-    folder = envs / f"ort-{version}"
-    python = folder / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        numpy = "numpy<2" if tuple(map(int, version.split(".")[:2])) < (1, 19) else "numpy"
-        subprocess.run([python, "-m", "pip", "install", "-q", f"onnxruntime=={version}", numpy], check=True)
-    return python
 
 
 def cell(result: dict[str, float | str | bool], exact: bool) -> str:

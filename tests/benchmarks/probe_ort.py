@@ -19,7 +19,6 @@ import datetime
 import json
 import platform
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,8 +26,8 @@ import ml_dtypes
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+from runtimes import VERSIONS, python_with
 
-VERSIONS = ("1.17.3", "1.18.1", "1.20.1", "1.22.1", "1.23.2", "1.24.4", "1.26.0", "1.28.0", "1.30.0", "1.32.0")
 ROOT = Path(__file__).parents[2]
 FACTS = ROOT / "pcq" / "export" / "facts.json"
 RESULTS = Path(__file__).parent / "results"
@@ -185,17 +184,6 @@ def multiply(folder: Path, random: np.random.Generator, bits: int, block: int, z
                             block_size=block, accuracy_level=level)  # fmt: skip
     y = x.astype(np.float64) @ w[:, :k].T
     save(folder, f"matmulnbits {bits} {block} {zero} {level}", 20, 9, [node], held, x, y, contrib=True)
-
-
-def python_with(version: str, envs: Path) -> Path:
-    """The interpreter of an environment with that ONNX Runtime, made if it is missing."""
-    folder = envs / f"ort-{version}"
-    python = folder / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        numpy = "numpy<2" if tuple(map(int, version.split(".")[:2])) < (1, 19) else "numpy"
-        subprocess.run([python, "-m", "pip", "install", "-q", f"onnxruntime=={version}", numpy], check=True)
-    return python
 
 
 def look(dump: Path) -> Iterator[str]:
