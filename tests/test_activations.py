@@ -95,7 +95,7 @@ def quantized(network: nn.Module, last: str = "head.weight") -> Weights:
 def simulated(network: nn.Module, weights: Weights, x: Tensor) -> Simulation:
     """With ranges observed on ``x``."""
     forms = {name: (weight.grid, weight.rows) for name, weight in weights.items()}
-    simulation = Simulation(network, weights8(dict(network.named_parameters()), forms))
+    simulation = Simulation(network, weights8(dict(network.named_parameters()), forms, final=True))
     simulation.look(x)
     with simulation.watching(True), torch.no_grad():
         network(x)
@@ -130,7 +130,7 @@ def test_the_file_computes_what_was_simulated(make: Callable[[], nn.Module], tmp
     far, near = np.abs(plain - theirs).max(1), np.abs(ours - theirs).max(1)
     scale = np.abs(theirs).max()
     assert np.median(far) > 1e-3 * scale  # rounding shows
-    assert (near < 1e-4 * scale).mean() > 2 / 3  # the same, but where one of thousands of codes lies on a tie
+    assert (near < 1e-6 * scale).mean() > 0.9  # all, but for codes on ties that another processor's sums may decide
     simulation.detach()
     with torch.no_grad():
         assert np.array_equal(network(x).numpy(), plain)

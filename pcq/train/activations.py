@@ -31,6 +31,7 @@ from pcq.activations import FULL, HALF, Names, Range
 from pcq.grids import Grid
 from pcq.qtensor import QuantizedTensor
 from pcq.rows import Rows
+from pcq.train.biases import Constant, Steps
 from pcq.train.learned import Learned
 from pcq.train.ranks import ALONE, Ranks
 
@@ -52,10 +53,14 @@ MOMENTUM = 0.01
 
 @dataclass(frozen=True)
 class Weight8:
-    """A weight whose layers run in int8: its name, and whether its integers are large (``pcq.export.integers``)."""
+    """A weight whose layers run in int8: its name, and whether its integers are large (``pcq.export.integers``).
+
+    ``steps``: of the integers, where the weight is final; then biases are rounded as in the file.
+    """
 
     name: str
     large: bool
+    steps: Steps | None = None
 
 
 @dataclass
@@ -67,11 +72,13 @@ class _Codes:
         stage: what may still be fused: after ``conv`` a BatchNorm and a clip, after ``norm`` a clip, after ``end``
             nothing; ``only``: it has codes for static layers, and is as it was for others.
         rounded: the tensor on its levels, as soon as something has read it.
+        constant: what the layer before adds, where it is rounded and a BatchNorm may still change it.
     """
 
     name: str
     stage: Literal["conv", "norm", "end", "only"]
     rounded: Tensor | None = None
+    constant: Constant | None = None
 
 
 class Simulation:
@@ -229,7 +236,9 @@ class _Watching(TorchFunctionMode):
         if layer is not None and isinstance(x, Tensor) and kind in CONVOLUTIONS | {"linear"}:
             return self._layer(func, kind, x, layer, args, kwargs)
         if kind == "batch_norm" and mine is not None and mine.stage == "conv" and self._alone(mine):
-            return self._put(func(*args, **kwargs), _Codes(mine.name, "norm"))
+            made = func(*args, **kwargs)
+            made = made if mine.constant is None else mine.constant.normed(made, *args, **kwargs)
+            return self._put(made, _Codes(mine.name, "norm"))
         if kind in CLIPS and mine is not None and mine.stage in ("conv", "norm") and self._alone(mine):
             return self._put(func(*args, **kwargs), _Codes(mine.name, "end"))
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -246,6 +255,7 @@ class _Watching(TorchFunctionMode):
 
     def _layer(self, func: Any, kind: str, x: Tensor, layer: Weight8, args: Any, kwargs: Any) -> Any:
         """A layer that runs in int8."""
+        constant = None
         if kind == "linear" and x.ndim != 2:
             x = onto(self._read(x), Range(*self.simulation.ends(x)))
         else:
@@ -256,9 +266,18 @@ class _Watching(TorchFunctionMode):
             if layer.large and not _depthwise(kind, args[1] if len(args) > 1 else kwargs["weight"], x):
                 self.simulation.halved.add(codes.name)
             x = self._read(x, static=True)
+            span = self.simulation.ranges.get(codes.name)
+            if layer.steps is not None and span is not None and not torch.is_grad_enabled():
+                weight, bias = (
+                    args[i] if len(args) > i else kwargs.get(key) for i, key in ((1, "weight"), (2, "bias"))
+                )
+                constant = Constant.of(layer.steps, span.scale, bias, len(weight))
         args, kwargs = ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "input": x})
         made = func(*args, **kwargs)
-        return made if kind == "linear" else self._put(made, _Codes(self.names.of(layer.name, "output"), "conv"))
+        made = made if constant is None else constant.onto(made)
+        if kind == "linear":
+            return made
+        return self._put(made, _Codes(self.names.of(layer.name, "output"), "conv", constant=constant))
 
     def _alone(self, codes: _Codes) -> bool:
         """Whether this function is the only reader, as far as earlier passes tell."""
@@ -301,7 +320,7 @@ def simulate(
         x: a few samples, to see how the network uses what it computes.
     """
     forms = {name: (weight.grid, weight.rows) for name, weight in quantized.items()}
-    Simulation(module, weights8(dict(module.named_parameters()), forms), ranges).look(x)
+    Simulation(module, weights8(dict(module.named_parameters()), forms, final=True), ranges).look(x)
 
 
 def _depthwise(kind: str, weight: Tensor, x: Tensor) -> bool:
@@ -309,12 +328,17 @@ def _depthwise(kind: str, weight: Tensor, x: Tensor) -> bool:
     return kind != "linear" and weight.shape[1] == 1 and x.shape[1] == len(weight) and weight.ndim <= 4
 
 
-def weights8(parameters: Mapping[str, Tensor], forms: Mapping[str, tuple[Grid, Rows]]) -> dict[Tensor, Weight8]:
-    """Which parameters' layers ``pcq export --mode int8`` can run in int8, from the form of their levels."""
+def weights8(
+    parameters: Mapping[str, Tensor], forms: Mapping[str, tuple[Grid, Rows]], final: bool = False
+) -> dict[Tensor, Weight8]:
+    """Which parameters' layers ``pcq export --mode int8`` can run in int8, from the form of their levels.
+
+    ``final``: the levels are those of the file.
+    """
     from pcq.export.integers import integers_of, large
 
-    return {
-        parameters[name]: Weight8(name, large(grid))
-        for name, (grid, rows) in forms.items()
-        if not isinstance(integers_of(grid, rows), str)
-    }
+    found = {}
+    for name, (grid, rows) in forms.items():
+        if not isinstance(form := integers_of(grid, rows), str):
+            found[parameters[name]] = Weight8(name, large(grid), Steps.of(grid, form.unit) if final else None)
+    return found
