@@ -86,8 +86,10 @@ def test_without_torchao_its_cells_are_said_to_be_left_out(python: str | None) -
     assert "torchao" in reason
 
 
-def test_two_cells_side_by_side_resume_and_a_missing_peer(tmp_path: Path) -> None:
-    """As a user runs it; the peer is the control, which needs no other environment."""
+def test_two_cells_side_by_side_resume_and_a_missing_peer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a user runs it, and again in this process; the peer is the control, which needs no other environment."""
     torch.manual_seed(0)
     float_, work = tmp_path / "float", tmp_path / "work"
     float_.mkdir()
@@ -117,9 +119,10 @@ def test_two_cells_side_by_side_resume_and_a_missing_peer(tmp_path: Path) -> Non
     lines = cifar10.read(work / "results.jsonl")
     assert {x["cell"]["method"] for x in lines} == {"binaryconnect", "control"}, done.stdout + done.stderr
     assert lines[0]["rows"].keys() >= {"float", "fine-tuned"}
-    again = subprocess.run(command, cwd=cifar10.ROOT, capture_output=True, text=True, check=True)
+    monkeypatch.setattr(sys, "argv", command[2:])
+    cifar10.main()
     assert cifar10.read(work / "results.jsonl") == lines
-    assert "binaryconnect" in again.stdout
+    assert "binaryconnect" in capsys.readouterr().out
 
 
 def test_the_control_is_float_training_from_the_same_start_in_the_same_order(tmp_path: Path) -> None:
