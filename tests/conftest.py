@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_finish() -> None:
-    """What is imported by now stays: the collector need not walk it again and again."""
+    """What is there by now stays: the collector need not walk it again and again."""
     gc.collect()
     gc.freeze()
 
@@ -23,6 +23,14 @@ def _translations_once() -> Iterator[None]:
     """torch.onnx parses its 500 translations anew in every export: half of what a small network's takes."""
     from onnxscript._framework_apis import torch_2_5
 
+    parse = torch_2_5.get_torchlib_ops
+
+    @cache
+    def translations() -> object:
+        found = parse()
+        pytest_collection_finish()  # they stay too, and all that the first export imported
+        return found
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_2_5, "get_torchlib_ops", cache(torch_2_5.get_torchlib_ops))
+        patch.setattr(torch_2_5, "get_torchlib_ops", translations)
         yield
