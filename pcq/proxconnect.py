@@ -22,7 +22,7 @@ from pcq.methods import METHODS, Method, SignSwish
 from pcq.plan import Plan
 from pcq.prox import Hard, proximal
 from pcq.qtensor import QuantizedTensor
-from pcq.refit import refit_weight
+from pcq.refit import following, refit_weight
 from pcq.rows import Rows
 from pcq.schedules import Linear, Schedule
 
@@ -31,7 +31,11 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Target:
-    """A parameter to quantize, how it is cut into rows, what chooses its levels, and those to start from if known."""
+    """A parameter to quantize, how it is cut into rows, what chooses its levels, and those to start from if known.
+
+    Levels to start from are followed by least squares. Others are chosen by the quantizer's rule for weights that train
+    (:func:`pcq.refit.following`), but in post-training quantization, where they are chosen once, for weights at rest.
+    """
 
     parameter: Tensor
     rows: Rows
@@ -83,10 +87,12 @@ class Telemetry:
 class _Tracked:
     """One parameter under way: ``shown`` is what the model sees between steps, ``hidden`` the other value, if any."""
 
-    def __init__(self, target: Target, hides: bool) -> None:
-        self.parameter, self.rows, self.quantizer = target.parameter, target.rows, target.quantizer
+    def __init__(self, target: Target, method: Method) -> None:
+        self.parameter, self.rows = target.parameter, target.rows
+        rests = method.posttraining or target.grid is not None
+        self.quantizer = target.quantizer if rests else following(target.quantizer)
         self.shown = shards.local(target.parameter.data)
-        self.hidden = self.shown.clone() if hides else None
+        self.hidden = self.shown.clone() if method.gradient_at != method.updates else None
         self.grid: Grid = target.grid or qtensor.fit(self.quantizer, self.whole(self.shown), self.rows)
         self.mu = 1.0
         self.codes: Tensor | None = None
@@ -160,8 +166,7 @@ class ProxConnect:
         self.hardened = False
         self._skips = False
         self._asked = 0
-        hides = method.gradient_at != method.updates
-        self._weights = {name: _Tracked(target, hides) for name, target in weights.items()}
+        self._weights = {name: _Tracked(target, method) for name, target in weights.items()}
         for weight in self._weights.values():
             self._map_hidden(weight)
         self._hooks = (

@@ -54,27 +54,29 @@ class Binary:
 
 @dataclass(frozen=True)
 class Ternary:
-    """Levels ``-v, 0, v``, the exact least-squares optimum.
+    """Levels ``-v, 0, v``, by default the exact least-squares optimum.
 
     With k weights nonzero the best are the k largest and v their mean magnitude, which lowers the error by
     ``(sum of the k largest)**2 / k``; of all k the best is taken. The heuristic it replaces: arXiv 1605.04711.
 
     Attributes:
         scale: ``mse``: that; ``mean``: v is 1.1 times the mean magnitude of all weights, smaller and with fewer zeros,
-            the default of torchao's PARQ (arXiv 2503.15748): worse for rounding, at times better to train on.
+            the default of torchao's PARQ (arXiv 2503.15748): worse for rounding, better to train on, as it moves
+            smoothly with the weights where the optimum jumps; ``auto``: ``mean`` where levels follow weights that
+            train, ``mse`` everywhere else.
     """
 
-    scale: Literal["mse", "mean"] = "mse"
+    scale: Literal["auto", "mse", "mean"] = "auto"
 
     def __post_init__(self) -> None:
-        _check_choice("scale", self.scale, ("mse", "mean"))
+        _check_choice("scale", self.scale, ("auto", "mse", "mean"))
 
     @property
     def text(self) -> str:
-        return "ternary" if self.scale == "mse" else "ternary, mean scale"
+        return "ternary" if self.scale == "auto" else f"ternary, {self.scale} scale"
 
     def fit(self, rows: Tensor) -> Affine:
-        (scale,) = _by_chunk(rows, _ternary if self.scale == "mse" else _mean_ternary)
+        (scale,) = _by_chunk(rows, _mean_ternary if self.scale == "mean" else _ternary)
         return Affine(scale, 1.0, 3)
 
 

@@ -2,8 +2,7 @@
 
 An exact least-squares fit sorts every row, some 160 copies of the weights. While weights train they move little, so it
 is enough to alternate: take the nearest codes once, then the levels of least squared error for these codes. Neither
-half raises the error, so a refit is never worse than the levels it starts from. In rows of few weights it gets stuck
-far from the best levels, though, and there sorting is cheap.
+half raises the error, so a refit is never worse than the levels it starts from.
 """
 
 import itertools
@@ -17,8 +16,10 @@ from pcq.prox import CHUNK, FEW, blocks
 from pcq.quantizers import AdditivePowersOfTwo, Fixed, KMeans, LeastSquaresBinary, Ternary, Uniform
 from pcq.rows import Rows
 
-SHORT = 640
-"""Ternary rows of up to this many weights get their best levels: a tenth of a ResNet-18's, all of a ResNet-20's."""
+
+def following(quantizer: qtensor.Quantizer) -> qtensor.Quantizer:
+    """The rule by which levels follow weights that train, where the recipe leaves it open."""
+    return Ternary("mean") if quantizer == Ternary("auto") else quantizer
 
 
 @torch.no_grad()
@@ -30,9 +31,7 @@ def refit(quantizer: qtensor.Quantizer, rows: Tensor, grid: Grid) -> Grid:
     stays stuck at zero.
     """
     match quantizer, grid:
-        case Ternary(scale="mse"), _ if rows.shape[1] <= SHORT:
-            return quantizer.fit(rows)
-        case ((Ternary(scale="mse") | Uniform(scale="mse")), Affine()):
+        case ((Ternary(scale="auto" | "mse") | Uniform(scale="mse")), Affine()):
             scale, stuck = _affine_scale(rows, grid)
             moved: Grid = Affine(scale, grid.zero_point, grid.count)
         case ((AdditivePowersOfTwo() | Fixed(scale="mse")), Codebook()) if grid.scale is not None:

@@ -46,15 +46,7 @@ def test_the_start_has_the_calibrated_codes_and_a_refit_keeps_their_levels(quant
     latent = centred(weight, moved)
     assert torch.equal(qtensor.encode(latent, moved.grid, rows).codes, moved.codes)
     again = refit_weight(quantizer, latent, moved.grid, rows)
-    kept = torch.isclose(again.levels(), moved.grid.levels(), rtol=0.02, atol=0.02).all(1)
-    if (
-        not kept.all()
-    ):  # short ternary rows get their best levels, which may lie elsewhere: one of 24 rows of 16 weights
-        assert quantizer == Ternary()
-        assert kept.float().mean() > 0.9
-        split = rows.split(latent)
-        before, after = ((g.decode(g.encode(split)) - split).square().sum(1) for g in (moved.grid, again))
-        assert (after < before)[~kept].all()
+    torch.testing.assert_close(again.levels(), moved.grid.levels(), rtol=0.02, atol=0.02)
     if quantizer == Binary():
         return
     assert (latent - weight).abs().mean() < (moved.dequantize() - weight).abs().mean()

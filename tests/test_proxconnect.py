@@ -23,7 +23,7 @@ from pcq.rows import Rows
 from pcq.schedules import Linear, MirroredSigmoid, Schedule, Theory
 
 STEPS = 24
-TERNARY = Ternary()
+TERNARY = Ternary("mse")
 OPTIMIZERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
     "sgd-momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-3),
     "sgd-momentum foreach": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-3, foreach=True),
@@ -103,7 +103,7 @@ def reference(
 
     for name, p in params.items():
         rows[name], latent[name], weight[name] = Rows(tuple(p.shape), 0), p.data.clone(), p.data.clone()
-        grids[name] = qtensor.fit(Ternary(), p, rows[name])
+        grids[name] = qtensor.fit(TERNARY, p, rows[name])
         if method.updates == "latent" or method.gradient_at == "latent":
             weight[name] = prox(name, schedule.strength(0.0, 1.0))
     for step in range(STEPS):
@@ -121,7 +121,7 @@ def reference(
         for name, p in params.items():
             latent[name] = p.data.clone()
             if refit and (step + 1) % refit == 0:
-                grids[name] = refit_weight(Ternary(), latent[name], grids[name], rows[name])
+                grids[name] = refit_weight(TERNARY, latent[name], grids[name], rows[name])
             weight[name] = prox(name, schedule.strength((step + 1) / STEPS, mu))
     return weight
 
@@ -266,6 +266,27 @@ def test_posttraining_trains_as_if_there_were_no_levels_and_rounds_once() -> Non
         want = qtensor.quantize(Ternary(), q, Rows(tuple(q.shape), 0))
         assert torch.equal(done[name].codes, want.codes)
         assert torch.equal(p.data, want.dequantize())
+
+
+def test_ternary_levels_that_the_recipe_leaves_open_follow_the_mean_magnitude_in_training_only() -> None:
+    """So they move smoothly with the weights; known ones to start from, and weights at rest, keep to least squares."""
+
+    def trained(quantizer: Quantizer, method: str = "binaryconnect", start: bool = False) -> tuple[Tensor, Tensor]:
+        model = network()
+        optimizer = OPTIMIZERS["adamw"](list(model.parameters()))
+        rows = Rows((8, 6))
+        grid = qtensor.fit(Ternary("mse"), matrix(model).detach(), rows) if start else None
+        target = Target(matrix(model), rows, quantizer, grid)
+        prox = ProxConnect(optimizer, {"w": target}, METHODS[method], steps=STEPS, refit=4)
+        train(model, optimizer)
+        latent = prox.state_dict()["weights"]["w"]["latent"].clone()
+        return prox.finish()["w"].grid.levels(), qtensor.fit(Ternary("mean"), latent, rows).levels()
+
+    assert STEPS % 4 == 0
+    assert torch.equal(*trained(Ternary()))
+    for other in (trained(Ternary("mse")), trained(Ternary(), start=True), trained(Ternary(), "posttraining")):
+        assert not torch.isclose(*other).all(1).any()
+    assert torch.equal(trained(Ternary(), start=True)[0], trained(Ternary("mse"), start=True)[0])
 
 
 def test_bnn_stops_gradients_of_latents_outside_of_the_levels() -> None:

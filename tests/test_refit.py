@@ -55,7 +55,7 @@ def test_never_worse_than_before_and_of_the_same_form(quantizer: Quantizer, seed
     assert again.levels().shape == fitted.levels().shape
     levels = again.levels()
     assert (levels[:, 1:] >= levels[:, :-1]).all()
-    if getattr(quantizer, "scale", "mse") in ("mse", "none"):
+    if getattr(quantizer, "scale", "mse") in ("auto", "mse", "none"):
         assert (error(again, after) <= error(grid, after) * (1 + 1e-5) + 1e-10).all()
     else:
         assert torch.equal(levels, fitted.levels())
@@ -68,24 +68,13 @@ def test_never_worse_than_before_and_of_the_same_form(quantizer: Quantizer, seed
 def test_scales_are_the_least_squares_scales_of_the_codes(quantizer: Quantizer, seed: int) -> None:
     before, after = moved(seed, 3, 70)
     grid = quantizer.fit(before)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(refit, "SHORT", 0)
-        again = refit.refit(quantizer, after, grid)
+    again = refit.refit(quantizer, after, grid)
     assert grid.scale is not None
     assert again.scale is not None
     units = (grid.decode(grid.encode(after)) / grid.scale[:, None]).double()
     for row in range(3):
         want = torch.linalg.lstsq(units[row, :, None], after[row, :, None].double()).solution.item()
         assert again.scale[row].item() == pytest.approx(want, rel=1e-5)
-
-
-@laws
-@given(st.integers(0, 999), st.integers(2, 90), st.floats(0.05, 20))
-def test_short_ternary_rows_get_their_best_levels_from_any_start(seed: int, n: int, off: float) -> None:
-    before, after = moved(seed, 3, n)
-    grid = Ternary().fit(before)
-    stuck = Affine(grid.scale * off, 1.0, 3)
-    assert torch.equal(refit.refit(Ternary(), after, stuck).levels(), Ternary().fit(after).levels())
 
 
 @laws
@@ -97,7 +86,9 @@ def test_listed_levels_are_the_means_of_their_weights(k: int, seed: int) -> None
     for row, level in itertools.product(range(2), range(k)):
         mine = after[row][codes[row] == level].double()
         want = mine.mean() if len(mine) else grid.levels()[row, level]
-        assert again.levels()[row, level].item() == pytest.approx(float(want), rel=1e-5, abs=1e-6)
+        # The difference of two float32 sums.
+        rounding = 2 * torch.finfo(torch.float32).eps * float(after[row].abs().sum()) / max(1, len(mine))
+        assert again.levels()[row, level].item() == pytest.approx(float(want), rel=1e-5, abs=rounding)
 
 
 @laws
