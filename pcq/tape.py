@@ -78,6 +78,17 @@ class Tape:
         return tuple(leaf.number for leaf in pytree.tree_leaves(self.output) if isinstance(leaf, Value))
 
     @cached_property
+    def still(self) -> frozenset[int]:
+        """Operations that read nothing of the samples, such as the transposition of a weight."""
+        sampled, found = set(self.inputs), set[int]()
+        for index, op in enumerate(self.ops):
+            if any(number in sampled for number in op.inputs):
+                sampled.update(op.outputs)
+            else:
+                found.add(index)
+        return frozenset(found)
+
+    @cached_property
     def makers(self) -> Mapping[int, int]:
         """Number -> the operation that made it."""
         return {number: index for index, op in enumerate(self.ops) for number in op.outputs}
@@ -122,6 +133,8 @@ def run(
 ) -> dict[int, Tensor]:
     """Replay operations ``start .. stop - 1`` and return the tensors alive then.
 
+    What is made of ``tensors`` alone is made where it is read, wherever that was recorded: of those that are given.
+
     Args:
         tape: what to replay.
         tensors: the parameters and buffers to use, by name.
@@ -131,18 +144,31 @@ def run(
         interpret: operations (by name) to compute by ``(op, args) -> outputs`` instead of the recorded function.
         gradient: let autograd follow.
     """
-    now = dict(values)
+    now, unmoved = dict(values), dict[int, Tensor]()
 
     def look(leaf: Any) -> Any:
         if not isinstance(leaf, Value):
             return leaf
         if leaf.number in tape.names:
             return tensors[tape.names[leaf.number]]
-        return now[leaf.number] if leaf.number in now else tape.constants[leaf.number]
+        if leaf.number in now:
+            return now[leaf.number]
+        return tape.constants[leaf.number] if leaf.number in tape.constants else of_tensors(leaf.number)
+
+    def of_tensors(number: int) -> Tensor:
+        if number not in unmoved:
+            op = tape.ops[tape.makers[number]]
+            args, kwargs = pytree.tree_map(look, (op.args, dict(op.kwargs)))
+            made = pytree.tree_leaves(op.function(*args, **kwargs))
+            unmoved.update(zip(op.outputs, (leaf for leaf in made if isinstance(leaf, Tensor)), strict=True))
+        return unmoved[number]
 
     with torch.set_grad_enabled(gradient):
         for index in range(start, stop):
             op = tape.ops[index]
+            if index in tape.still:
+                now.update({number: of_tensors(number) for number in op.outputs if number in tape.results})
+                continue
             args, kwargs = pytree.tree_map(look, (op.args, dict(op.kwargs)))
             other = interpret.get(op.name) if interpret else None
             made = other(op, args) if other else op.function(*args, **kwargs)

@@ -337,6 +337,18 @@ def test_calibration_is_deterministic_streams_and_beats_rounding():
     assert errors[0] < errors[1] / 2, errors
 
 
+def test_what_enters_a_linear_comes_from_the_quantized_ones_before():
+    """Weights are transposed on the tape before they are used: a transposition of the float one must not be kept."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    x, plan = torch.randn(64, 5, 6), _plan(net, Uniform(2))
+    kept = calibrate(net, plan, (x,), Settings(batch=16))
+    again = calibrate(net, plan, (x,), Settings(batch=16, memory=0))  # nothing kept: every stretch computed again
+    assert kept.layers == again.layers
+    for name in plan:
+        assert torch.equal(kept.quantized[name].codes, again.quantized[name].codes)
+
+
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda q: q.text)
 @pytest.mark.parametrize("axis", [0, None, "group"])
 def test_every_kind_of_levels_and_rows_is_calibrated(quantizer, axis):
