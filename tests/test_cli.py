@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 import pcq
 from pcq import cli
+from pcq.cli import frame
 from pcq.demo import HERE
 
 ARCH = "pcq.demo.nets:resnet8?num_classes=10&in_channels=1"
@@ -150,3 +151,31 @@ def test_artifact_loads_as_a_plain_state_dict(made: Path) -> None:
     assert torch.equal(network.module.state_dict()["layer3.0.conv2.weight"], state["layer3.0.conv2.weight"])
     levels = [row.unique().numel() for row in state["layer3.0.conv2.weight"].flatten(1)]
     assert max(levels) <= 3
+
+
+def test_the_time_left_in_a_log_is_that_of_the_work_at_hand(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ten seconds a piece, whatever the work before took; what goes on where it was counts from there."""
+    now = 0.0
+    monkeypatch.setattr(frame.time, "monotonic", lambda: now)
+    progress = frame.lines()
+    works = (("layers", 0, 100, 1000.0), ("scoring", 0, 30, 10.0), ("scoring", 0, 60, 10.0), ("steps", 40, 90, 10.0))
+    for stage, first, total, seconds in works:
+        progress(stage, first, total)
+        for done in range(first + 1, first + 4):
+            now += seconds
+            progress(f"{stage}, as it goes", done, total)
+    said = capsys.readouterr().err.strip().splitlines()
+    assert said[-10:] == [
+        "layers, as it goes (3 of 100, about 26.9 h left)",
+        "scoring, as it goes (1 of 30, about 5 min left)",
+        "scoring, as it goes (2 of 30, about 5 min left)",
+        "scoring, as it goes (3 of 30, about 4 min left)",
+        "scoring, as it goes (1 of 60, about 10 min left)",
+        "scoring, as it goes (2 of 60, about 10 min left)",
+        "scoring, as it goes (3 of 60, about 10 min left)",
+        "steps, as it goes (41 of 90, about 8 min left)",
+        "steps, as it goes (42 of 90, about 8 min left)",
+        "steps, as it goes (43 of 90, about 8 min left)",
+    ]

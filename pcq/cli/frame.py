@@ -117,13 +117,19 @@ def bar(label: str) -> Iterator["Progress"]:
 
 
 def lines() -> "Progress":
-    """Progress for logs: at most one line every five seconds, none for what is quicker."""
+    """Progress for logs: at most one line every five seconds, none for what is quicker.
+
+    The time left is that of the work at hand, which is another where what is done falls back or the total changes.
+    """
     last = begun = time.monotonic()
-    start: int | None = None
+    start = before = 0
+    known: int | None = None
 
     def progress(stage: str, done: int, total: int) -> None:
-        nonlocal last, start
-        start = done if start is None else start
+        nonlocal last, start, begun, before, known
+        if total != known or done < before:
+            begun, start, known = time.monotonic(), done, total
+        before = done
         if time.monotonic() - last > LOG_SECONDS:
             last = time.monotonic()
             left = (last - begun) / max(1, done - start) * (total - done)
