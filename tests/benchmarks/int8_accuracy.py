@@ -32,7 +32,7 @@ def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
         assert made is not None
         out = []
         for test in args.test:
-            said = {"float": asdict(pcq.evaluate(args.float, test, arch=args.arch).scores)}
+            said = {"float": asdict(pcq.evaluate(args.float, test, arch=args.arch, reference=args.float).scores)}
             for name, path in (("exact", exact), ("int8", int8)):
                 scores = pcq.evaluate(path, test, arch=args.arch, reference=args.float).scores
                 said[name] = asdict(scores) | {"bytes": path.stat().st_size}
