@@ -34,7 +34,7 @@ class Target:
     """A parameter to quantize, how it is cut into rows, what chooses its levels, and those to start from if known.
 
     Levels to start from are followed by least squares. Others are chosen by the quantizer's rule for weights that train
-    (:func:`pcq.refit.following`), but in post-training quantization, where they are chosen once, for weights at rest.
+    (:func:`pcq.refit.following`), but where they are never refitted: then they are chosen once, for weights at rest.
     """
 
     parameter: Tensor
@@ -87,10 +87,10 @@ class Telemetry:
 class _Tracked:
     """One parameter under way: ``shown`` is what the model sees between steps, ``hidden`` the other value, if any."""
 
-    def __init__(self, target: Target, method: Method) -> None:
+    def __init__(self, target: Target, method: Method, refitted: bool) -> None:
         self.parameter, self.rows = target.parameter, target.rows
-        rests = method.posttraining or target.grid is not None
-        self.quantizer = target.quantizer if rests else following(target.quantizer)
+        follows = refitted and not method.posttraining and target.grid is None
+        self.quantizer = following(target.quantizer) if follows else target.quantizer
         self.shown = shards.local(target.parameter.data)
         self.hidden = self.shown.clone() if method.gradient_at != method.updates else None
         self.grid: Grid = target.grid or qtensor.fit(self.quantizer, self.whole(self.shown), self.rows)
@@ -166,7 +166,7 @@ class ProxConnect:
         self.hardened = False
         self._skips = False
         self._asked = 0
-        self._weights = {name: _Tracked(target, method) for name, target in weights.items()}
+        self._weights = {name: _Tracked(target, method, refit is not None) for name, target in weights.items()}
         for weight in self._weights.values():
             self._map_hidden(weight)
         self._hooks = (
