@@ -140,13 +140,11 @@ def care(
         PcqError: the network does not take samples of that shape.
     """
     trained = tapes.state(module)
-    plain = {name: qtensor.quantize(quantizer, trained[name], rows) for name, (rows, quantizer) in plan.items()}
     count = count or usual_count(example)
     progress("inventing samples", 0, 2)
     samples = synthesize(example, count, settings.seed)
     progress("inventing samples", 1, 2)
     unseen = synthesize(example, count, settings.seed + 1)
-    outcome = Outcome(plain, {}, {}, (), (), {}, count, len(unseen))
     outputs(module, {}, unseen, count)
     try:
         tape = tapes.record(module, (samples,))
@@ -155,8 +153,9 @@ def care(
     except PcqError as problem:
         reason = str(problem)
     if reason:
+        plain = {name: qtensor.quantize(quantizer, trained[name], rows) for name, (rows, quantizer) in plan.items()}
         nothing = (Step("nearest levels", None), Step("data-free care", None, reason=reason))
-        return replace(outcome, steps=nothing)
+        return Outcome(plain, {}, {}, nothing, (), {}, count, len(unseen))
     teacher = {**trained, **reference(tape, trained, (samples,))}
     settings = replace(settings, batch=count)
     outcome = calibrate_measured(module, plan, (samples,), (unseen,), settings, progress, teacher)
