@@ -23,7 +23,7 @@ from pcq.errors import CheckFailed, PcqError
 from pcq.export import scheme, verify, writing
 from pcq.export.cpu import described
 from pcq.export.drop import Drop, Samples, compare, outputs
-from pcq.export.int8 import Activations, Converted, Site, convert, find_sites, place
+from pcq.export.int8 import Activations, Converted, Placement, Site, convert, find_sites, place
 from pcq.export.integers import expected
 from pcq.export.ranges import Method, observe
 from pcq.export.reading import PackedFile, open_packed
@@ -161,7 +161,7 @@ def write_int8(
             chosen = [site for site in chosen if site not in ranked[:high]]
             measured = work.try_out(path, chosen, spans, held_out, progress)
         progress("check int8", 0, 1)
-        data, converted = work.write(path, chosen, spans)
+        data, converted, tops = work.write(path, chosen, spans)
         fused = work.prove(path, converted, progress)
         nbytes = open_packed(path).file_bytes
         data = writing.commit(path, data, out)
@@ -170,9 +170,25 @@ def write_int8(
                    for name in file.weights)  # fmt: skip
     return Int8Report(
         Path(out), data, nbytes, file.file_bytes, layers, fused, len(chosen) - sum(fused.values()), measured,
-        described(), work.tops(chosen, spans, HALF), work.tops(chosen, spans, FULL), first,
+        described(), _with(tops, HALF), _with(tops, FULL), first,
         tuple(fallen), time.perf_counter() - start,
     )  # fmt: skip
+
+
+def _tops(placement: Placement, spans: Mapping[str, Range]) -> list[tuple[str, int]]:
+    """Weights of layers of large integers, and the last code of what enters each."""
+
+    def last(site: Site) -> int:
+        source = site.node.inputs[0]
+        assert source is not None
+        return FULL if site.activations == "dynamic" else spans[placement.same.get(source, source).name or ""].top
+
+    return [(site.weight, last(site)) for site in placement.sites if site.saturates]
+
+
+def _with(tops: Sequence[tuple[str, int]], top: int) -> tuple[str, ...]:
+    """The weights with this last code; FULL: their sums can saturate."""
+    return tuple(weight for weight, last in tops if last == top)
 
 
 def _accepted(drop: Drop, max_drop: float) -> bool:
@@ -224,36 +240,29 @@ class _Work:
                            where=str(self.exact), todo="Keep their layer in float (--float PATTERN)")  # fmt: skip
         return {value: self.known[named[value]] for value in wanted}
 
-    def tops(self, sites: Sequence[Site], spans: Mapping[str, Range], top: int) -> tuple[str, ...]:
-        """Weights of layers of large integers whose input has this last code: FULL: they can saturate."""
-        model, again = self._fresh(sites)
-        same = place(model, again).same
-
-        def last(site: Site) -> int:
-            source = site.node.inputs[0]
-            assert source is not None
-            return FULL if site.activations == "dynamic" else spans[same.get(source, source).name or ""].top
-
-        return tuple(site.weight for site in again if site.saturates and last(site) == top)
-
     def _fresh(self, sites: Sequence[Site]) -> tuple[ir.Model, list[Site]]:
         """A new copy of the graph, and the same sites in it."""
         model = ir.load(self.exact)
         wanted = {(site.name, site.weight) for site in sites}
         return model, [s for s in find_sites(model, self.file.weights).sites if (s.name, s.weight) in wanted]
 
-    def write(self, path: Path, sites: Sequence[Site], spans: Mapping[str, Range]) -> tuple[Path | None, Converted]:
+    def write(
+        self, path: Path, sites: Sequence[Site], spans: Mapping[str, Range]
+    ) -> tuple[Path | None, Converted, list[tuple[str, int]]]:
+        """Its external data, what became of the graph, and the last codes of layers of large integers."""
         model, again = self._fresh(sites)
-        converted = convert(model, self.file.weights, place(model, again), spans)
+        placement = place(model, again)
+        tops = _tops(placement, spans)
+        converted = convert(model, self.file.weights, placement, spans)
         functions = {(node.name or "").rsplit("/", 1)[0]: node.op_type for node in model.graph if node.domain == "pcq"}
         schemes = {name: replace(one, function=functions[name]) for name, one in self.file.schemes.items()}
         model.metadata_props[scheme.KEY] = scheme.to_json(schemes)
         model.metadata_props["pcq.mode"] = "int8"
         model.metadata_props["pcq.int8"] = json.dumps({site.weight: site.activations for site in again})
-        model.metadata_props[scheme.SATURATING] = json.dumps(self.tops(again, spans, FULL))
+        model.metadata_props[scheme.SATURATING] = json.dumps(_with(tops, FULL))
         for value in model.graph.initializers.values():
             value.type = value.shape = None
-        return writing.save(model, path, self.external_above), converted
+        return writing.save(model, path, self.external_above), converted, tops
 
     def try_out(
         self, path: Path, sites: Sequence[Site], spans: Mapping[str, Range], samples: Samples, progress: Progress
