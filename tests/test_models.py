@@ -285,6 +285,7 @@ def test_own_functions_and_classes(own: str, monkeypatch: pytest.MonkeyPatch) ->
     assert models.build(f"{own}:net?width=7").state_dict()["0.weight"].shape == (7, 3)
     assert models.build(f"{own}:Net?width=5").state_dict()["fc.weight"].shape == (5, 3)
     monkeypatch.chdir(Path(own).parent)
+    monkeypatch.delitem(sys.modules, "nets", raising=False)  # one of the same name that another test imported
     assert models.build("nets:net").state_dict()["0.weight"].shape == (4, 3)
     assert models.build("nets.py:net").state_dict()["0.weight"].shape == (4, 3)
     assert models.build("pcq.demo.nets:resnet8?num_classes=3").state_dict()["fc.weight"].shape == (3, 64)

@@ -21,7 +21,8 @@ def problem(monkeypatch: pytest.MonkeyPatch) -> Any:
     import problem
 
     yield problem
-    del sys.modules["problem"]
+    for name in ("problem", "nets"):  # as they are named in there; another test has a `nets` of its own
+        sys.modules.pop(name, None)
 
 
 def made(module: Any) -> Any:
