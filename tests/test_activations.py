@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import pcq
 from pcq import qtensor
-from pcq.activations import HALF, Names, Range
+from pcq.activations import HALF, Names, Range, sums
 from pcq.demo import HERE
 from pcq.errors import CheckFailed, PcqError
 from pcq.export import verify, write_int8, write_onnx
@@ -197,6 +197,17 @@ def test_the_gradient_passes_within_the_range() -> None:
     made.sum().backward()  # type: ignore[no-untyped-call]
     assert x.grad is not None
     assert x.grad.tolist() == [0, 1, 1, 1, 1, 0]
+
+
+def test_what_a_layer_adds_is_whole_numbers_of_its_sums_unit() -> None:
+    scale, factor = np.float32([0.5, 0.5, 0]), np.array([2.0, -2.0, 1.0])
+    found = sums(scale, 64, factor, np.array([1.0, -1.001, 3.0]), np.float32(0.25))
+    assert found.step[:2].tolist() == [2**-6, 2**-6]
+    assert found.lost.tolist() == [False, False, True]
+    assert found.unit[:2].tolist() == [2**-8, 2**-8]
+    assert found.added[:2].tolist() == [256, -256]
+    assert abs(found.added[2] - 2**29) < 64  # fits into 32 bits, to float32's rounding of the step
+    assert found.unit[2] * found.added[2] == pytest.approx(3, rel=2**-29)
 
 
 def test_names() -> None:

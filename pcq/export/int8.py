@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from pcq.activations import FULL, HALF, Names, Range
+from pcq.activations import FULL, HALF, Names, Range, sums
 from pcq.export.body import DOMAIN
 from pcq.export.editing import add_op, initializer, int_attribute, is_constant, numbers, only_reader, sweep, typed_value
 from pcq.export.integers import Channels, Integers, integers, large, lower_int8
@@ -236,10 +236,7 @@ _STORED = ("packed", "scale", "zero_point")
 def _channels(
     site: Site, weight: QuantizedTensor, x_scale: float | None
 ) -> tuple[Channels, npt.NDArray[np.int32] | None]:
-    """The gain of each channel with its BatchNorm folded in, and the bias in units of ``x_scale * s``.
-
-    A channel whose weights count for less than 2**-29 of its bias, and one of scale 0, gets integers of 0.
-    """
+    """The gain of each channel with its BatchNorm folded in, and the bias in units of ``x_scale * s``."""
     node, count = site.node, weight.rows.shape[0]
     factor, bias = np.ones(count), np.zeros(count)
     given = node.inputs[2] if len(node.inputs) > 2 else None
@@ -254,19 +251,15 @@ def _channels(
         factor = gamma / np.sqrt(var + epsilon)
         bias = beta + (bias - mean) * factor
     scale = np.broadcast_to(weight.grid.scale.numpy(), (count,))  # type: ignore[union-attr]
-    gain = (np.abs(factor) / site.form.unit).astype(np.float32)
-    s = (scale * gain).astype(np.float32)
-    least = np.maximum(np.abs(bias) / 2**29 / x_scale, 1e-30)
-    lost = s < least
-    flip = np.where(lost, 0, np.sign(factor)).astype(np.int8)
-    channels = Channels(gain)
+    found = sums(scale, site.form.unit, factor, bias, np.float32(x_scale))
+    flip = np.where(found.lost, 0, np.sign(factor)).astype(np.int8)
+    channels = Channels(found.gain)
     if (flip != 1).any():
-        floor = np.where(lost, least, 0).astype(np.float32)
-        channels = Channels(np.where(lost, 0, gain).astype(np.float32), flip, floor)
-        s = np.where(lost, floor, s)
+        floor = np.where(found.lost, found.step, 0).astype(np.float32)
+        channels = Channels(np.where(found.lost, 0, found.gain).astype(np.float32), flip, floor)
     if given is None and norm is None:
         return channels, None
-    return channels, np.rint(bias / (s * np.float32(x_scale)).astype(np.float64)).astype(np.int32)
+    return channels, found.added.astype(np.int32)
 
 
 def _multiply_dynamic(

@@ -1,8 +1,9 @@
 """What an int8 layer adds to its sums is an integer of 32 bits, in units of its weight's step times its input's.
 
-``pcq.export.int8`` folds BatchNorm into it. That rounds to some thousandths of the output's levels, a hundred times as
-coarsely as float32, and decides on which side of a tie a number falls in one of a thousand codes. So it is simulated
-where a finished network is scored; in training BatchNorm's constants move with each batch, and it is not.
+``pcq.export.int8`` folds BatchNorm into it. It is rounded (``pcq.activations.sums``) to some thousandths of the
+output's levels, a hundred times as coarsely as float32, which decides on which side of a tie a number falls in one of a
+thousand codes. So it is simulated where a finished network is scored; in training BatchNorm's constants move with each
+batch, and it is not.
 """
 
 from dataclasses import dataclass
@@ -12,9 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from pcq.activations import Floats, sums
 from pcq.grids import Affine, Grid
-
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,8 @@ class Steps:
 
     def rounding(self, value: Floats, factor: Floats, x_scale: np.float32) -> Floats:
         """What rounding adds to the constant ``value`` [C], the weight multiplied by ``factor`` [C]."""
-        step = (self.scale * (np.abs(factor) / self.unit).astype(np.float32)).astype(np.float32)
-        step = np.maximum(step, np.maximum(np.abs(value) / 2**29 / float(x_scale), 1e-30)).astype(np.float32)
-        unit = (step * x_scale).astype(np.float64)
-        return np.asarray(np.rint(value / unit) * unit - value)
+        found = sums(self.scale, self.unit, factor, value, x_scale)
+        return np.asarray(found.added * found.unit - value)
 
 
 @dataclass(frozen=True)
