@@ -101,7 +101,8 @@ def test_moments_against_a_brute_force_twin(kind):
         columns.append(y.reshape(-1, groups, r)[:, :, 0].T)
     response = torch.stack(columns, 2).double()  # [G, m, n]
     mean = response.mean(1, keepdim=True)
-    cov = (response - mean).transpose(1, 2) @ (response - mean) / response.shape[1]
+    about = mean if module.bias is not None else torch.zeros_like(mean)  # nothing would take up an error of the mean
+    cov = (response - about).transpose(1, 2) @ (response - about) / response.shape[1]
     y = response @ weight.transpose(1, 2).double()
     if layer.geometry is None:  # positions are drawn with replacement only where there are more than asked for
         assert response.shape[1] == x.numel() // n

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pcq import qtensor
 from pcq import tape as tapes
 from pcq.calibrate.layers import Layer, Norm, find, patches
+from pcq.calibrate.moments import Moments, Sums, damped, noise, pull, target
 from pcq.calibrate.padding import counted, mask_at, real_rows
 from pcq.calibrate.quadratic import Codes, Quadratic, descend, gptq, nearest, proxconnect, refit
 from pcq.calibrate.rounding import rounding
@@ -42,8 +43,7 @@ class Settings:
         steps: of ``proxconnect``.
         rounds: how many times coordinate descent and the refit of the levels alternate.
         match: what of every channel's output is made equal to the float network's.
-        shrink: part of the covariance between different weights that is not believed, 0 to 1.
-        damp: part of the mean diagonal that is added to H: pulls towards the float weights.
+        damp: part of the mean diagonal that is added to H, at least.
         positions: output positions that the moments of one layer are taken from, at most; fewer where a position is
             large, but at least 16 for each weight of a row.
         batch: samples that go through the network at once.
@@ -58,7 +58,6 @@ class Settings:
     steps: int = 60
     rounds: int = 4
     match: Literal["none", "mean", "deviation"] = "deviation"
-    shrink: float = 0.0
     damp: float = 0.01
     positions: int = 16384
     batch: int = 32
@@ -102,22 +101,6 @@ class Calibrated:
     samples: int
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Of what enters a layer, ``x_q``: mean ``[G, n]``, covariance, ``cov(x_f, x_q)``; of what leaves: ``[G, r]``."""
-
-    mean: Tensor
-    cov: Tensor
-    cross: Tensor
-    y_mean: Tensor
-    y_var: Tensor
-
-    @property
-    def finite(self) -> bool:
-        """Whether all of them are numbers; activations can overflow where layers before are coarse."""
-        return all(bool(torch.isfinite(t).all()) for t in (self.mean, self.cov, self.cross, self.y_mean, self.y_var))
-
-
 def batches(samples: tuple[Tensor, ...], batch: int) -> list[tuple[Tensor, ...]]:
     """Equal batches of at most ``batch`` samples; fewer samples than there are batches may be left over."""
     count = len(samples[0])
@@ -141,42 +124,27 @@ def moments(
     """
     n = weight.shape[2]
     count = max(min(settings.positions, _ELEMENTS // (len(weight) * n)), 16 * n) // len(streams.kept) + 1
-    sums: list[Tensor] = []
-    pivot: Tensor | None = None
-    total = 0
+    sums = Sums(weight, centred(layer, settings))
     for index, (x_f, x_q) in enumerate(streams.inputs(layer.op, layer.x)):
         seed = settings.seed * 1_000_003 + layer.op * 1009 + index
         if real:
             x_f, x_q = (real_rows(layer, x, real[index]) for x in (x_f, x_q))
         p_f, p_q = (patches(layer, x, count, torch.Generator().manual_seed(seed)).float() for x in (x_f, x_q))
-        if pivot is None:
-            pivot = p_q.mean(1, keepdim=True)
-        y = p_f @ weight.transpose(1, 2)
-        f, q = p_f - pivot, p_q - pivot
-        qq = q.transpose(1, 2) @ q
-        fq = f.transpose(1, 2) @ q if settings.corrected else qq
-        new = [q.sum(1), f.sum(1), qq, fq, y.sum(1), y.square().sum(1)]
-        sums = [a + b.double() for a, b in zip(sums, new, strict=True)] if sums else [s.double() for s in new]
-        total += p_q.shape[1]
-    assert pivot is not None
-    q, f, qq, fq, y, yy = (s / total for s in sums)
-    cov = qq - q[:, :, None] * q[:, None, :]
-    cross = fq - f[:, :, None] * q[:, None, :]
-    return Moments((q + pivot[:, 0]).float(), cov.float(), cross.float(), y.float(), (yy - y.square()).float())
+        sums.add(p_f, p_q)
+    return sums.moments()
+
+
+def centred(layer: Layer, settings: Settings) -> bool:
+    """Whether a BatchNorm or a bias takes up what the mean of the layer's output changes by."""
+    return settings.match != "none" and (layer.norm is not None or layer.bias is not None)
 
 
 def quadratic(weight: Tensor, found: Moments, settings: Settings) -> Quadratic:
-    """The layer's quadratic, damped: a part of the mean diagonal is added to both covariances."""
-    n = weight.shape[2]
-    diagonal = torch.diagonal(found.cov, dim1=1, dim2=2).mean(1)
-    damp = (settings.damp * torch.where(diagonal > 0, diagonal, 1.0))[:, None, None] * torch.eye(n)
-    cov = found.cov - settings.shrink * (found.cov - torch.diag_embed(torch.diagonal(found.cov, dim1=1, dim2=2)))
-    h = cov + damp
+    """The layer's quadratic: H is the covariance as far as the samples tell it, the target likewise."""
+    h = found.cov + damped(found.cov, max(settings.damp, noise(found)))
     if not settings.corrected:
         return Quadratic(weight, h)
-    factor = torch.linalg.cholesky(h.double())
-    right = (weight @ (found.cross + damp)).double().transpose(1, 2)
-    return Quadratic(torch.cholesky_solve(right, factor).transpose(1, 2).float().contiguous(), h)
+    return Quadratic(target(weight, found.cov, found.cross, pull(weight, found)), h)
 
 
 def solve(q: Quadratic, rows: Rows, quantizer: Quantizer, view: "View", settings: Settings) -> Codes:

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from pcq import checkpoint, models
 from pcq.errors import PcqError
@@ -121,8 +120,7 @@ def calibrated(planned: "Planned", asked: Calibration, progress: Progress = sile
         said = f"{outcome.samples} invented samples of {'x'.join(map(str, shape))}: no real data was seen"
         return Calibrated(replace(asked, samples=outcome.samples), network, said, outcome)
     samples, held_out, said = draw_inputs(asked, network)
-    corrected = any(isinstance(module, _BatchNorm) for module in network.modules())  # without, it does harm
-    settings = Settings(method=asked.solver, corrected=corrected, seed=asked.seed, refine=asked.refinement)
+    settings = Settings(method=asked.solver, seed=asked.seed, refine=asked.refinement)
     outcome = calibrate_measured(network, chosen, samples, held_out, settings, progress)
     return Calibrated(replace(asked, samples=outcome.samples), network, said, outcome)
 

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from pcq import qtensor
 from pcq.calibrate.layers import patches
-from pcq.calibrate.oneshot import LayerReport, Moments, Settings, View, match, quadratic, solve
+from pcq.calibrate.moments import Moments, Sums
+from pcq.calibrate.oneshot import LayerReport, Settings, View, centred, match, quadratic, solve
 from pcq.calibrate.padding import altered, named_mask, of_tokens, unreached
 from pcq.calibrate.steps import Outcome, Step, better
 from pcq.errors import PcqError
@@ -209,7 +210,7 @@ def _moments(
         site.x: inventory.weights[site.layer.weight].operands[0].chain.dtype for site in stage if site.x not in inputs
     }
     pair = [_session(path, q, c, wanted, folder) for q, c in (({}, {}), (quantized, changed))] if wanted else []
-    sums = [_Sums(site, inventory, samples, settings) for site in stage]
+    sums = [_Entering(site, inventory, samples, settings) for site in stage]
     for index, batch in enumerate(samples.batches):
         seen = [{**batch, **dict(zip(wanted, run(session, batch, path), strict=True))} for session in pair]
         seen = seen or [dict(batch)] * 2
@@ -219,7 +220,7 @@ def _moments(
         for one in sums:
             x = one.site.x
             one.add(seen[0][x], seen[1][x], index, (other[x], padded) if padded else None)
-    return [one.moments() for one in sums]
+    return [one.sums.moments() for one in sums]
 
 
 def _mask(batch: Mapping[str, Array]) -> tuple[list[Tensor], int | None]:
@@ -237,50 +238,31 @@ def _otherwise(batch: Mapping[str, Array]) -> tuple[dict[str, Array], int]:
     return {name: x.numpy() for name, x in zip(batch, other, strict=True)}, int((tensors[at] == 0).sum())
 
 
-class _Sums:
-    """Sums over batches for one layer."""
+class _Entering:
+    """Sums over batches of what enters one layer."""
 
     def __init__(self, site: Site, inventory: Inventory, samples: Feeds, settings: Settings) -> None:
-        self.site, self.settings = site, settings
+        self.site, self.seed = site, settings.seed * 1_000_003 + site.layer.op * 1009
         weight = inventory.weights[site.layer.weight].read()
         rows = site.layer.channels(tuple(weight.shape))
-        self.weight = rows.split(weight).reshape(site.layer.groups, -1, rows.length)
+        self.sums = Sums(rows.split(weight).reshape(site.layer.groups, -1, rows.length), centred(site.layer, settings))
         n, parts = rows.length, len(samples.batches)
         self.count = max(min(settings.positions, POSITIONS // (site.layer.groups * n)), 16 * n) // parts + 1
-        self.pivot: Tensor | None = None
-        self.sums: list[Tensor] = []
-        self.total = 0
 
     def add(self, float_: Array, quantized: Array, index: int, other: tuple[Array, int] | None) -> None:
         """One batch of what enters in the float and in the quantized network.
 
         ``other``: what enters the float one with other tokens behind the mask, and how many are there.
         """
-        seed = self.settings.seed * 1_000_003 + self.site.layer.op * 1009 + index
         entering = [self._entering(x) for x in (float_, quantized)]
         if other is not None and self.site.layer.geometry is None:
             rows = unreached(entering[0], self._entering(other[0]), other[1])
             entering = entering if rows is None else [x[rows] for x in entering]
-        p_f, p_q = (patches(self.site.layer, x, self.count, torch.Generator().manual_seed(seed)) for x in entering)
-        if self.pivot is None:
-            self.pivot = p_q.mean(1, keepdim=True)
-        y, f, q = p_f @ self.weight.transpose(1, 2), p_f - self.pivot, p_q - self.pivot
-        new = [q.sum(1), f.sum(1), q.transpose(1, 2) @ q, f.transpose(1, 2) @ q, y.sum(1), y.square().sum(1)]
-        self.sums = [a + b for a, b in zip(self.sums, new, strict=True)] if self.sums else [s.double() for s in new]
-        self.total += p_q.shape[1]
+        generators = (torch.Generator().manual_seed(self.seed + index) for _ in entering)
+        self.sums.add(*(patches(self.site.layer, x, self.count, g) for x, g in zip(entering, generators, strict=True)))
 
     def _entering(self, x: Array) -> Tensor:
         return self.site.entering(torch.from_numpy(np.array(x, np.float32)))
-
-    def moments(self) -> Moments:
-        """Centred where the layer has a bias that can take up a mean; else about zero."""
-        assert self.pivot is not None
-        q, f, qq, fq, y, yy = (s / self.total for s in self.sums)
-        cov, cross = qq - q[:, :, None] * q[:, None, :], fq - f[:, :, None] * q[:, None, :]
-        mean, mean_f = q + self.pivot[:, 0], f + self.pivot[:, 0]
-        if self.site.layer.bias is None or self.settings.match == "none":
-            cov, cross = cov + mean[:, :, None] * mean[:, None, :], cross + mean_f[:, :, None] * mean[:, None, :]
-        return Moments(mean.float(), cov.float(), cross.float(), y.float(), (yy - y.square()).float())
 
 
 def _bias(model: ir.Model, site: Site) -> dict[str, Tensor]:

@@ -1,13 +1,15 @@
-"""Real photos for measuring EfficientNet-Lite0: crops cut into three splits that share no photo.
+"""Real photos for measuring EfficientNet-Lite0: crops and cut-out objects, in three splits that share no photo.
 
 Sources, all read by path: the sample photos of scikit-image and scikit-learn, matplotlib's portrait, and the photos of
 Debian's picture packages (``apt-get download mate-backgrounds lomiri-wallpapers-16.04 lomiri-wallpapers-20.04
-ukui-wallpapers`` and ``dpkg -x`` into one folder). Split by photo in the order of a hash of the file name: ``calib``
-for calibration samples, ``valid`` for choosing settings, ``test`` for the numbers that are reported.
+ukui-wallpapers tuxpaint-stamps-default`` and ``dpkg -x`` into one folder). The last has photographed animals, food and
+things, cut out of their background; all else are mostly landscapes. Split by photo in the order of a hash of the file
+name: ``calib`` for calibration samples, ``valid`` for choosing settings, ``test`` for the numbers that are reported.
 """
 
 import hashlib
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,10 @@ SPLITS = ("calib", "valid", "test")
 SAMPLES = (
     *("astronaut.png", "camera.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png"),
     *("coins.png", "grass.png", "brick.png", "gravel.png", "hubble_deep_field.jpg", "retina.jpg"),
+)
+OBJECTS = (
+    *("animals", "clothes", "food", "hobbies", "household", "medical", "military", "people", "plants", "sports"),
+    *("town", "vehicles"),
 )
 ABSTRACT = ("mate/desktop", "mate/abstract", "ukui", "desert.png", "rollpaper.png", "city.png")
 
@@ -33,12 +39,40 @@ def photos(skimage: Path, debian: Path) -> list[Path]:
     files += [Path(matplotlib.get_data_path()) / "sample_data/grace_hopper.jpg"]
     files += [
         path
-        for path in debian.rglob("*")
+        for path in (debian / "usr/share/backgrounds").rglob("*")
         if path.suffix in (".jpg", ".png")
         and path.stat().st_size > 60_000
         and not any(a in str(path) for a in ABSTRACT)
     ]
+    return mixed(files)
+
+
+def mixed(files: Iterable[Path]) -> list[Path]:
+    """In the order of the hash of their names."""
     return sorted(files, key=lambda path: hashlib.sha256(path.name.encode()).hexdigest())
+
+
+def objects(split: str, each: int, debian: Path, size: int = 224) -> Tensor:
+    """``each`` views of every object of ``split`` on white: float32 ``[n, 3, size, size]``, ``(x - 127) / 128``.
+
+    A view is a square of 1.0 to 1.5 times the object's longer side with the object anywhere in it, mirrored half the
+    time. Pictures of less than 128 pixels and cartoons are left out.
+    """
+    root = debian / "usr/share/tuxpaint/stamps"
+    files = (path for kind in OBJECTS for path in (root / kind).rglob("*.png") if "cartoon" not in str(path))
+    out = []
+    for path in mixed(path for path in files if max(Image.open(path).size) >= 128)[SPLITS.index(split) :: len(SPLITS)]:
+        image = Image.open(path).convert("RGBA")
+        random = np.random.RandomState(zlib.crc32(path.name.encode()))
+        for _ in range(each):
+            side = int(max(image.size) * random.uniform(1.0, 1.5))
+            view = Image.new("RGBA", (side, side), "white")
+            x, y = (random.randint(0, side - length + 1) for length in image.size)
+            view.alpha_composite(image, (x, y))
+            square = view.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+            pixels = np.asarray(square, np.float32)
+            out.append(pixels[:, ::-1] if random.rand() < 0.5 else pixels)
+    return (torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2).contiguous() - 127) / 128
 
 
 def crops(split: str, each: int, skimage: Path, debian: Path, size: int = 224) -> Tensor:
@@ -63,10 +97,11 @@ def crops(split: str, each: int, skimage: Path, debian: Path, size: int = 224) -
     return (torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2).contiguous() - 127) / 128
 
 
-def samples(split: str, debian: str, each: int = 0) -> Tensor:
+def samples(split: str, debian: str, crop: int = 18, view: int = 4) -> Tensor:
     """A data spec: ``tests/benchmarks/calibrate_photos.py:samples?debian=FOLDER``; ``train`` is ``calib``.
 
-    27 crops of each photo for calibration (about 500), 18 for the others (about 320); scikit-image is found installed.
+    ``crop`` crops of each photo (about 330) and ``view`` views of each object (about 340); scikit-image is found
+    installed.
     """
     import importlib.util
 
@@ -74,7 +109,7 @@ def samples(split: str, debian: str, each: int = 0) -> Tensor:
     if found is None or found.origin is None:
         raise FileNotFoundError("scikit-image is not installed")
     own = {"train": "calib", "val": "valid", "test": "test"}[split]
-    return crops(own, each or (27 if own == "calib" else 18), Path(found.origin).parents[1], Path(debian))
+    return torch.cat([crops(own, crop, Path(found.origin).parents[1], Path(debian)), objects(own, view, Path(debian))])
 
 
 def labelled(effnet: Path, size: int = 224) -> tuple[Tensor, Tensor]:
