@@ -336,7 +336,8 @@ def test_arrays_of_every_layout() -> None:
         ({"x": np.zeros((2, 2)), "y": np.array([-1, 1])}, "a label is -1"),
         ({"x": np.zeros((0, 2))}, "there are no samples"),
         ({"x": np.array(["a", "b"])}, "not made of numbers"),
-        ({"x": np.array([{}, {}], dtype=object)}, "cannot be read"),
+        ({"x": np.array([{}, {}], dtype=object)}, r"holds Python objects\. Allowed: arrays of numbers"),
+        ({"images": np.zeros((2, 2)), "targets": np.zeros(2)}, "it holds images, targets. Allowed: x and y"),
     ],
 )
 def test_npz_that_is_wrong(tmp_path: Path, arrays: dict[str, np.ndarray], told: str) -> None:
@@ -345,7 +346,17 @@ def test_npz_that_is_wrong(tmp_path: Path, arrays: dict[str, np.ndarray], told: 
         open_data(f"npz:{tmp_path / 'd.npz'}")
 
 
+def test_npz_of_several_splits_without_labels(tmp_path: Path) -> None:
+    np.savez(tmp_path / "d.npz", x_train=np.zeros((3, 2)), x_test=np.zeros((2, 2)))
+    assert (open_data(f"npz:{tmp_path / 'd.npz'}").n, open_data(f"npz:{tmp_path / 'd.npz'}", "train").n) == (2, 3)
+
+
 def test_npz_missing_truncated_or_no_archive(tmp_path: Path) -> None:
+    (tmp_path / "t.npz").write_text("no arrays")
+    with pytest.raises(PcqError, match=r"not a file of NumPy arrays. Write it with `np\.savez`"):
+        open_data(f"npz:{tmp_path / 't.npz'}")
+    with pytest.raises(PcqError, match="digits has no 'dir'"):
+        open_data("digits:dir")
     with pytest.raises(PcqError, match="no such file"):
         open_data("npz:/nowhere.npz")
     np.savez(tmp_path / "d.npz", x=np.zeros((20, 20)))

@@ -39,6 +39,8 @@ def open_data(spec: str, split: str = "test") -> Data:
     parsed = parse(spec)
     if parsed.kind in HELD_OUT:
         _options(parsed, set())
+        if parsed.kind == "digits" and parsed.name:
+            raise PcqError(f"digits has no '{parsed.name}'", where=spec, allowed="digits")
         if parsed.kind == "cifar10" and not parsed.name:
             raise PcqError("CIFAR-10 needs its folder", where=spec, allowed="cifar10:DIR")
         return open_set(parsed.kind, parsed.name, split)

@@ -1,5 +1,7 @@
 """Arrays as data: an ``.npz`` file, or what a function of the user's returns."""
 
+import re
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -14,6 +16,8 @@ from pcq.errors import CheckFailed, PcqError
 from pcq.spec import Spec, call, running
 
 NAMES = (("x", "y"), ("images", "labels"), ("data", "labels"), ("X", "y"))
+SPLIT = re.compile("_(test|val|train)$")
+ANY_NAME = {name for pair in NAMES for name in pair}
 
 
 @runtime_checkable
@@ -48,7 +52,8 @@ def open_npz(path: str, split: str, *, mean: Any = (0.0,), std: Any = (1.0,)) ->
         with loaded as arrays:
             tried = [(f"{a}_{split}", f"{b}_{split}") for a, b in NAMES] + list(NAMES)
             names = next((pair for pair in tried if pair[0] in arrays.files), None)
-            if names is None:
+            unread = [name for name in arrays.files if SPLIT.sub("", name) not in ANY_NAME]
+            if names is None or (unread and names[1] not in arrays.files):  # labels under another name, or more inputs
                 allowed = "x and y, images and labels, or x_test and y_test"
                 held = {name: arrays[name] for name in arrays.files}
                 raise Several(f"it holds {', '.join(held)}", held, where=str(file), allowed=allowed)
@@ -56,6 +61,10 @@ def open_npz(path: str, split: str, *, mean: Any = (0.0,), std: Any = (1.0,)) ->
             y = arrays[names[1]] if names[1] in arrays.files else None
     except PcqError:
         raise
+    except ValueError as error:  # all that NumPy refuses for fear of pickles
+        if zipfile.is_zipfile(file):
+            raise PcqError("an array holds Python objects", where=str(file), allowed="arrays of numbers") from error
+        raise PcqError("it is not a file of NumPy arrays", where=str(file), todo="Write it with `np.savez`") from error
     except Exception as error:  # zip, npy header and zlib errors are of many kinds
         raise CheckFailed(f"the file cannot be read: {error}", where=str(file)) from error
     return from_arrays(f"npz {file}", split, x, y, mean=mean, std=std)
