@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -33,8 +34,11 @@ def atomic(path: str | Path) -> Iterator[Path]:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.stat(target)  # a name that is too long, or a folder that is closed to us: better said now
         try:  # the file is made inside, so that no signal can come between its making and its removal
-            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666))
+            made = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+            mode = stat.S_IMODE(os.fstat(made).st_mode)
+            os.close(made)
             yield temporary
+            os.chmod(temporary, mode)  # safetensors puts a file that only its owner may read in its place
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, target)

@@ -175,8 +175,9 @@ def _idle(
     todo = "Correct it, delete it, or give it `optional: true`"
     if taken := sorted({by for p, by in found if by is not None}):
         earlier = " and ".join(f"rule {by + 1} ({_matches(recipe.rules[by])})" for by in taken)
+        names = _few(p.name for p, by in found if by is not None)
         return PcqError(
-            f"{which} decides nothing: {earlier} before it takes all it matches ({_few(p.name for p, _ in found)})",
+            f"{which} decides nothing: {earlier} before it takes all it matches ({names})",
             where=where,
             todo=f"Move it up, or: {todo[0].lower()}{todo[1:]}",
         )

@@ -205,7 +205,13 @@ def onnx_predictor(path: str | Path) -> Predictor:
             told = str(error).strip().splitlines()[0]
             raise PcqError(f"ONNX Runtime {ort.__version__} cannot run it: {told}", where=str(path)) from error
 
+    takes = [size if isinstance(size, int) else None for size in (shape or [])[1:]]
+
     def predict(x: Tensor) -> Tensor:
+        sizes = list(x.shape[1:])
+        if shape and (len(sizes) != len(takes) or any(b not in (None, a) for a, b in zip(sizes, takes, strict=True))):
+            said = ["x".join("?" if size is None else str(size) for size in each) for each in (sizes, takes)]
+            raise PcqError(f"samples of {said[0]}: the model takes {said[1]}", where=str(path))
         if fixed is None:
             return run(x)
         parts = []

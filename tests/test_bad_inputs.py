@@ -192,8 +192,9 @@ BAD = [
     Bad("a cut TorchScript archive", "model.pt", cut(scripted(frozen=False), 900),
         f"the file is damaged: it begins as a zip archive, but its end is missing (900 bytes). {AGAIN}", CheckFailed),
     Bad("ONNX", "model.onnx", written(b"\x08\x07"),
-        "it is an ONNX file, and pcq quantizes PyTorch checkpoints. ONNX input comes in a later version. "
-        + STATE_DICT),
+        "it is an ONNX file, and this takes PyTorch checkpoints. `pcq quantize`, or pcq.commands.quantize_onnx, packs "
+        "ONNX models; for anything else save the network's weights as a state dict: "
+        "torch.save(model.state_dict(), 'weights.pt')."),
     Bad("an artifact", "model.safetensors", artifact,
         "it is an artifact of pcq: its weights are quantized already. Give the float checkpoint it was made from; an "
         "artifact can be inspected, evaluated and exported."),

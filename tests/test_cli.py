@@ -1,15 +1,19 @@
 """The main job through the command line, on the pretrained digits network that comes with the installation."""
 
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
+from rich.console import Console
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 import pcq
-from pcq import cli
+from pcq import cli, demo
 from pcq.cli import frame
 from pcq.demo import HERE
 
@@ -93,9 +97,101 @@ def test_export_proves_itself_and_scores_like_torch(made: Path, capsys: pytest.C
 def test_eval_against_the_float_network(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     got = answer(capsys, "eval", made / "net.ternary.onnx", "--data", "digits", "--reference", DIGITS, "--arch", ARCH)
     assert 0 < got["agreement"] <= 100
+    for name in ("net.ternary.onnx", "net.ternary.safetensors"):  # both record the architecture
+        again = answer(capsys, "eval", made / name, "--data", "digits", "--reference", DIGITS)
+        assert again["agreement"] == got["agreement"]
     got = answer(capsys, "eval", DIGITS, "--data", "digits", "--arch", ARCH, "--reference", DIGITS)
     assert got["agreement"] == 100
     assert got["top1"] == 99.5  # pcq/demo/digits-resnet8.json
+
+
+def test_samples_of_another_shape_for_onnx(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(tmp_path / "d.npz", x=np.zeros((4, 3, 9, 9), np.float32), y=np.zeros(4, np.int64))
+    _, err = run(capsys, "eval", made / "net.ternary.onnx", "--data", f"npz:{tmp_path / 'd.npz'}", code=2)
+    assert "samples of 3x9x9: the model takes 1x8x8." in err
+
+
+def test_names_are_neither_markup_nor_emoji(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "net[red] :boom:.safetensors"
+    model.write_bytes(DIGITS.read_bytes())
+    assert "net[red]:boom:.safetensors" in "".join(run(capsys, "inspect", model)[0].split())
+    (tmp_path / "data.py").write_text("def boom():\n    raise RuntimeError('on fire')\n")
+    _, err = run(capsys, "eval", model, "--arch", ARCH, "--data", f"{tmp_path}/data.py:boom", code=2)
+    assert f"{tmp_path}/data.py:boom: boom() raised" in err
+
+
+def test_what_to_type_next_can_be_pasted(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, err = run(capsys, "quantize", DIGITS, "-r", "w8", "--arch", ARCH, "-o", tmp_path / "my net.safetensors")
+    assert f"Next: pcq export '{tmp_path}/my net.safetensors' --onnx" in err
+    result = demo.DemoResult("net", "data", (), ("pcq eval " + "x" * 300 + " --data digits",), 1.0)
+    frame.emit(result, False)
+    assert result.next_steps[0] in capsys.readouterr().out
+    monkeypatch.setattr(frame, "console", lambda: Console(width=40, markup=False))
+    frame.emit(pcq.analyze(DIGITS, "ternary", arch=ARCH), False)
+    pasted = capsys.readouterr().out.partition("To paste under")[2]
+    assert re.search(r'  - match: \{name: \[".*"\]\}\n    levels: \{kind: uniform, bits: 8\}\n', pasted)
+
+
+def test_one_of_several_state_dicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = load_file(DIGITS)
+    torch.save({"model": state, "ema": {name: tensor * 2 for name, tensor in state.items()}}, tmp_path / "both.pt")
+    torch.save({name: tensor * 2 for name, tensor in state.items()}, tmp_path / "ema.pt")
+    _, err = run(capsys, "quantize", tmp_path / "both.pt", "-r", "w8", "--arch", ARCH, code=2)
+    assert "Choose one, such as --key model." in err
+    out = tmp_path / "out.safetensors"
+    run(capsys, "quantize", tmp_path / "both.pt", "-r", "w8", "--arch", ARCH, "--key", "ema", "-o", out)
+    right = pcq.read_artifact(pcq.quantize(tmp_path / "ema.pt", "w8", arch=ARCH).path).state_dict()
+    again = pcq.quantize(tmp_path / "both.pt", "w8", arch=ARCH, key="ema", out=tmp_path / "py.safetensors").path
+    for path in (out, again):
+        found = pcq.read_artifact(path).state_dict()
+        assert all(torch.equal(found[name], right[name]) for name in right)
+    both = tmp_path / "both.pt"
+    assert len(answer(capsys, "inspect", both, "--key", "ema")["tensors"]) == len(state)
+    run(capsys, "recipes", "check", "w8", both, "--key", "ema")
+    assert answer(capsys, "analyze", both, "-r", "w8", "--arch", ARCH, "--key", "ema")["weights"]
+    on = ["--data", "digits", "--limit", 40, "--arch", ARCH]
+    alone = answer(capsys, "eval", tmp_path / "ema.pt", *on)["top1"]
+    assert answer(capsys, "eval", both, "--key", "ema", *on)["top1"] == alone
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--state-dict", "--mode", "native"], "--mode: it has no part in --state-dict."),
+        (["--state-dict", "--input", "1x8x8"], "--input: it has no part in --state-dict."),
+        (["--pt2", "--optimize", "ram"], "--optimize: it has no part in --pt2."),
+        (["--compressed-tensors", "--target-ort", "1.20"], "--target-ort: it has no part in --compressed-tensors."),
+        (["--onnx", "--pt2"], "--onnx --pt2: several forms at once."),
+        (["--max-drop", "0.5"], "--max-drop: it belongs to --mode int8."),
+        (["--samples", "7", "--mode", "native"], "--samples: it belongs to --mode int8."),
+    ],
+)
+def test_options_of_export_that_would_do_nothing(
+    options: list[str], told: str, tmp_path: Path, made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, err = run(capsys, "export", made / "net.ternary.safetensors", tmp_path / "out", *options, code=2)
+    assert told in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_of_inspect_that_would_do_nothing(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "two things" in run(capsys, "inspect", DIGITS, "--prox", "hard", code=2)[1]
+    assert "--levels: it belongs to --prox" in run(capsys, "inspect", DIGITS, "--levels", "0,1", code=2)[1]
+    assert "--out: it belongs to --prox" in run(capsys, "inspect", DIGITS, "-o", "x.png", code=2)[1]
+
+
+def test_a_name_of_another_kind_of_file(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    net = made / "net.ternary.safetensors"
+    for command, told in (
+        (["quantize", DIGITS, "-r", "w8", "--arch", ARCH, "-o", tmp_path / "x.onnx"], "Let it end in .safetensors."),
+        (["export", net, tmp_path / "x.safetensors", "--input", "1x8x8"], "Let it end in .onnx."),
+        (["export", net, tmp_path / "x.onnx", "--state-dict"], "Let it end in .safetensors."),
+        (["export", made / "net.ternary.onnx"], "this is not an artifact of pcq."),
+    ):
+        assert told in run(capsys, *command, code=2)[1]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["net.ternary.safetensors", "net.ternary.onnx"])
@@ -109,6 +205,7 @@ def test_inspect_shows_every_weight(made: Path, name: str, capsys: pytest.Captur
 
 def test_inspect_a_checkpoint_and_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert "float checkpoint" in run(capsys, "inspect", DIGITS)[0]
+    assert answer(capsys, "inspect", DIGITS)["bytes"] == DIGITS.stat().st_size
     assert "a valid recipe" in run(capsys, "recipes", "check", "ternary")[0]
     assert "conv1.weight" in run(capsys, "recipes", "check", "ternary", DIGITS, "--arch", ARCH)[0]
 

@@ -1,6 +1,8 @@
 """Other ways out of an artifact: what is read back is the dequantized network, bit by bit."""
 
 import json
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -111,6 +113,36 @@ def test_what_does_not_fit_is_float_with_its_reason(artifact: Path, tmp_path: Pa
     with pytest.raises(PcqError, match=r"none of its weights fits .*a list"):
         export_compressed(listed, tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_others_may_read_what_is_written(artifact: Path, tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        state = export_state_dict(artifact, tmp_path / "f.safetensors").path
+        folder = export_compressed(artifact, tmp_path / "folder", arch=ARCH).path
+    finally:
+        os.umask(before)
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in (state, folder, *folder.iterdir())}
+    assert modes.pop(folder) == 0o755
+    assert len(modes) == 3
+    assert set(modes.values()) == {0o644}
+
+
+def test_folders_with_other_files_are_never_replaced(artifact: Path, tmp_path: Path) -> None:
+    folder = export_compressed(artifact, tmp_path / "folder", arch=ARCH).path
+    export_compressed(artifact, folder, arch=ARCH)  # its own is
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(PcqError, match="pcq did not write it"):
+        export_compressed(artifact, folder, arch=ARCH)
+    export_compressed(artifact, folder, arch=ARCH, force=True)
+    (folder / "tokenizer.json").write_text("mine")
+    for force in (False, True):
+        with pytest.raises(PcqError, match=r"with other files: tokenizer\.json"):
+            export_compressed(artifact, folder, arch=ARCH, force=force)
+    assert (folder / "tokenizer.json").read_text() == "mine"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PcqError, match="it is a file"):
+        export_compressed(artifact, tmp_path / "file", arch=ARCH, force=True)
 
 
 COUNTS = st.sampled_from([2, 3, 4, 5, 16, 32, 100, 255, 256])

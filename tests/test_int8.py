@@ -1,6 +1,7 @@
 """int8 activations: integers equal a slow twin's, layers are fused, what costs too much goes back to float."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -232,6 +233,8 @@ def test_float_layers_stay_float(residual: tuple[Path, Weights], samples: list[T
     assert reasons == dict.fromkeys(("stem.weight", "deep.weight"), "kept in float as asked")
     with pytest.raises(PcqError, match="'nothing' matches no layer"):
         write_int8(exact, out, lambda: samples[:2], keep=("nothing",))
+    with pytest.raises(PcqError, match=rf"^{re.escape(str(out))}: .* need samples .* Give some: --calib"):
+        write_int8(exact, out, None)
 
 
 def test_what_costs_too_much_goes_back_worst_first(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from pcq.errors import CheckFailed, PcqError
 from pcq.sources import open_source, pt2, revive
 from pcq.sources.safetensors import read_header, read_slot
+from pcq.torchvision_compat import import_torchvision
 
 State = dict[str, Tensor]
 
@@ -353,6 +355,19 @@ def test_a_hostile_pickle_never_runs(legacy: bool, wrapped: bool, tmp_path: Path
     with pytest.raises(PcqError):
         open_source(tmp_path / "a.pt", unsafe_pickle=True).tensor("x")
     assert sentinel.exists(), "the payload is not one that would have run"
+
+
+@pytest.mark.parametrize("options", ["unsafe_pickle=True", "allow_globals=['torchvision.models.alexnet.AlexNet']"])
+def test_a_pickled_module_of_torchvision(options: str, tmp_path: Path) -> None:
+    """In a process that has not imported torchvision yet, which beside a CPU torch takes some preparation."""
+    kind = import_torchvision().models.AlexNet
+    pickled = kind.__new__(kind)  # without its 240 MB
+    nn.Module.__init__(pickled)
+    pickled.classifier = nn.Linear(3, 2)
+    torch.save(pickled, tmp_path / "net.pt")
+    code = f"from pcq.sources import open_source; print(open_source({str(tmp_path / 'net.pt')!r}, {options}).names)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "['classifier.weight', 'classifier.bias']", done.stderr
 
 
 def test_a_pickled_module_needs_leave(net: Net, tmp_path: Path) -> None:

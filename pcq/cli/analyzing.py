@@ -7,7 +7,7 @@ import typer
 
 from pcq.cli.app import app
 from pcq.cli.frame import answers, bar, emit
-from pcq.cli.options import AllowGlobal, Arch, Input, Json, Model, Set, UnsafePickle, shape_of
+from pcq.cli.options import AllowGlobal, Arch, Input, Json, Key, Model, Set, UnsafePickle, shape_of
 from pcq.errors import PcqError
 
 
@@ -20,6 +20,7 @@ def analyze(
     ],
     arch: Arch = None,
     overrides: Set = None,
+    key: Key = None,
     allow_global: AllowGlobal = None,
     unsafe_pickle: UnsafePickle = False,
     calib: Annotated[
@@ -53,6 +54,7 @@ def analyze(
             input_shape=shape_of(input_shape),
             arch=arch,
             overrides=overrides or (),
+            key=key,
             allow_globals=allow_global or (),
             unsafe_pickle=unsafe_pickle,
             plot=plot,

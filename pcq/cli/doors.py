@@ -1,5 +1,6 @@
 """The forms of ``pcq export`` other than ONNX."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -16,9 +17,13 @@ Compressed = Annotated[
     typer.Option("--compressed-tensors", help="Write a folder for compressed-tensors instead (Linear, Embedding)."),
 ]
 
+TAKES = {"--state-dict": (), "--pt2": ("--arch", "--input"), "--compressed-tensors": ("--arch",)}
+"""Which of the options of ``pcq export`` each form uses, besides those of every output."""
+
 
 def export_other(
     wanted: dict[str, bool],
+    given: Sequence[str],
     artifact: Path,
     out: Path | None,
     arch: str | None,
@@ -26,12 +31,15 @@ def export_other(
     force: bool,
     as_json: bool,
 ) -> bool:
-    """Write the form that is wanted; False where none is, and ONNX is meant."""
+    """Write the form that is wanted; False where none is, and ONNX is meant. ``given`` are the options typed."""
     chosen = [name for name, asked in wanted.items() if asked]
-    if not chosen:
+    if chosen in ([], ["--onnx"]):
         return False
     if len(chosen) > 1:
         raise PcqError("several forms at once", where=" ".join(chosen), todo="Run pcq export once for each")
+    lost = [option for option in given if option not in TAKES[chosen[0]]]
+    if lost:
+        raise PcqError(f"it has no part in {chosen[0]}", where=lost[0], todo="Leave it out")
     from pcq import commands
 
     with bar("exporting") as progress:

@@ -1,5 +1,6 @@
 """``pcq export``."""
 
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -39,12 +40,42 @@ class Ranges(StrEnum):
     entropy = "entropy"
 
 
+OF_INT8 = ("--calib", "--samples", "--ranges", "--max-drop", "--float", "--vnni")
+NOT_FOR_ALL = {
+    "arch": "--arch",
+    "input_shape": "--input",
+    "target_ort": "--target-ort",
+    "mode": "--mode",
+    "optimize": "--optimize",
+    "accuracy_level": "--accuracy-level",
+    "calib": "--calib",
+    "samples": "--samples",
+    "ranges": "--ranges",
+    "max_drop": "--max-drop",
+    "keep": "--float",
+    "vnni": "--vnni",
+}
+"""Parameter -> option, of those that not every form and mode uses."""
+
+
+def typed(context: typer.Context, name: str) -> bool:
+    """Whether the option of that parameter stands on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 @app.command()
 @answers
 def export(
+    context: typer.Context,
     artifact: Annotated[Path, typer.Argument(help="An artifact of pcq quantize.", show_default=False)],
-    out: Annotated[Path | None, typer.Argument(help="The ONNX file (default: ARTIFACT with .onnx).")] = None,
-    onnx: Annotated[bool, typer.Option("--onnx", help="Write ONNX (the only format so far).")] = True,
+    out: Annotated[
+        Path | None,
+        typer.Argument(
+            help="The file, or the folder (default: ARTIFACT with .onnx, .float.safetensors, .pt2 or .compressed)."
+        ),
+    ] = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Write ONNX, which is the default.")] = False,
     arch: Arch = None,
     input_shape: Input = None,
     target_ort: Annotated[str, typer.Option(metavar="X.Y", help="The oldest ONNX Runtime to run on.")] = "1.17",
@@ -95,8 +126,9 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write ONNX whose weights stay packed, and prove it: bit-exact codes, the same outputs as torch, the size."""
-    other = {"--state-dict": state_dict, "--pt2": pt2, "--compressed-tensors": compressed_tensors}
-    if export_other(other, artifact, out, arch, input_shape, force, as_json):
+    given = [option for name, option in NOT_FOR_ALL.items() if typed(context, name)]
+    forms = {"--onnx": onnx, "--state-dict": state_dict, "--pt2": pt2, "--compressed-tensors": compressed_tensors}
+    if export_other(forms, given, artifact, out, arch, input_shape, force, as_json):
         return
     from pcq import commands
     from pcq.errors import PcqError
@@ -104,9 +136,8 @@ def export(
     if mode is not None and optimize is not None:
         raise PcqError("--mode and --optimize both choose the layout", where="export", todo="Give one of them")
     fast = mode is Mode.int8 or (optimize is Aim.speed and calib is not None)
-    if not fast and (calib is not None or keep or vnni):
-        given = "--calib" if calib is not None else "--float" if keep else "--vnni"
-        raise PcqError("it belongs to --mode int8", where=given, todo="Add --mode int8, or leave it out")
+    if not fast and (alone := [option for option in given if option in OF_INT8]):
+        raise PcqError("it belongs to --mode int8", where=alone[0], todo="Add --mode int8, or leave it out")
     if accuracy_level is not None and mode is not Mode.matmulnbits:
         raise PcqError("it belongs to --mode matmulnbits", where="--accuracy-level", todo="Leave it out")
     if accuracy_level not in (None, 1, 4):
@@ -130,4 +161,4 @@ def export(
         )
     emit(result, as_json)
     if not as_json:
-        say(f"Next: pcq eval {result.path} --data SPEC")
+        say(f"Next: {shlex.join(['pcq', 'eval', str(result.path), '--data', 'SPEC'])}")

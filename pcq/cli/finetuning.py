@@ -1,5 +1,6 @@
 """``pcq finetune``."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -7,7 +8,7 @@ import typer
 
 from pcq.cli.app import app
 from pcq.cli.frame import answers, bar, emit, first, say
-from pcq.cli.options import AllowGlobal, Arch, Force, Json, Model, Set, UnsafePickle
+from pcq.cli.options import AllowGlobal, Arch, Force, Json, Key, Model, Set, UnsafePickle
 
 
 @app.command()
@@ -58,6 +59,7 @@ def finetune(
     tensorboard: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write the metrics for TensorBoard too.")
     ] = None,
+    key: Key = None,
     allow_global: AllowGlobal = None,
     unsafe_pickle: UnsafePickle = False,
     force: Force = False,
@@ -89,6 +91,7 @@ def finetune(
             save_every=save_every,
             shard=shard,
             tensorboard=tensorboard,
+            key=key,
             allow_globals=allow_global or (),
             unsafe_pickle=unsafe_pickle,
             force=force,
@@ -96,4 +99,4 @@ def finetune(
         )
     emit(result, as_json)
     if not as_json and first():
-        say(f"Next: pcq export {result.path} --onnx")
+        say(f"Next: {shlex.join(['pcq', 'export', str(result.path), '--onnx'])}")

@@ -30,11 +30,16 @@ P = ParamSpec("P")
 
 
 def console(*, stderr: bool = False) -> "Console":
-    """A rich console; wide where nobody is looking, so that tables in logs and pipes are not folded."""
+    """A rich console; wide where nobody is looking, so that tables in logs and pipes are not folded.
+
+    Text is text: ``net.py:boom`` and ``[1]`` in the names of files and weights are no emoji and no markup.
+    """
     from rich.console import Console
 
-    shown = Console(stderr=stderr, highlight=False)
-    return shown if shown.is_terminal else Console(stderr=stderr, highlight=False, width=max(shown.width, 160))
+    shown = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    if not shown.is_terminal:
+        shown.width = max(shown.width, 160)
+    return shown
 
 
 def first() -> bool:
@@ -44,7 +49,7 @@ def first() -> bool:
 
 def say(message: str) -> None:
     """One line on standard error."""
-    console(stderr=True).print(message, markup=False, soft_wrap=True)
+    console(stderr=True).print(message, soft_wrap=True)
 
 
 def answers(command: Callable[P, None]) -> Callable[P, None]:
@@ -82,7 +87,7 @@ def emit(result: object, as_json: bool) -> None:
     if as_json:
         print(json.dumps(report.to_json(result), indent=1))
     else:
-        console().print(report.render(result))
+        console().print(report.render(result), crop=False)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import typer
 
 from pcq.cli.app import app
 from pcq.cli.frame import answers, bar, emit
-from pcq.cli.options import AllowGlobal, Arch, Json, UnsafePickle
+from pcq.cli.options import AllowGlobal, Arch, Json, Key, UnsafePickle
 from pcq.errors import PcqError
 
 
@@ -22,10 +22,13 @@ def inspect(
         str | None,
         typer.Option(metavar="KIND", help="Plot a proximal map instead: hard, binaryrelax, proxquant or parq."),
     ] = None,
-    levels: Annotated[str, typer.Option(help="With --prox: the levels, separated by commas.")] = "-1,0,1",
+    levels: Annotated[
+        str | None, typer.Option(help="With --prox: the levels, separated by commas (default: -1,0,1).")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="With --prox: the PNG (default: prox-KIND.png).")
     ] = None,
+    key: Key = None,
     allow_global: AllowGlobal = None,
     unsafe_pickle: UnsafePickle = False,
     as_json: Json = False,
@@ -34,11 +37,16 @@ def inspect(
     from pcq import commands
 
     if prox is not None:
-        emit(commands.plot_prox(prox, levels, out), as_json)
+        if path is not None:
+            raise PcqError("a file and a proximal map are two things", where=str(path), todo="Leave one of them out")
+        emit(commands.plot_prox(prox, "-1,0,1" if levels is None else levels, out), as_json)
         return
+    if levels is not None or out is not None:
+        where = "--levels" if levels is not None else "--out"
+        raise PcqError("it belongs to --prox", where=where, todo="Say which map: --prox parq")
     if path is None:
         raise PcqError("nothing to inspect", todo="Name a file, or a proximal map with --prox KIND")
-    emit(commands.inspect(path, allow_globals=allow_global or (), unsafe_pickle=unsafe_pickle), as_json)
+    emit(commands.inspect(path, key=key, allow_globals=allow_global or (), unsafe_pickle=unsafe_pickle), as_json)
 
 
 @app.command(name="eval")
@@ -61,6 +69,7 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only the first so many samples.", show_default=False)
     ] = None,
+    key: Key = None,
     allow_global: AllowGlobal = None,
     unsafe_pickle: UnsafePickle = False,
     as_json: Json = False,
@@ -77,6 +86,7 @@ def evaluate(
             split=split,
             batch=batch,
             limit=limit,
+            key=key,
             allow_globals=allow_global or (),
             unsafe_pickle=unsafe_pickle,
             progress=progress,

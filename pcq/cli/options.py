@@ -32,6 +32,11 @@ Set = Annotated[
     typer.Option("--set", metavar="PATH=VALUE", help="Change the recipe, as in rules.0.levels.bits=4; repeatable."),
 ]
 
+Key = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Which state dict to open, where a checkpoint holds several, such as ema."),
+]
+
 AllowGlobal = Annotated[
     list[str] | None,
     typer.Option(metavar="PKG.CLASS", help="Let a pickled model load this class; repeatable."),

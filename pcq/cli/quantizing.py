@@ -1,5 +1,6 @@
 """``pcq quantize``."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -7,7 +8,7 @@ import typer
 
 from pcq.cli.app import app
 from pcq.cli.frame import answers, bar, emit, say
-from pcq.cli.options import AllowGlobal, Arch, Force, Input, Json, Model, Set, UnsafePickle, shape_of
+from pcq.cli.options import AllowGlobal, Arch, Force, Input, Json, Key, Model, Set, UnsafePickle, shape_of
 from pcq.errors import PcqError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def quantize(
     ] = None,
     arch: Arch = None,
     overrides: Set = None,
+    key: Key = None,
     allow_global: AllowGlobal = None,
     unsafe_pickle: UnsafePickle = False,
     calib: Annotated[
@@ -101,6 +103,7 @@ def quantize(
         recipe if recipe is not None else commands.everything(budget or ""),
         arch=arch,
         overrides=overrides or (),
+        key=key,
         allow_globals=allow_global or (),
         unsafe_pickle=unsafe_pickle,
     )
@@ -120,7 +123,7 @@ def quantize(
         result = commands.run(planned, out, calibration=calibration, budget=budget, force=force, progress=progress)
     emit(result, as_json)
     if not as_json:
-        say(f"Next: pcq export {result.path} --onnx")
+        say(f"Next: {shlex.join(['pcq', 'export', str(result.path), '--onnx'])}")
 
 
 def _onnx(

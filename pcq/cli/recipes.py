@@ -8,7 +8,7 @@ import typer
 
 from pcq.cli.app import recipes_app
 from pcq.cli.frame import answers, emit
-from pcq.cli.options import AllowGlobal, Arch, Json, Set, UnsafePickle
+from pcq.cli.options import AllowGlobal, Arch, Json, Key, Set, UnsafePickle
 
 
 @recipes_app.command(name="list")
@@ -36,6 +36,7 @@ def recipes_check(
     model: Annotated[Path | None, typer.Argument(help="A checkpoint to plan it for.", show_default=False)] = None,
     arch: Arch = None,
     overrides: Set = None,
+    key: Key = None,
     allow_global: AllowGlobal = None,
     unsafe_pickle: UnsafePickle = False,
     as_json: Json = False,
@@ -48,6 +49,7 @@ def recipes_check(
         model,
         arch=arch,
         overrides=overrides or (),
+        key=key,
         allow_globals=allow_global or (),
         unsafe_pickle=unsafe_pickle,
     )

@@ -92,6 +92,7 @@ def analyze(
     input_shape: tuple[int, ...] | None = None,
     arch: str | None = None,
     overrides: Sequence[str] = (),
+    key: str | None = None,
     allow_globals: Sequence[str] = (),
     unsafe_pickle: bool = False,
     plot: str | Path | None = None,
@@ -107,7 +108,7 @@ def analyze(
         samples: how many; default 128, or four fifths of what is there.
         seed: which samples are drawn.
         input_shape: one sample's shape, for ``random`` where the architecture does not tell.
-        arch, overrides, allow_globals, unsafe_pickle: as for :func:`pcq.quantize`.
+        arch, overrides, key, allow_globals, unsafe_pickle: as for :func:`pcq.quantize`.
         plot: a PNG to draw.
         progress: called after each measurement.
 
@@ -115,7 +116,7 @@ def analyze(
         PcqError: the model, the recipe, the samples or the plot's path are not usable.
     """
     planned = plan(
-        model, recipe, arch=arch, overrides=overrides, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle
+        model, recipe, arch=arch, overrides=overrides, key=key, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle
     )
     chosen = [entry for entry in planned.plan.quantized if entry.parameter.tied_to is None]
     if not chosen:

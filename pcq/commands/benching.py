@@ -145,7 +145,7 @@ def bench(
         from pcq.plots import require_matplotlib
 
         require_matplotlib()
-        checkpoint.refuse_overwrite(Path(plot), inputs=[Path(path) for path in paths], force=True)
+        checkpoint.refuse_overwrite(Path(plot), ".png", inputs=[Path(path) for path in paths], force=True)
     cores = os.cpu_count() or 1
     counts = list(dict.fromkeys(min(count, cores) or cores for count in threads))
     files, shape = _files([Path(path) for path in paths], arch, tuple(input_shape) if input_shape else None)

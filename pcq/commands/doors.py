@@ -4,6 +4,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from pcq.commands.networks import load_network
 from pcq.errors import CheckFailed, PcqError
 from pcq.progress import Progress, silent
 
+WRITTEN = b'{\n "quantization_config": {\n  "quant_method": "compressed-tensors"'
+"""How ``config.json`` begins in a folder of :func:`export_compressed`, and in no model's own."""
 Door = Literal["state-dict", "pt2", "compressed-tensors"]
 
 
@@ -66,7 +69,7 @@ def export_state_dict(artifact: str | Path, out: str | Path | None = None, *, fo
     """
     source, stored = _opened(artifact)
     path = Path(out) if out is not None else source.with_suffix(".float.safetensors")
-    checkpoint.refuse_overwrite(path, inputs=[source], force=force)
+    checkpoint.refuse_overwrite(path, ".safetensors", inputs=[source], force=force)
     state = {name: tensor.contiguous().clone() for name, tensor in stored.state_dict().items()}
     with checkpoint.atomic(path) as draft:
         save_file(state, draft, metadata={"format": "pt"})
@@ -101,7 +104,7 @@ def export_pt2(
     """
     source, stored = _opened(artifact)
     path = Path(out) if out is not None else source.with_suffix(".pt2")
-    checkpoint.refuse_overwrite(path, inputs=[source], force=force)
+    checkpoint.refuse_overwrite(path, ".pt2", inputs=[source], force=force)
     network = load_network(stored, source, arch)
     shape = tuple(input_shape) if input_shape else network.input_shape
     if shape is None:
@@ -163,7 +166,7 @@ def export_compressed(
         artifact: a file that ``quantize`` or ``finetune`` wrote.
         out: the folder; default: the artifact's name with ``.compressed``.
         arch: the architecture; known, it tells a Linear from other matrices.
-        force: replace a folder at ``out``.
+        force: replace a folder at ``out`` that pcq did not write; never one with other files.
         progress: called for each weight.
 
     Raises:
@@ -172,8 +175,7 @@ def export_compressed(
     """
     source, stored = _opened(artifact)
     path = Path(out) if out is not None else source.with_suffix(".compressed")
-    if path.exists() and not (force and (path / "config.json").is_file()):
-        raise PcqError("there is something already", where=str(path), todo="Give another name, or replace it: --force")
+    refuse_folder(path, force)
     kinds = _kinds(stored, source, arch)
     packed: dict[str, compressed.Integers] = {}
     kept: list[tuple[str, str]] = []
@@ -206,6 +208,25 @@ def export_compressed(
     return DoorResult(path, source, "compressed-tensors", count, len(packed), tuple(kept), nbytes, proof)
 
 
+def refuse_folder(path: Path, force: bool) -> None:
+    """Let pass a folder that is new, was written by :func:`export_compressed`, or may be replaced by ``force``.
+
+    Raises:
+        PcqError: a file of that name, a folder of somebody else's, or one with other files, which are never deleted.
+    """
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise PcqError("cannot be written: it is a file", where=str(path), todo="Name a folder")
+    if others := sorted(file.name for file in path.iterdir() if file.name not in ("config.json", "model.safetensors")):
+        what = f"there is a folder already, with other files: {', '.join(others[:4])}"
+        raise PcqError(what, where=str(path), todo="Give another name")
+    config = path / "config.json"
+    if not force and not (config.is_file() and config.read_bytes().startswith(WRITTEN)):
+        todo = "Give another name, or replace it with --force"
+        raise PcqError("there is a folder already, and pcq did not write it", where=str(path), todo=todo)
+
+
 def _write_folder(path: Path, tensors: dict[str, Tensor], described: str) -> None:
     """The folder appears whole or not at all."""
     draft = path.resolve().with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.partial")
@@ -214,7 +235,9 @@ def _write_folder(path: Path, tensors: dict[str, Tensor], described: str) -> Non
             draft.mkdir(mode=0o700)
             save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
             (draft / "config.json").write_text(described)
-            draft.chmod(0o755)
+            mode = stat.S_IMODE((draft / "config.json").stat().st_mode)
+            (draft / "model.safetensors").chmod(mode)  # safetensors lets only its owner read it
+            draft.chmod(mode | (mode & 0o444) >> 2)
             if path.exists():
                 shutil.rmtree(path)
             os.replace(draft, path)

@@ -117,9 +117,9 @@ def export_onnx(
 
     source = Path(artifact)
     path = Path(out) if out is not None else source.with_suffix(ONNX_SUFFIX)
-    checkpoint.refuse_overwrite(path, inputs=[source], force=force)
     if source.is_file() and source.suffix != ".safetensors" and not checkpoint.is_artifact(source):
         raise PcqError("this is not an artifact of pcq", where=str(source), todo="Make one first with `pcq quantize`")
+    checkpoint.refuse_overwrite(path, ".onnx", inputs=[source], force=force)
     stored = checkpoint.read_artifact(source)
     network = load_network(stored, source, arch)
     shape = tuple(input_shape) if input_shape else network.input_shape

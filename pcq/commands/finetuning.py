@@ -114,6 +114,7 @@ def finetune(
     save_every: int | None = None,
     shard: bool = False,
     tensorboard: str | Path | None = None,
+    key: str | None = None,
     allow_globals: Sequence[str] = (),
     unsafe_pickle: bool = False,
     force: bool = False,
@@ -144,6 +145,7 @@ def finetune(
         save_every: steps between saves of what a run can go on from; default: every two minutes.
         shard: of several processes, each holds a part of every parameter (FSDP2).
         tensorboard: a folder for TensorBoard, which gets the numbers of the metrics too, under the artifact's name.
+        key: which state dict to open, where a checkpoint holds several.
         allow_globals: ``package.Class`` names that a pickled model may load.
         unsafe_pickle: load a pickle that can execute code. Only for files you trust.
         force: replace a file at ``out`` that pcq did not write, and what an interrupted run has left.
@@ -176,9 +178,9 @@ def finetune(
     if settings.activations and here.shard:
         what = "sharded weights cannot train with 8-bit activations, which are rounded where whole weights are read"
         raise PcqError(what, where="--shard", todo="Leave it out: each process then has the whole network")
-    planned = plan(model, rules, arch=arch, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle)
+    planned = plan(model, rules, arch=arch, key=key, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle)
     files = Files.beside(Path(out) if out is not None else default_path(planned.model, f"{rules.name}.ft"))
-    checkpoint.refuse_overwrite(files.artifact, inputs=[planned.model], force=force)
+    checkpoint.refuse_overwrite(files.artifact, ".safetensors", inputs=[planned.model], force=force)
     if files.saved.exists() and not (resume or force):
         todo = "Go on with it by --resume, or start over with --force"
         raise PcqError("a run was interrupted here", where=str(files.saved), todo=todo)

@@ -23,7 +23,7 @@ class RecipeView:
 
 
 def inspect(
-    path: str | Path, *, allow_globals: Sequence[str] = (), unsafe_pickle: bool = False
+    path: str | Path, *, key: str | None = None, allow_globals: Sequence[str] = (), unsafe_pickle: bool = False
 ) -> "FileView | RecipeView":
     """Say what a file is: a checkpoint, an artifact, a recipe or an ONNX file.
 
@@ -39,14 +39,15 @@ def inspect(
         return inspect_onnx(path)
     if checkpoint.is_artifact(path):
         return _inspect_artifact(path)
-    source = sources.open_source(path, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle)
+    source = sources.open_source(path, key=key, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle)
     shapes = {name: source.shape(name) for name in source.names}
     notes = list(source.notes)
     _, arch = architecture(source, shapes, None, notes)
     facts = [("architecture", arch or "not recognised"), *(("note", note) for note in notes)]
     facts += [("tied", f"{name} is {owner}") for name, owner in source.tied.items()]
     rows = tuple(float_view(name, shapes[name], source.dtype(name)) for name in source.names)
-    return FileView(path, "float checkpoint", tuple(facts), rows, source.nbytes)
+    whole = path.is_file() and path.suffix != ".json"  # else an index or a folder: several files
+    return FileView(path, "float checkpoint", tuple(facts), rows, path.stat().st_size if whole else source.nbytes)
 
 
 def _inspect_artifact(path: Path) -> FileView:
@@ -71,6 +72,7 @@ def check(
     *,
     arch: str | None = None,
     overrides: Sequence[str] = (),
+    key: str | None = None,
     allow_globals: Sequence[str] = (),
     unsafe_pickle: bool = False,
 ) -> RecipeView:
@@ -82,7 +84,7 @@ def check(
     loaded = load_recipe(recipe, overrides)
     if model is None:
         return RecipeView(str(recipe), loaded, None)
-    planned = plan(model, loaded, arch=arch, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle)
+    planned = plan(model, loaded, arch=arch, key=key, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle)
     return RecipeView(str(recipe), loaded, planned)
 
 

@@ -43,9 +43,17 @@ def load_network(stored: "checkpoint.Artifact", path: Path, arch: str | None = N
 
 
 def open_network(
-    path: str | Path, arch: str | None = None, *, allow_globals: Sequence[str] = (), unsafe_pickle: bool = False
+    path: str | Path,
+    arch: str | None = None,
+    *,
+    otherwise: str | None = None,
+    key: str | None = None,
+    allow_globals: Sequence[str] = (),
+    unsafe_pickle: bool = False,
 ) -> Network:
     """The network in a float checkpoint or an artifact, with its weights loaded, in eval mode.
+
+    ``otherwise`` is the architecture of a checkpoint that neither names its own nor is recognised.
 
     Raises:
         PcqError: the architecture is not known, or the weights do not fit it.
@@ -53,25 +61,41 @@ def open_network(
     path = Path(path)
     if checkpoint.is_artifact(path):
         return load_network(checkpoint.read_artifact(path), path, arch)
-    source = sources.open_source(path, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle)
+    source = sources.open_source(path, key=key, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle)
     ready = source.module() if arch is None else None
     if ready is not None:
         return Network(ready, str(path), None)
     shapes = {name: source.shape(name) for name in source.names}
     spec = arch or source.arch
     if spec is None:
-        recognised = models.recognise(shapes)
-        if recognised is None:
-            raise PcqError(
-                "the architecture was not recognised",
-                where=str(path),
-                todo="Name it: --arch torchvision:resnet18, --arch timm:NAME, or --arch file.py:function",
-            )
-        spec = recognised.arch
+        try:
+            recognised = models.recognise(shapes)
+        except models.Ambiguous:
+            if otherwise is None:
+                raise
+            recognised = None
+        spec = recognised.arch if recognised is not None else otherwise
+    if spec is None:
+        raise PcqError(
+            "the architecture was not recognised",
+            where=str(path),
+            todo="Name it: --arch torchvision:resnet18, --arch timm:NAME, or --arch file.py:function",
+        )
     spec = models.complete(spec, shapes)
     module = models.build(spec)
     models.load_state(module, {name: source.tensor(name) for name in source.names}, spec)
     return Network(module.eval(), spec, models.example_shape(spec))
+
+
+def recorded(path: Path) -> str | None:
+    """The architecture spec in an artifact, or in an ONNX file made from one; None where there is none."""
+    if path.suffix == ONNX_SUFFIX:
+        import onnx
+
+        entries = onnx.load(path, load_external_data=False).metadata_props
+        spec = next((entry.value for entry in entries if entry.key == "pcq.arch"), None)
+        return spec if spec is not None and ":" in spec else None  # in words where it is an exported program
+    return checkpoint.read_artifact(path).arch if checkpoint.is_artifact(path) else None
 
 
 def architecture(

@@ -146,7 +146,7 @@ def run_onnx(
 
     start = time.perf_counter()
     path = Path(out) if out is not None else planned.model.with_suffix(f".{planned.recipe.name}.onnx")
-    checkpoint.refuse_overwrite(path, inputs=[planned.model], force=force)
+    checkpoint.refuse_overwrite(path, ".onnx", inputs=[planned.model], force=force)
     trials = [read_sample(Path(sample)) for sample in samples]
     opened = onnx_input.open_graph(planned.model)
     inventory = onnx_input.take_inventory(opened)

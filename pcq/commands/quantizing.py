@@ -93,6 +93,7 @@ def plan(
     *,
     arch: str | None = None,
     overrides: Sequence[str] = (),
+    key: str | None = None,
     allow_globals: Sequence[str] = (),
     unsafe_pickle: bool = False,
 ) -> Planned:
@@ -104,6 +105,7 @@ def plan(
         arch: the architecture, such as ``torchvision:resnet18``; needed only where it is not recognised and a later
             step runs the network.
         overrides: ``path=value`` changes of the recipe, such as ``rules.0.levels.bits=4``.
+        key: which state dict to open, where a checkpoint holds several.
         allow_globals: ``package.Class`` names that a pickled model may load.
         unsafe_pickle: load a pickle that can execute code. Only for files you trust.
 
@@ -111,7 +113,7 @@ def plan(
         PcqError: the model, the recipe or the architecture is not usable; the message says what to do.
     """
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-    source = sources.open_source(Path(model), allow_globals=allow_globals, unsafe_pickle=unsafe_pickle)
+    source = sources.open_source(Path(model), key=key, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle)
     notes = list(source.notes)
     shapes = {name: source.shape(name) for name in source.names}
     dtypes = {name: source.dtype(name) for name in source.names}
@@ -154,7 +156,7 @@ def run(
     if budget is not None:
         planned = replace(planned, recipe=replace(planned.recipe, name=named(planned.recipe, budget)))
     path = Path(out) if out is not None else default_path(planned.model, planned.recipe.name)
-    checkpoint.refuse_overwrite(path, inputs=[planned.model], force=force)
+    checkpoint.refuse_overwrite(path, ".safetensors", inputs=[planned.model], force=force)
     start = time.perf_counter()
     source = planned.source
     allocation = None if budget is None else allocate(planned, budget, calibration, progress)
@@ -225,6 +227,7 @@ def quantize(
     out: str | Path | None = None,
     arch: str | None = None,
     overrides: Sequence[str] = (),
+    key: str | None = None,
     allow_globals: Sequence[str] = (),
     unsafe_pickle: bool = False,
     calibration: Calibration | str | None = None,
@@ -242,7 +245,7 @@ def quantize(
             raise PcqError("neither a recipe nor a budget is given", where="quantize")
         recipe = everything(budget)
     planned = plan(
-        model, recipe, arch=arch, overrides=overrides, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle
+        model, recipe, arch=arch, overrides=overrides, key=key, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle
     )
     if isinstance(calibration, str):
         calibration = Calibration(calibration)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from pcq.commands.networks import ONNX_SUFFIX, open_network
+from pcq.commands.networks import ONNX_SUFFIX, open_network, recorded
 from pcq.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def evaluate(
     split: str = "test",
     batch: int = 256,
     limit: int | None = None,
+    key: str | None = None,
     allow_globals: Sequence[str] = (),
     unsafe_pickle: bool = False,
     progress: Progress = silent,
@@ -44,10 +45,12 @@ def evaluate(
         data: a data spec, such as ``digits`` or ``folder:DIR``; see ``pcq.data``.
         arch: the architecture, where it is neither recorded nor recognised.
         reference: a float checkpoint; agreement (equal top-1) with it is reported, and is all there is to report
-            where the data has no labels.
+            where the data has no labels. Its architecture is the one recorded at ``path``, where nothing else says it.
         split: ``test``, ``val`` or ``train``.
         batch: samples per batch; the scores do not depend on it.
         limit: stop after so many samples.
+        key: which state dict to open, where a checkpoint holds several.
+        allow_globals, unsafe_pickle: as for :func:`pcq.quantize`.
 
     Raises:
         PcqError: the file, the architecture or the data is not usable.
@@ -56,21 +59,29 @@ def evaluate(
     from pcq.scores import evaluate as score
 
     opened = open_data(data, split)
-    predict, runtime = predictor(Path(path), arch, allow_globals, unsafe_pickle)
+    predict, runtime = predictor(Path(path), arch, None, key, allow_globals, unsafe_pickle)
     compared = None
     if reference is not None:
-        compared, _ = predictor(Path(reference), arch, allow_globals, unsafe_pickle)
+        known = None if arch is not None else recorded(Path(path))
+        compared, _ = predictor(Path(reference), arch, known, key, allow_globals, unsafe_pickle)
     scores = score(predict, opened, reference=compared, batch=batch, limit=limit, progress=progress)
     return EvalResult(Path(path), opened.describe(), runtime, scores)
 
 
 def predictor(
-    path: Path, arch: str | None, allow_globals: Sequence[str], unsafe_pickle: bool
+    path: Path,
+    arch: str | None,
+    otherwise: str | None,
+    key: str | None,
+    allow_globals: Sequence[str],
+    unsafe_pickle: bool,
 ) -> "tuple[Callable[[Tensor], Tensor], str]":
     """What runs the file, and in which runtime."""
     from pcq.scores import module_predictor, onnx_predictor
 
     if path.suffix == ONNX_SUFFIX:
         return onnx_predictor(path), "ONNX Runtime"
-    network = open_network(path, arch, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle)
+    network = open_network(
+        path, arch, otherwise=otherwise, key=key, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle
+    )
     return module_predictor(network.module), "torch"

@@ -29,7 +29,7 @@ class FileView:
         kind: what it is, in words.
         facts: further findings, label and value.
         tensors: one row a tensor.
-        nbytes: size on disk (of all its files).
+        nbytes: size on disk (of all its files; of a checkpoint in several, of its tensors).
     """
 
     path: Path

@@ -3,6 +3,7 @@
 The checkpoints were trained by ``tests/benchmarks/train_float.py``; the JSON beside each says how and how well.
 """
 
+import shlex
 import shutil
 import time
 from dataclasses import dataclass
@@ -87,10 +88,10 @@ def run(data: str = "digits", out: str | Path = "pcq-demo", *, progress: Progres
                 in_ort.scores.top1,
             )
         )
-    last = folder / f"{stem}.ternary"
+    last = f"{stem}.ternary"
     next_steps = (
-        f"pcq inspect {last}.onnx",
-        f"pcq eval {last}.safetensors --data {data} --reference {model} --arch '{arch}'",
+        shlex.join(["pcq", "inspect", str(folder / f"{last}.onnx")]),
+        shlex.join(["pcq", "eval", str(folder / f"{last}.safetensors"), "--data", data, "--reference", str(model)]),
         "pcq recipes list",
         "pcq quantize YOUR-MODEL.pt --recipe w4",
     )

@@ -33,6 +33,8 @@ FUSED = {"Conv": "QLinearConv", "Gemm": "QGemm", "MatMul": "DynamicQuantizeMatMu
 PARTLY_FUSED = "MatMulIntegerToFloat"
 """What MatMul becomes where several read one quantized input."""
 
+NO_SAMPLES = "static int8 needs calibration samples"
+
 FARTHEST = 0.5
 """Relative L2 distance from the float file beyond which a file is refused, whatever was allowed."""
 
@@ -128,11 +130,14 @@ def write_int8(
     reasons = dict(found.left)
     chosen = _without(found.sites, keep, reasons)
     if calibration is None and not known and any(site.activations == "static" for site in chosen):
-        reasons |= {site.weight: "static int8 needs calibration samples" for site in chosen
+        reasons |= {site.weight: NO_SAMPLES for site in chosen
                     if site.activations == "static"}  # fmt: skip
         chosen = [site for site in chosen if site.activations == "dynamic"]
+    if not chosen and calibration is None and NO_SAMPLES in reasons.values():
+        raise PcqError("the layers that can run in int8 need samples to observe ranges on, and none are given",
+                       where=str(out), todo="Give some: --calib folder:DIR")  # fmt: skip
     if not chosen:
-        raise PcqError("no layer of this network can run in int8", where=str(exact),
+        raise PcqError("no layer of this network can run in int8", where=str(out),
                        allowed="Conv, Gemm and MatMul with evenly spaced levels per tensor or channel",
                        todo="; ".join(f"{name}: {why}" for name, why in list(reasons.items())[:3]))  # fmt: skip
     spans = work.observe(chosen, progress)

@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from pcq import commands
-from pcq.report.forms import decibels, finite, render, size, table, to_json
+from pcq.report.forms import decibels, finite, render, size, table, to_json, verbatim
 from pcq.sensitivity import Drift
 
 
@@ -37,11 +37,11 @@ def _(result: commands.AnalyzeResult) -> RenderableType:
             notes.append("Invented samples order the weights; what the figures are on real data is not known.")
     else:
         notes.append("Without samples: ranked by noise / signal of the weights alone. `--calib SPEC` measures more.")
-    if result.overrides:
-        notes.append(f"To paste under `rules:`, before the others (adds {size(result.added)}):\n{result.overrides}")
     if result.plot is not None:
         notes.append(f"Drawn: {result.plot}")
-    return Group(made, Text("\n".join(notes)))
+    if result.overrides:
+        notes.append(f"To paste under `rules:`, before the others (adds {size(result.added)}):")
+    return Group(made, Text("\n".join(notes)), *([verbatim(result.overrides)] if result.overrides else []))
 
 
 def _drift(found: Drift | None) -> tuple[str, str, str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
+from rich.text import Text
 
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -45,6 +46,11 @@ def table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
     for column in columns:
         made.add_column(column, justify="right" if column in right else "left", overflow="fold")
     return made
+
+
+def verbatim(text: str) -> Text:
+    """What is to be pasted: its lines are not folded, however narrow the terminal."""
+    return Text(text, no_wrap=True, overflow="ignore")
 
 
 @singledispatch

@@ -23,16 +23,21 @@ def _(result: commands.Planned) -> RenderableType:
         right=("rule", "bytes"),
     )
     kept: Counter[str] = Counter()
+    tied = []
     for entry in result.plan.entries:
         name = entry.parameter.name
         if isinstance(entry, Quantized):
             made.add_row(name, shape(entry.parameter.shape), entry.text, str(entry.rule + 1), size(entry.nbytes))
-        elif entry.parameter.kind in ("norm", "bias", "buffer") or entry.parameter.tied_to:
+        elif entry.parameter.tied_to is not None:
+            tied.append(f"{name} is {entry.parameter.tied_to}")
+        elif entry.parameter.kind in ("norm", "bias", "buffer"):
             kept[entry.reason] += 1
         else:
             made.add_row(name, shape(entry.parameter.shape), f"float: {entry.reason}", "", size(entry.nbytes))
     rest = ", ".join(f"{count} {reason}" for reason, count in kept.items())
-    return Group(made, Text(f"Left float as well: {rest}." if rest else "No other tensors."))
+    lines = [f"Left float as well: {rest}." if rest else "No other tensors."]
+    lines += [f"Tied, and stored once: {', '.join(tied)}."] if tied else []
+    return Group(made, Text("\n".join(lines)))
 
 
 @to_json.register

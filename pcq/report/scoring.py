@@ -7,7 +7,7 @@ from rich.text import Text
 
 from pcq import commands
 from pcq.demo import DemoResult
-from pcq.report.forms import percent, render, size, table, to_json
+from pcq.report.forms import percent, render, size, table, to_json, verbatim
 
 
 @render.register
@@ -59,7 +59,7 @@ def _(result: DemoResult) -> RenderableType:
             percent(row.torch_top1),
             percent(row.onnx_top1),
         )
-    return Group(made, Text("What to type next:"), *[Text(f"  {line}") for line in result.next_steps])
+    return Group(made, Text("What to type next:"), *[verbatim(f"  {line}") for line in result.next_steps])
 
 
 @to_json.register

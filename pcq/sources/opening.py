@@ -175,8 +175,11 @@ def refuse_foreign(path: Path, head: bytes) -> None:
     """
     text = head.lstrip().lower()
     if path.suffix == ".onnx":
-        todo = f"ONNX input comes in a later version. {SAVE_STATE}"
-        raise PcqError("it is an ONNX file, and pcq quantizes PyTorch checkpoints", where=str(path), todo=todo)
+        todo = (
+            "`pcq quantize`, or pcq.commands.quantize_onnx, packs ONNX models; for anything else save the network's "
+            "weights as a state dict: torch.save(model.state_dict(), 'weights.pt')"
+        )
+        raise PcqError("it is an ONNX file, and this takes PyTorch checkpoints", where=str(path), todo=todo)
     if text.startswith(b"version https://git-lfs"):
         todo = "Run `git lfs pull` where it came from"
         raise PcqError("it is a git-lfs pointer, not the file itself", where=str(path), todo=todo)

@@ -25,6 +25,7 @@ from pcq.sources.safetensors import pick, read_index
 from pcq.sources.source import Entry
 from pcq.sources.tensors import tensor_entries
 from pcq.sources.wrappers import find_state, listed
+from pcq.torchvision_compat import declare_operators
 
 RUNS_CODE = re.compile(
     r"(posix|nt|os|sys|subprocess|shutil|socket|importlib|runpy|pty|webbrowser|ctypes|code|pdb|operator)\."
@@ -92,6 +93,8 @@ def open_pickle(path: Path, asked: Asked) -> Opened:
 def load(path: Path, asked: Asked) -> Any:
     """``torch.load`` on the CPU, mapped where the format allows, with nothing but tensors and plain data allowed."""
     mapped = zipfile.is_zipfile(path)
+    if asked.allow_globals or asked.unsafe_pickle:
+        declare_operators()  # the classes may be torchvision's
     allowed = PLAIN_DATA + [resolve(name) for name in asked.allow_globals]
     if asked.allow_globals:
         allowed += layer_classes()
