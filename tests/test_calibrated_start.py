@@ -1,5 +1,6 @@
 """``pcq finetune --calib``: the start rounds to the calibrated network, keeps its levels, and a run can be resumed."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,9 @@ def test_the_calibrated_row_is_that_of_quantize(straight, tmp_path) -> None:
     assert stored.calibration == {"data": "digits", "method": "gptq", "samples": 64, "seed": 0, "refine": 8}
 
 
-def test_resumed_is_uninterrupted_and_another_calibration_is_refused(straight, tmp_path) -> None:
+def test_resumed_is_uninterrupted_and_another_run_is_refused_before_calibration(
+    straight, tmp_path, monkeypatch
+) -> None:
     out = tmp_path / "x.safetensors"
 
     def stop(stage: str, done: int, total: int) -> None:
@@ -84,9 +87,16 @@ def test_resumed_is_uninterrupted_and_another_calibration_is_refused(straight, t
 
     with pytest.raises(Interrupted):
         tune(out, progress=stop)
-    for other in (None, Calibration("digits", 64, "gptq", seed=1, refine=8)):
-        with pytest.raises(PcqError, match="another calibration"):
-            tune(out, calibration=other, resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("pcq.commands.starting.calibrated", lambda *_: pytest.fail("it calibrates"))
+        for change in ({"seed": 1}, {"samples": 65}, {"refine": 0}, {"data": "random", "refine": None}, None):
+            other = None if change is None else replace(CALIB, **change)
+            with pytest.raises(PcqError, match="another calibration"):
+                tune(out, calibration=other, resume=True)
+        with pytest.raises(PcqError, match="another recipe"):
+            tune(out, seed=1, resume=True)
+        with pytest.raises(PcqError, match="no interrupted run"):
+            tune(tmp_path / "y.safetensors", resume=True)
     tune(out, resume=True)
     assert out.read_bytes() == straight.path.read_bytes()
 

@@ -63,8 +63,8 @@ class Calibration:
         """Optimizer steps for each block."""
         return 0 if self.data == RANDOM else REFINE if self.refine is None else self.refine
 
-    def to_json(self, samples: int) -> dict[str, object]:
-        """What an artifact records of it; ``samples`` were used."""
+    def to_json(self, samples: int | None) -> dict[str, object]:
+        """What an artifact records of it; ``samples`` were used, or asked for."""
         said = {"data": self.data, "method": self.solver, "samples": samples, "seed": self.seed}
         return {**said, "refine": self.refinement}
 

@@ -156,7 +156,7 @@ def finetune(
         CheckFailed: the loss is not a number any more, weights are off their levels, or the file is not as predicted.
         KeyboardInterrupt: SIGINT or SIGTERM; the message says how to go on.
     """
-    from pcq.train import board, loop, report
+    from pcq.train import board, loop, report, saving
     from pcq.train.splits import open_splits
 
     begun = time.perf_counter()
@@ -189,11 +189,17 @@ def finetune(
     if splits.train.labels is None:
         settings = replace(settings, distill=1.0)
         rules = replace(rules, finetune=settings)
+    mark = fingerprint(planned, rules, splits, data, scratch, calibration)
+    if resume:
+        if here.first:
+            saving.check(files.saved, mark)
+        here.wait()  # before calibration, which takes minutes
     original = build(planned)
     module = original_or_new(planned, original, settings.seed if scratch else None).to(here.device)
     begin = None
     if calibration is not None:
         begin = starting.start(planned, calibration, module, splits.plain.shape, here, progress)
+        mark["number of calibration samples"] = str(begin.calibrated.outcome.samples)
     fixed = freeze(module, planned, settings, begin)
     weights = targets(planned.plan, dict(module.named_parameters()))
     if begin is not None:
@@ -207,7 +213,7 @@ def finetune(
         settings,
         files.saved,
         files.metrics,
-        fingerprint(planned, rules, splits, data, scratch, begin),
+        mark,
         save_every,
         here,
         None if tensorboard is None else Path(tensorboard),
@@ -350,9 +356,9 @@ def freeze(
 
 
 def fingerprint(
-    planned: Planned, recipe: Recipe, splits: "Splits", data: str, scratch: bool, begin: starting.Start | None
+    planned: Planned, recipe: Recipe, splits: "Splits", data: str, scratch: bool, calibration: Calibration | None
 ) -> dict[str, str]:
-    """What has to be the same for a run to go on."""
+    """What has to be the same for a run to go on, as far as it is known from what was asked for."""
     samples = hashlib.sha256()
     for part in (splits.train, splits.val):
         samples.update(f"{part.n} {part.shape}".encode())
@@ -363,9 +369,9 @@ def fingerprint(
     for name in planned.source.names:
         weights.update(name.encode())
         weights.update(planned.source.tensor(name).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    said = "none" if begin is None else json.dumps(begin.calibrated.to_json(), sort_keys=True)
+    asked = None if calibration is None else calibration.to_json(calibration.samples)
     return {
-        "calibration": said,
+        "calibration": "none" if asked is None else json.dumps(asked, sort_keys=True),
         "recipe": json.dumps(recipe.to_json(), sort_keys=True),
         "model": f"{planned.arch}, {'random weights' if scratch else weights.hexdigest()[:16]}",
         "data": f"{data}, {samples.hexdigest()[:16]}",

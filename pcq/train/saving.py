@@ -29,11 +29,20 @@ def load(path: Path, fingerprint: Mapping[str, str]) -> dict[str, Any]:
         PcqError: nothing is there, or it belongs to another run.
         CheckFailed: the file is damaged.
     """
+    return dict(_read(path, fingerprint)["state"])
+
+
+def check(path: Path, fingerprint: Mapping[str, str]) -> None:
+    """Raise what :func:`load` would, by as much of the fingerprint as is known; tensors are not read."""
+    _read(path, fingerprint, mmap=True)
+
+
+def _read(path: Path, fingerprint: Mapping[str, str], mmap: bool = False) -> dict[str, Any]:
     if not path.is_file():
         raise PcqError("there is no interrupted run to go on with", where=str(path), todo="Leave out --resume")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        version, theirs, state = saved["pcq_run"], saved["fingerprint"], saved["state"]
+        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        version, theirs, _ = saved["pcq_run"], saved["fingerprint"], saved["state"]
     except (OSError, EOFError, RuntimeError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
         told = str(error).strip().partition("\n")[0]
         todo = "Start over with --force"
@@ -51,7 +60,7 @@ def load(path: Path, fingerprint: Mapping[str, str]) -> dict[str, Any]:
             if theirs.get(key) != mine
         ]
     )
-    return dict(state)
+    return saved
 
 
 def _difference(theirs: str, mine: str) -> str:
