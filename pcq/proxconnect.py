@@ -257,8 +257,9 @@ class ProxConnect:
     # -- looking, ending, saving --------------------------------------------------------------------------------------
 
     @contextmanager
-    def quantized(self) -> Iterator[None]:
-        """Within it the model has its weights on the nearest levels, to be scored as what it is going to be.
+    def quantized(self) -> Iterator[dict[str, Grid]]:
+        """Within it the model has its weights on the nearest levels (which it gives), to be scored as what it is going
+        to be.
 
         Raises:
             PcqError: a schedule-free optimizer is in its eval mode.
@@ -270,7 +271,7 @@ class ProxConnect:
                 weight.grid = qtensor.fit(weight.quantizer, weight.whole(weight.shown), weight.rows)
             weight.shown.copy_(weight.own(weight.nearest(weight.whole(self._latent(weight)))))
         try:
-            yield
+            yield {name: weight.grid for name, weight in self._weights.items()}
         finally:
             for weight, (before, grid) in zip(self._weights.values(), kept, strict=True):
                 weight.shown.copy_(before)

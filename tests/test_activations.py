@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 import pcq
 from pcq import qtensor
 from pcq.activations import HALF, Names, Range, sums
+from pcq.commands.networks import load_network
+from pcq.data import open_data
 from pcq.demo import HERE
 from pcq.errors import CheckFailed, PcqError
 from pcq.export import verify, write_int8, write_onnx
@@ -22,7 +25,8 @@ from pcq.export.int8 import find_sites, place
 from pcq.qtensor import QuantizedTensor
 from pcq.quantizers import Ternary, Uniform
 from pcq.rows import Rows
-from pcq.train.activations import Simulation, onto, weights8
+from pcq.train import batchnorm, loop
+from pcq.train.activations import Simulation, onto, simulate, weights8
 from pcq.train.learned import LEAST, Learned, Onto
 
 ARCH = "pcq.demo.nets:resnet8?num_classes=10&in_channels=1"
@@ -95,7 +99,8 @@ def quantized(network: nn.Module, last: str = "head.weight") -> Weights:
 def simulated(network: nn.Module, weights: Weights, x: Tensor) -> Simulation:
     """With ranges observed on ``x``."""
     forms = {name: (weight.grid, weight.rows) for name, weight in weights.items()}
-    simulation = Simulation(network, weights8(dict(network.named_parameters()), forms, final=True))
+    levels = {name: weight.grid for name, weight in weights.items()}
+    simulation = Simulation(network, weights8(dict(network.named_parameters()), forms), levels=levels)
     simulation.look(x)
     with simulation.watching(True), torch.no_grad():
         network(x)
@@ -340,6 +345,32 @@ def test_trained_exported_and_resumed(tmp_path: Path) -> None:
     (tmp_path / "z.safetensors").write_bytes(damaged)
     with pytest.raises(CheckFailed, match="have the range"):
         pcq.read_artifact(tmp_path / "z.safetensors")
+
+
+def test_held_out_scores_in_training_are_of_what_the_file_computes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Biases rounded, those of frozen layers too, whatever the BatchNorm statistics."""
+    path, x = tmp_path / "x.safetensors", open_data("digits", "val").take(list(range(50)))
+    scored, seen = loop.scored, []
+
+    def watched(module: nn.Module, job: loop.Job, *rest: Any) -> Any:
+        scores = scored(module, job, *rest)
+        with torch.no_grad():
+            seen.append((batchnorm.statistics(module), module(x)))
+        return scores
+
+    monkeypatch.setattr(loop, "scored", watched)
+    changes = ("finetune.anneal_end=0.5", "finetune.freeze=[layer2.*]")
+    pcq.finetune(DIGITS, "ternary", "digits", out=path, arch=ARCH, activations=8, steps=2, overrides=changes)
+    stored = pcq.read_artifact(path)
+    network = load_network(stored, path, None).module.float().eval()
+    simulate(network, stored.quantized, stored.activations, x[:1])
+    assert len(seen) == 3  # after the last step, and with statistics of training and anew
+    for statistics, y in seen:
+        batchnorm.put(network, statistics)
+        with torch.no_grad():
+            assert torch.equal(network(x), y)
 
 
 def test_what_cannot_be_trained_so() -> None:

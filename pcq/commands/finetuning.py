@@ -218,6 +218,7 @@ def finetune(
         here,
         None if tensorboard is None else Path(tensorboard),
         forms8(planned, module) if settings.activations else None,
+        {name: weight.grid for name, weight in fixed.items()},
     )
     trained = loop.train(job, resume=resume, progress=progress)
     header = checkpoint.make_header(

@@ -53,14 +53,12 @@ MOMENTUM = 0.01
 
 @dataclass(frozen=True)
 class Weight8:
-    """A weight whose layers run in int8: its name, and whether its integers are large (``pcq.export.integers``).
-
-    ``steps``: of the integers, where the weight is final; then biases are rounded as in the file.
-    """
+    """A weight whose layers run in int8: its name, whether its integers are large, and how many are one of its scale
+    (``pcq.export.integers``)."""
 
     name: str
     large: bool
-    steps: Steps | None = None
+    unit: int
 
 
 @dataclass
@@ -89,6 +87,8 @@ class Simulation:
         weights: parameters whose layers run in int8.
         ranges: known ones, by name; where there are none they are observed.
         ranks: the processes that train together, whose parts of a batch are observed as one.
+        levels: of weights that are on them, by name; biases of their layers are rounded as in the file, where no
+            gradient is taken.
 
     Attributes:
         seen: names of the tensors that were rounded.
@@ -101,8 +101,10 @@ class Simulation:
         weights: Mapping[Tensor, Weight8],
         ranges: Mapping[str, Range] | None = None,
         ranks: Ranks = ALONE,
+        levels: Mapping[str, Grid] | None = None,
     ):
         self.weights = WeakIdKeyDictionary(dict(weights))
+        self.levels = dict(levels or {})
         self.ranges: dict[str, Range] = dict(ranges or {})
         self.ranks, self.observing = ranks, False
         self.seen: set[str] = set()
@@ -140,6 +142,15 @@ class Simulation:
             yield
         finally:
             self.observing = before
+
+    @contextmanager
+    def on_levels(self, levels: Mapping[str, Grid]) -> Iterator[None]:
+        """Within it weights are on these levels, and biases rounded accordingly."""
+        before, self.levels = self.levels, dict(levels)
+        try:
+            yield
+        finally:
+            self.levels = before
 
     def rounded(self, x: Tensor, name: str) -> Tensor:
         """``x`` on the levels of the tensor ``name``."""
@@ -267,11 +278,12 @@ class _Watching(TorchFunctionMode):
                 self.simulation.halved.add(codes.name)
             x = self._read(x, static=True)
             span = self.simulation.ranges.get(codes.name)
-            if layer.steps is not None and span is not None and not torch.is_grad_enabled():
+            grid = self.simulation.levels.get(layer.name)
+            if grid is not None and span is not None and not torch.is_grad_enabled():
                 weight, bias = (
                     args[i] if len(args) > i else kwargs.get(key) for i, key in ((1, "weight"), (2, "bias"))
                 )
-                constant = Constant.of(layer.steps, span.scale, bias, len(weight))
+                constant = Constant.of(Steps.of(grid, layer.unit), span.scale, bias, len(weight))
         args, kwargs = ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "input": x})
         made = func(*args, **kwargs)
         made = made if constant is None else constant.onto(made)
@@ -320,7 +332,8 @@ def simulate(
         x: a few samples, to see how the network uses what it computes.
     """
     forms = {name: (weight.grid, weight.rows) for name, weight in quantized.items()}
-    Simulation(module, weights8(dict(module.named_parameters()), forms, final=True), ranges).look(x)
+    levels = {name: weight.grid for name, weight in quantized.items()}
+    Simulation(module, weights8(dict(module.named_parameters()), forms), ranges, levels=levels).look(x)
 
 
 def _depthwise(kind: str, weight: Tensor, x: Tensor) -> bool:
@@ -328,17 +341,12 @@ def _depthwise(kind: str, weight: Tensor, x: Tensor) -> bool:
     return kind != "linear" and weight.shape[1] == 1 and x.shape[1] == len(weight) and weight.ndim <= 4
 
 
-def weights8(
-    parameters: Mapping[str, Tensor], forms: Mapping[str, tuple[Grid, Rows]], final: bool = False
-) -> dict[Tensor, Weight8]:
-    """Which parameters' layers ``pcq export --mode int8`` can run in int8, from the form of their levels.
-
-    ``final``: the levels are those of the file.
-    """
+def weights8(parameters: Mapping[str, Tensor], forms: Mapping[str, tuple[Grid, Rows]]) -> dict[Tensor, Weight8]:
+    """Which parameters' layers ``pcq export --mode int8`` can run in int8, from the form of their levels."""
     from pcq.export.integers import integers_of, large
 
     found = {}
     for name, (grid, rows) in forms.items():
         if not isinstance(form := integers_of(grid, rows), str):
-            found[parameters[name]] = Weight8(name, large(grid), Steps.of(grid, form.unit) if final else None)
+            found[parameters[name]] = Weight8(name, large(grid), form.unit)
     return found

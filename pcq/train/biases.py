@@ -2,8 +2,8 @@
 
 ``pcq.export.int8`` folds BatchNorm into it. It is rounded (``pcq.activations.sums``) to some thousandths of the
 output's levels, a hundred times as coarsely as float32, which decides on which side of a tie a number falls in one of a
-thousand codes. So it is simulated where a finished network is scored; in training BatchNorm's constants move with each
-batch, and it is not.
+thousand codes. So it is simulated where a network is scored; in training BatchNorm's constants move with each batch,
+and it is not.
 """
 
 from dataclasses import dataclass

@@ -8,7 +8,7 @@ step waits for the device.
 import copy
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pcq import shards
 from pcq.activations import Range
 from pcq.errors import CheckFailed, PcqError
+from pcq.grids import Grid
 from pcq.progress import Progress, silent
 from pcq.proxconnect import ProxConnect, Target, Telemetry
 from pcq.qtensor import QuantizedTensor
@@ -64,6 +65,7 @@ class Job:
         ranks: the processes that train together; the first one writes the files.
         board: TensorBoard's folder; None: it gets nothing.
         weights8: parameters whose layers compute on activations of 8 bits; None: activations are float.
+        fixed: levels of the weights that are not trained.
     """
 
     module: nn.Module
@@ -79,6 +81,7 @@ class Job:
     ranks: Ranks = ALONE
     board: Path | None = None
     weights8: Mapping[Tensor, Weight8] | None = None
+    fixed: Mapping[str, Grid] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -365,6 +368,11 @@ def number(scores: Scores) -> float:
     return value
 
 
+def _as_file(job: Job, run: _Run, levels: Mapping[str, Grid]) -> AbstractContextManager[None]:
+    """Within it biases are rounded as in the int8 file, the trained weights being on these levels."""
+    return nullcontext() if run.simulation is None else run.simulation.on_levels({**job.fixed, **levels})
+
+
 def _plain(job: Job, batches: Batches, count: int) -> Iterator[Tensor]:
     """``count`` batches of training samples as they are, in a fixed order that mixes the classes."""
     calm = replace(batches, data=job.splits.plain, augment=None)
@@ -380,7 +388,7 @@ def _look(job: Job, run: _Run, batches: Batches, measured: saving.Metrics, progr
     job.ranks.share(job.module.buffers())
     samples = _plain(job, batches, min(LOOK_BATCHES, job.settings.batchnorm))
     try:
-        with run.prox.quantized(), batchnorm.borrowed(job.module, samples):
+        with run.prox.quantized() as levels, batchnorm.borrowed(job.module, samples), _as_file(job, run, levels):
             score = number(scored(job.module, job, progress))
     except _ScoringStopped:
         return
@@ -468,9 +476,12 @@ def _finished(
     quantized = run.prox.finish()
     settled_as = None
     if settings.batchnorm and (kept := batchnorm.statistics(module)):
-        before = number(scored(module, job, heed))
+        levels = {name: weight.grid for name, weight in quantized.items()}
+        with _as_file(job, run, levels):
+            before = number(scored(module, job, heed))
         batchnorm.reestimate(module, _plain(job, batches, settings.batchnorm))
-        after = number(scored(module, job, heed))
+        with _as_file(job, run, levels):
+            after = number(scored(module, job, heed))
         if after <= before:
             batchnorm.put(module, kept)
         settled_as = BatchNorm(before, after, after > before)

@@ -86,7 +86,9 @@ def study(
     model = ir.load(exact)
     named = {name: value.name or "" for value, name in place(model, find_sites(model, weights).sites).names.items()}
     forms = {name: (weight.grid, weight.rows) for name, weight in weights.items()}
-    again = Simulation(network, weights8(dict(network.named_parameters()), forms, final=final), simulation.ranges)
+    known = weights8(dict(network.named_parameters()), forms)
+    levels = {name: weight.grid for name, weight in weights.items()} if final else None
+    again = Simulation(network, known, simulation.ranges, levels=levels)
     again.look(x[:1])
     with torch.no_grad():
         simulated_: dict[str, tuple[Array, Array]] = {}
