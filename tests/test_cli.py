@@ -176,6 +176,12 @@ def test_options_of_export_that_would_do_nothing(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_shape_for_samples_that_nobody_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("quantize", "analyze"):
+        _, err = run(capsys, command, DIGITS, "-r", "w8", "--arch", ARCH, "--input", "1x8x8", code=2)
+        assert err.startswith("pcq: --input: this is about ")
+
+
 def test_options_of_inspect_that_would_do_nothing(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "two things" in run(capsys, "inspect", DIGITS, "--prox", "hard", code=2)[1]
     assert "--levels: it belongs to --prox" in run(capsys, "inspect", DIGITS, "--levels", "0,1", code=2)[1]

@@ -335,6 +335,7 @@ def test_arrays_of_every_layout() -> None:
         ({"x": np.zeros((2, 2)), "y": np.array([0.5, 1])}, "not whole numbers"),
         ({"x": np.zeros((2, 2)), "y": np.array([-1, 1])}, "a label is -1"),
         ({"x": np.zeros((0, 2))}, "there are no samples"),
+        ({"x": np.array([[0, 1], [2, np.nan], [np.inf, 0]])}, "2 of 3 samples hold NaN or infinity, such as sample 1"),
         ({"x": np.array(["a", "b"])}, "not made of numbers"),
         ({"x": np.array([{}, {}], dtype=object)}, r"holds Python objects\. Allowed: arrays of numbers"),
         ({"images": np.zeros((2, 2)), "targets": np.zeros(2)}, "it holds images, targets. Allowed: x and y"),

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -426,6 +427,27 @@ def test_metrics_are_cut_where_the_state_was_saved(tmp_path: Path) -> None:
     second.write({"a": 3})
     second.close()
     assert [json.loads(line)["a"] for line in path.read_text().splitlines()] == [1, 3]
+
+
+def test_a_run_that_cannot_begin_leaves_the_last_ones_measurements(tmp_path: Path) -> None:
+    out, metrics = tmp_path / "x.safetensors", tmp_path / "x.metrics.jsonl"
+    np.savez(tmp_path / "d.npz", x=np.zeros((20, 3, 9, 9), np.float32), y=np.zeros(20, np.int64))
+    for before in (None, "the last run's\n"):
+        if before is not None:
+            metrics.write_text(before)
+        with pytest.raises(PcqError, match="the network does not take them"):
+            pcq.finetune(small(tmp_path), "ternary", f"npz:{tmp_path / 'd.npz'}", out=out, arch=f"{__name__}:Small")
+        assert (metrics.read_text() if metrics.exists() else None) == before
+    with pytest.raises(PcqError, match=r"--save-every: 0 steps cannot be\. Allowed: 1 or more"):
+        tune(out, save_every=0)
+
+
+def test_a_batch_of_all_samples_is_called_that(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(20, 1, 8, 8)).astype(np.float32)
+    np.savez(tmp_path / "d.npz", x=x, y=np.arange(20) % 10)
+    arch, out = f"{__name__}:Small", tmp_path / "x.safetensors"
+    result = pcq.finetune(small(tmp_path), "ternary", f"npz:{tmp_path / 'd.npz'}", out=out, arch=arch, steps=1)
+    assert result.settings.batch == 18
 
 
 def test_a_loss_that_explodes_is_said(tmp_path: Path) -> None:

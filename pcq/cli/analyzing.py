@@ -40,10 +40,10 @@ def analyze(
     """Rank the weights by what quantizing them does to the network, and say what to write against it."""
     from pcq import commands
 
-    if calib is None and (samples is not None or seed is not None):
-        where = "--samples" if samples is not None else "--seed"
+    given = {"--samples": samples, "--seed": seed, "--input": input_shape}
+    if calib is None and (said := [option for option, value in given.items() if value is not None]):
         todo = "Say which: --calib folder:DIR, or --calib random"
-        raise PcqError("this is about samples, and none were asked for", where=where, todo=todo)
+        raise PcqError("this is about samples, and none were asked for", where=said[0], todo=todo)
     with bar("analyzing") as progress:
         result = commands.analyze(
             model,

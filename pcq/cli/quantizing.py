@@ -75,7 +75,8 @@ def quantize(
     from pcq import commands
 
     calibration = None
-    given = {"--samples": samples, "--calib-method": calib_method, "--refine": refine, "--seed": seed}
+    given = {"--samples": samples, "--calib-method": calib_method, "--refine": refine, "--seed": seed,
+             "--input": input_shape}  # fmt: skip
     if calib is not None:
         calibration = commands.Calibration(calib, samples, calib_method, seed or 0, shape_of(input_shape), refine)
     elif said := [option for option, value in given.items() if value is not None]:

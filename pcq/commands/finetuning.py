@@ -166,6 +166,8 @@ def finetune(
     said = {"method": method, "distill": distill, "activations": activations, "ranges": ranges, "seed": seed}
     said |= {"epochs": epochs, "steps": steps, "minutes": minutes}
     given = {key: value for key, value in said.items() if value is not None}
+    if save_every is not None and save_every < 1:
+        raise PcqError(f"{save_every} steps cannot be", where="--save-every", allowed="1 or more")
     here = ranks.current(shard)
     settings = loop.settled(changed(loaded.finetune or Finetune(), **given), data, here.device)
     rules = replace(loaded, finetune=settings)
@@ -243,7 +245,7 @@ def finetune(
         files.artifact,
         files.metrics,
         planned,
-        settings,
+        replace(settings, batch=min(settings.batch, splits.train.n)),
         splits.train.describe(),
         rows,
         trained.epochs,

@@ -82,6 +82,10 @@ def from_arrays(name: str, split: str, x: Any, y: Any, *, mean: Any = (0.0,), st
     samples, labels = _tensor(name, x), None if y is None else _tensor(name, y)
     if not samples.ndim or not len(samples):
         raise PcqError("there are no samples", where=name)
+    if samples.is_floating_point() and not bool((finite := samples.isfinite()).all()):
+        lost = (~finite).reshape(len(samples), -1).any(1).nonzero().flatten().tolist()
+        what = f"{len(lost)} of {len(samples):,} samples hold NaN or infinity, such as sample {lost[0]}"
+        raise PcqError(what, where=name, todo="Repair them, or leave them out")
     notes = []
     if samples.dtype == torch.uint8 and samples.ndim == 3:
         samples = samples[:, None]

@@ -88,16 +88,16 @@ class Metrics:
 
     def __init__(self, path: Path | None, keep: int = 0, board: Board | None = None) -> None:
         self._board = board
+        self._path = path
         self._file: BinaryIO | None = None
-        if path is None:
-            return
-        if keep and (not path.is_file() or path.stat().st_size < keep):
-            keep = 0
-        self._file = open(path, "r+b" if keep else "wb")  # noqa: SIM115  (closed by close)
-        self._file.truncate(keep)
-        self._file.seek(keep)
+        if path is not None and keep and path.is_file() and path.stat().st_size >= keep:
+            self._file = open(path, "r+b")  # noqa: SIM115  (closed by close)
+            self._file.truncate(keep)
+            self._file.seek(keep)
 
     def write(self, line: Mapping[str, Any]) -> None:
+        if self._file is None and self._path is not None:  # only now: a run that cannot begin leaves the last one's
+            self._file = open(self._path, "wb")  # noqa: SIM115  (closed by close)
         if self._file is not None:
             self._file.write(json.dumps(line).encode() + b"\n")
             self._file.flush()
