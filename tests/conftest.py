@@ -1,7 +1,8 @@
-"""What every test runs in: one thread a process, and torch.onnx's translations parsed once a process."""
+"""What every test runs in: one thread a process, its own random numbers, torch.onnx's translations parsed once."""
 
 import gc
 import os
+import random
 from collections.abc import Iterator
 from functools import cache
 
@@ -16,6 +17,17 @@ def pytest_collection_finish() -> None:
     """What is there by now stays: the collector need not walk it again and again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """A test and the fixtures made for it draw the same numbers, whichever tests ran before in the process."""
+    import numpy as np
+    import torch
+
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -80,12 +80,14 @@ def test_pieces_fit_together(grid: Grid, tile: int, monkeypatch: pytest.MonkeyPa
     whole = grid.encode(rows)
     monkeypatch.setattr(grids, "_TILE", tile if tile > 1 else 101)
     before = torch.get_num_threads()
-    for threads in (1, 3):
-        torch.set_num_threads(threads)
-        assert torch.equal(grid.encode(rows), whole)
-        assert torch.equal(grid.decode(whole), grid.levels().expand(3, -1).gather(1, whole.long()))
-        assert torch.equal(grid.encode(rows.t().contiguous().t()), whole)
-    torch.set_num_threads(before)
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(grid.encode(rows), whole)
+            assert torch.equal(grid.decode(whole), grid.levels().expand(3, -1).gather(1, whole.long()))
+            assert torch.equal(grid.encode(rows.t().contiguous().t()), whole)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_ties() -> None:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -274,22 +275,22 @@ def raises():
 
 
 @pytest.fixture
-def own(tmp_path: Path) -> str:
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     (tmp_path / "nets.py").write_text(OWN)
     (tmp_path / "broken.py").write_text("import nothing_of_that_name\n")
     (tmp_path / "unread.py").write_text("def f(:\n")
-    return str(tmp_path / "nets.py")
+    monkeypatch.delitem(sys.modules, "nets", raising=False)  # one of the same name that another test imported
+    yield str(tmp_path / "nets.py")
+    sys.modules.pop("nets", None)
 
 
 def test_own_functions_and_classes(own: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert models.build(f"{own}:net?width=7").state_dict()["0.weight"].shape == (7, 3)
     assert models.build(f"{own}:Net?width=5").state_dict()["fc.weight"].shape == (5, 3)
     monkeypatch.chdir(Path(own).parent)
-    monkeypatch.delitem(sys.modules, "nets", raising=False)  # one of the same name that another test imported
     assert models.build("nets:net").state_dict()["0.weight"].shape == (4, 3)
     assert models.build("nets.py:net").state_dict()["0.weight"].shape == (4, 3)
     assert models.build("pcq.demo.nets:resnet8?num_classes=3").state_dict()["fc.weight"].shape == (3, 64)
-    sys.modules.pop("nets", None)
 
 
 def test_nothing_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:

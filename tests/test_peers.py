@@ -17,11 +17,14 @@ NETS = Path(__file__).parents[1] / "pcq" / "demo" / "nets.py"
 
 @pytest.fixture
 def problem(monkeypatch: pytest.MonkeyPatch) -> Any:
+    names = ("problem", "nets", "table")  # as they are named in there; another test has a `nets` of its own
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.syspath_prepend(str(HERE))
     import problem
 
     yield problem
-    for name in ("problem", "nets"):  # as they are named in there; another test has a `nets` of its own
+    for name in names:
         sys.modules.pop(name, None)
 
 
@@ -107,4 +110,3 @@ def test_differences_within_the_interval_are_ties(problem: Any) -> None:
     text = table([own, same, worse])
     assert text.count("tie") == 1
     assert text.count("pcq better") == 1
-    del sys.modules["table"]

@@ -133,11 +133,13 @@ def test_rows_do_not_see_one_another(quantizer: Quantizer, n: int, monkeypatch: 
         assert torch.equal(torch.cat([quantizer.fit(row[None]).levels() for row in rows]), whole)
     monkeypatch.setattr(quantizers, "_CHUNK", 3 * n)
     before = torch.get_num_threads()
-    for threads in (1, 3):
-        torch.set_num_threads(threads)
-        assert torch.equal(quantizer.fit(rows).levels(), whole)
-        assert torch.get_num_threads() == threads
-    torch.set_num_threads(before)
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(quantizer.fit(rows).levels(), whole)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("quantizer", EVERY, ids=lambda quantizer: quantizer.text)
