@@ -695,6 +695,12 @@ def test_the_usual_augmentation() -> None:
         augment.make("crop", (5,))
 
 
+def test_without_batchnorm_estimates_scores_are_with_the_statistics_of_training(tmp_path: Path) -> None:
+    result = tune_digits(tmp_path / "x.safetensors", steps=4, overrides=["finetune.batchnorm=0"])
+    assert result.batchnorm is None
+    assert result.epochs[-1].score == result.rows[2].val.top1
+
+
 def test_batchnorm_is_the_mean_over_the_batches() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Dropout(0.5), nn.ReLU(), nn.BatchNorm2d(3))

@@ -386,9 +386,10 @@ def _look(job: Job, run: _Run, batches: Batches, measured: saving.Metrics, progr
     _refuse_nan(job, run)
     job.ranks.check_same({name: target.parameter.data for name, target in job.weights.items()})
     job.ranks.share(job.module.buffers())
-    samples = _plain(job, batches, min(LOOK_BATCHES, job.settings.batchnorm))
+    count = min(LOOK_BATCHES, job.settings.batchnorm)
+    estimated = batchnorm.borrowed(job.module, _plain(job, batches, count)) if count else nullcontext()
     try:
-        with run.prox.quantized() as levels, batchnorm.borrowed(job.module, samples), _as_file(job, run, levels):
+        with run.prox.quantized() as levels, estimated, _as_file(job, run, levels):
             score = number(scored(job.module, job, progress))
     except _ScoringStopped:
         return
