@@ -280,6 +280,18 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "sample" in {run["inputs"] for run in answer["agreements"]}
     assert cli.run([str(argument) for argument in arguments]) == 0
     assert "Proved: every code and level bit-exact" in capsys.readouterr().out
+    np.savez(tmp_path / "more.npz", x=np.arange(6)[None], y=np.arange(6))
+    np.savez(tmp_path / "less.npz", z=np.arange(6))
+    (tmp_path / "text.npz").write_text("text")
+    for name, told in (
+        ("more", "the model has no input 'y'. Allowed: an array for each input: x."),
+        ("less", "the model has no input 'z'. Allowed: an array for each input: x."),
+        ("text", "it is not an .npz of arrays of numbers. Write it with `np.savez`"),
+        ("none", "there is no such file."),
+    ):
+        arguments[-1] = tmp_path / f"{name}.npz"
+        assert cli.run([str(argument) for argument in arguments]) == 2
+        assert f"{name}.npz: {told}" in capsys.readouterr().err
     for wrong in (
         ["quantize", path],
         ["quantize", path, "-r", "w4", "--detect"],

@@ -147,8 +147,10 @@ def run_onnx(
     start = time.perf_counter()
     path = Path(out) if out is not None else planned.model.with_suffix(f".{planned.recipe.name}.onnx")
     checkpoint.refuse_overwrite(path, ".onnx", inputs=[planned.model], force=force)
-    trials = [read_sample(Path(sample)) for sample in samples]
     opened = onnx_input.open_graph(planned.model)
+    graph = opened.model.graph
+    inputs = [value.name or "" for value in graph.inputs if value.name not in graph.initializers]
+    trials = [read_sample(Path(sample), inputs) for sample in samples]
     inventory = onnx_input.take_inventory(opened)
     entries = planned.plan.quantized
     ledger: list[LedgerRow] = []

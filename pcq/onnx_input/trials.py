@@ -4,7 +4,7 @@ Dimensions without a size are tried in turn until the model runs; integers that 
 integers that are compared with constants take these constants in turn, so that every branch is seen.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -87,17 +87,24 @@ def find_trials(path: Path, model: ir.Model) -> list[Trial]:
 SAMPLE = "Give real inputs with --sample FILE.npz, an array for each input's name"
 
 
-def read_sample(path: Path) -> Trial:
-    """An ``.npz`` with an array for each input.
+def read_sample(path: Path, inputs: Sequence[str]) -> Trial:
+    """An ``.npz`` with an array for each of the model's ``inputs``.
 
     Raises:
-        PcqError: it cannot be read.
+        PcqError: it cannot be read, or its arrays are not named like the inputs.
     """
+    if not path.is_file():
+        raise PcqError("there is no such file", where=str(path))
     try:
         with np.load(path, allow_pickle=False) as file:
-            return Trial("sample", {name: file[name] for name in file.files})
-    except (OSError, ValueError) as error:
-        raise PcqError(f"is not a readable .npz ({error})", where=str(path)) from error
+            feed = {name: file[name] for name in file.files}
+    except Exception as error:  # zip, npy header and zlib errors are of many kinds, and a single array is no archive
+        what = "it is not an .npz of arrays of numbers"
+        raise PcqError(what, where=str(path), todo="Write it with `np.savez`") from error
+    if wrong := [*(name for name in feed if name not in inputs), *(name for name in inputs if name not in feed)]:
+        what = f"the model has no input '{wrong[0]}'" if wrong[0] in feed else f"it has no array '{wrong[0]}'"
+        raise PcqError(what, where=str(path), allowed=f"an array for each input: {', '.join(inputs)}")
+    return Trial("sample", feed)
 
 
 def input_session(path: Path) -> ort.InferenceSession:

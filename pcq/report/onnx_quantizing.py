@@ -20,13 +20,15 @@ def _(result: commands.OnnxQuantizeResult) -> RenderableType:
                      f"{row.nbytes:,}")  # fmt: skip
     error = max(run.error for run in proof.agreements)
     runs_on = f"runs on ONNX Runtime {proof.target_ort} and later" if proof.target_ort else "newer than any tried"
+    drift = 100 * proof.drift
+    off = f"{drift:.0f}" if drift >= 10 else f"{drift:.2g}"
     lines = [
         f"{size(result.bytes_before)} -> {size(proof.nbytes)} on disk ({result.bytes_before / proof.nbytes:.1f}x "
         f"smaller), {result.bits:.3f} bits per packed weight with scales and tables.",
         f"Proved: every code and level bit-exact; outputs within {error:.1e} of those of the input model with these "
         f"weights in float, in {len(proof.agreements)} runs of ONNX Runtime {proof.ort_version} with and without "
         "graph optimisation.",
-        f"Against the float model itself: {100 * proof.drift:.2g} % off on these inputs "
+        f"Against the float model itself: {off} % off on these inputs "
         f"({', '.join(sorted({run.inputs for run in proof.agreements}))}). Measure on data of your own.",
         f"Opset {proof.opset}, IR {proof.ir_version}: {runs_on}; {result.seconds:.1f} s.",
         "Leave the runtime's default optimisation on; do not run onnxsim or onnxslim on the file: they unpack it.",
