@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pcq import tape as tapes
 from pcq.calibrate.layers import find, patches
+from pcq.calibrate.moments import influence
 from pcq.calibrate.oneshot import Settings, View, calibrate, moments
 from pcq.calibrate.quadratic import Codes, Quadratic, descend, gptq, largest_eigenvalue, nearest, proxconnect, refit
 from pcq.calibrate.streams import Streams
@@ -100,17 +101,22 @@ def test_moments_against_a_brute_force_twin(kind):
         y = y.movedim(1, -1) if layer.geometry is not None else y
         columns.append(y.reshape(-1, groups, r)[:, :, 0].T)
     response = torch.stack(columns, 2).double()  # [G, m, n]
-    mean = response.mean(1, keepdim=True)
-    about = mean if module.bias is not None else torch.zeros_like(mean)  # nothing would take up an error of the mean
-    cov = (response - about).transpose(1, 2) @ (response - about) / response.shape[1]
     y = response @ weight.transpose(1, 2).double()
+    share = torch.ones_like(y[..., :1])
+    if layer.geometry is None:
+        share = torch.cat([influence(part) for part in y.chunk(2, 1)], 1)  # of each batch
+    share = share / share.sum(1, keepdim=True)
+    mean, y_mean = (response * share).sum(1, keepdim=True), (y * share).sum(1)
+    about = mean if module.bias is not None else torch.zeros_like(mean)  # nothing would take up an error of the mean
+    cov = ((response - about) * share).transpose(1, 2) @ (response - about)
     if layer.geometry is None:  # positions are drawn with replacement only where there are more than asked for
         assert response.shape[1] == x.numel() // n
     torch.testing.assert_close(found.mean.double(), mean[:, 0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.cov.double(), cov, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.cross.double(), cov, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found.y_mean.double(), y.mean(1), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found.y_var.double(), y.var(1, unbiased=False), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.y_mean.double(), y_mean, rtol=1e-4, atol=1e-5)
+    y_var = ((y - y_mean[:, None]).square() * share).sum(1)
+    torch.testing.assert_close(found.y_var.double(), y_var, rtol=1e-4, atol=1e-5)
 
 
 def _problem(seed: int, groups: int = 2, r: int = 3, n: int = 5) -> Quadratic:
@@ -394,9 +400,11 @@ def test_matching_gives_every_channel_the_float_moments():
 def test_a_bias_alone_takes_the_mean():
     torch.manual_seed(0)
     net, x = nn.Linear(6, 5), torch.randn(64, 6) + 1
-    result = calibrate(net, _plan(net, Binary()), (x,))
+    result = calibrate(net, _plan(net, Binary()), (x,), Settings(batch=64))
     with torch.no_grad():
-        torch.testing.assert_close(_apply(net, result, x).mean(0), net(x).mean(0), rtol=1e-4, atol=1e-5)
+        share = influence((net(x) - net.bias)[None])[0]
+        means = [(y * share).sum(0) / share.sum() for y in (_apply(net, result, x), net(x))]
+    torch.testing.assert_close(*means, rtol=1e-4, atol=1e-5)
 
 
 def test_no_samples_is_said():

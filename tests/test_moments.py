@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from pcq.calibrate import oneshot
-from pcq.calibrate.moments import PULLS, Sums, noise, pull, target
+from pcq.calibrate.moments import PULLS, Sums, influence, noise, pull, target
 from pcq.calibrate.oneshot import Settings, calibrate
 from pcq.quantizers import Uniform
 from pcq.rows import Rows
@@ -117,3 +117,33 @@ def test_a_mean_that_nothing_takes_up_is_in_the_moments(monkeypatch: pytest.Monk
     ours = apart()
     monkeypatch.setattr(oneshot, "centred", lambda *_: True)
     assert float(ours.square().mean()) < 0.1 * float(apart().square().mean())
+
+
+def test_a_few_tokens_far_out_do_not_have_the_layer_to_themselves() -> None:
+    """Of 400 tokens 6 are a hundred times as large: the others keep what they would lose to them."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 400, 24)
+    x[0, :6] *= 100 * torch.rand(24).round()
+    net = nn.Sequential(nn.Linear(24, 16)).eval()
+    plan = {"0.weight": (Rows((16, 24)), Uniform(3))}
+
+    def relative(tokens: Tensor) -> float:
+        """The mean of the others' errors, each over its own output."""
+        found = calibrate(net, plan, (tokens.expand(4, -1, -1),), Settings(method="gptq", batch=2))
+        now = {"0.weight": found.quantized["0.weight"].dequantize(), **found.changed}
+        with torch.no_grad():
+            y = net(x)[0, 6:]
+            off = torch.func.functional_call(net, now, (x,))[0, 6:] - y
+        return float((off.square().sum(1) / y.square().sum(1)).mean())
+
+    assert relative(x) < 1.25 * relative(x[:, 6:])
+
+
+def test_the_influence_of_a_row_ends_at_the_median() -> None:
+    y = torch.randn(2, 31, 5, generator=torch.Generator().manual_seed(0)) * torch.arange(31.0)[:, None]
+    energy = y.square().sum(2)
+    share = influence(y)[..., 0]
+    median = energy.median(1, keepdim=True).values
+    assert torch.equal(share[energy <= median], torch.ones(2 * 16))
+    torch.testing.assert_close((share * energy)[energy > median], median.expand(2, 15).flatten())
+    assert torch.equal(influence(torch.zeros(1, 3, 2)), torch.ones(1, 3, 1))

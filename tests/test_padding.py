@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pcq import tape as tapes
 from pcq.calibrate.layers import find
+from pcq.calibrate.moments import influence
 from pcq.calibrate.oneshot import Settings, View, batches, moments
 from pcq.calibrate.padding import counted, mask_at
 from pcq.calibrate.steps import calibrate_measured, outputs
@@ -82,7 +83,6 @@ def test_moments_are_those_of_the_texts_one_by_one_without_padding() -> None:
             module(ids[i : i + 1, :length], mask[i : i + 1, :length])
     twins = {f"{name}.weight": torch.cat(rows) for name, rows in seen.items()}
     parts, state = batches((ids, mask), 16), tapes.state(module)
-    used = len(parts) * len(parts[0][0])
     tape = tapes.record(module, parts[0])
     layers, _ = find(tape, {name: rows.shape for name, (rows, _) in plan.items()})
     real = [counted(tape, state, part, 1, [(layer.op, layer.x) for layer in layers]) for part in parts]
@@ -91,9 +91,13 @@ def test_moments_are_those_of_the_texts_one_by_one_without_padding() -> None:
         if layer.weight in twins:
             weight = View.of(layer, plan[layer.weight][0]).split(state[layer.weight])
             found = moments(layer, weight, streams, Settings(), real)
-            twin = twins.pop(layer.weight)[: used if layer.weight in NOT_TOKENS else int(mask[:used].sum())]
-            torch.testing.assert_close(found.mean[0], twin.mean(0), rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(found.cov[0], torch.cov(twin.T, correction=0), rtol=1e-3, atol=1e-5)
+            each = [len(ids) if layer.weight in NOT_TOKENS else int(mask.sum()) for ids, mask in parts]
+            twin = twins.pop(layer.weight)[: sum(each)]
+            share = torch.cat([influence((rows @ weight[0].T)[None])[0, :, 0] for rows in twin.split(each)])
+            mean = (twin * share[:, None]).sum(0) / share.sum()
+            torch.testing.assert_close(found.mean[0], mean, rtol=1e-4, atol=1e-5)
+            cov = torch.cov(twin.T, correction=0, aweights=share)
+            torch.testing.assert_close(found.cov[0], cov, rtol=1e-3, atol=1e-5)
     assert not twins
 
 

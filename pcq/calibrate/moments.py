@@ -43,7 +43,7 @@ class _Half:
     point for all batches would leave rounding errors there, of either sign.
     """
 
-    count: int
+    count: float
     q: Tensor
     f: Tensor
     y: Tensor
@@ -52,12 +52,14 @@ class _Half:
     yy: Tensor
 
     @staticmethod
-    def of(p_f: Tensor, p_q: Tensor, weight: Tensor) -> "_Half":
+    def of(p_f: Tensor, p_q: Tensor, weight: Tensor, bounded: bool) -> "_Half":
         y = p_f @ weight.transpose(1, 2)
-        means = [x.mean(1, keepdim=True) for x in (p_q, p_f, y)]
-        q, f, y = (x - mean for x, mean in zip((p_q, p_f, y), means, strict=True))
+        share = influence(y) if bounded else torch.ones_like(y[..., :1])
+        total = share.sum(1, keepdim=True)
+        means = [(x * share).sum(1, keepdim=True) / total for x in (p_q, p_f, y)]
+        q, f, y = ((x - mean) * share.sqrt() for x, mean in zip((p_q, p_f, y), means, strict=True))
         sums = q.transpose(1, 2) @ q, f.transpose(1, 2) @ q, y.square().sum(1)
-        return _Half(p_q.shape[1], *(mean[:, 0].double() for mean in means), *(each.double() for each in sums))
+        return _Half(float(total.mean()), *(mean[:, 0].double() for mean in means), *(each.double() for each in sums))
 
     def join(self, other: "_Half") -> None:
         """Take in what is of ``other`` batches."""
@@ -85,15 +87,16 @@ class Sums:
     Args:
         weight: the layer's float weights ``[G, r, n]``.
         centred: moments about the mean; else about zero.
+        bounded: no row counts more than :func:`influence` allows.
     """
 
-    def __init__(self, weight: Tensor, centred: bool) -> None:
-        self.weight, self.centred = weight, centred
+    def __init__(self, weight: Tensor, centred: bool, bounded: bool = False) -> None:
+        self.weight, self.centred, self.bounded = weight, centred, bounded
         self.halves: list[_Half] = []
 
     def add(self, p_f: Tensor, p_q: Tensor) -> None:
         """One batch of what enters in the float and in the quantized network, ``[G, m, n]`` each."""
-        new = _Half.of(p_f, p_q, self.weight)
+        new = _Half.of(p_f, p_q, self.weight, self.bounded)
         if len(self.halves) < 2:
             self.halves.append(new)
         else:
@@ -107,6 +110,18 @@ class Sums:
         whole, other = self.halves
         whole.join(other)
         return replace(whole.moments(self.centred), halves=tuple((half.cov, half.cross) for half in found))
+
+
+def influence(y: Tensor) -> Tensor:
+    """How much each row of a layer's float output ``y [G, m, r]`` counts: ``[G, m, 1]``, Huber's weights (1964).
+
+    One up to the median of ``||y||^2``; beyond, so little that it has the median row's part in the loss. Transformers
+    have tokens whose values are a thousand times those of others (arXiv 2402.17762). Squared errors are theirs then,
+    and the norm that follows makes all tokens alike.
+    """
+    energy = y.square().sum(2, keepdim=True)
+    median = energy.median(1, keepdim=True).values
+    return torch.where((median > 0) & (energy > median), median / energy.clamp(min=1e-30), 1.0)
 
 
 def damped(cov: Tensor, part: float) -> Tensor:

@@ -124,7 +124,7 @@ def moments(
     """
     n = weight.shape[2]
     count = max(min(settings.positions, _ELEMENTS // (len(weight) * n)), 16 * n) // len(streams.kept) + 1
-    sums = Sums(weight, centred(layer, settings))
+    sums = Sums(weight, centred(layer, settings), bounded(layer))
     for index, (x_f, x_q) in enumerate(streams.inputs(layer.op, layer.x)):
         seed = settings.seed * 1_000_003 + layer.op * 1009 + index
         if real:
@@ -137,6 +137,11 @@ def moments(
 def centred(layer: Layer, settings: Settings) -> bool:
     """Whether a BatchNorm or a bias takes up what the mean of the layer's output changes by."""
     return settings.match != "none" and (layer.norm is not None or layer.bias is not None)
+
+
+def bounded(layer: Layer) -> bool:
+    """Whether rows far out are bounded: those of a Linear behind which no BatchNorm weighs all rows alike."""
+    return layer.geometry is None and layer.norm is None
 
 
 def quadratic(weight: Tensor, found: Moments, settings: Settings) -> Quadratic:

@@ -23,7 +23,7 @@ from torch import Tensor
 from pcq import qtensor
 from pcq.calibrate.layers import patches
 from pcq.calibrate.moments import Moments, Sums
-from pcq.calibrate.oneshot import LayerReport, Settings, View, centred, match, quadratic, solve
+from pcq.calibrate.oneshot import LayerReport, Settings, View, bounded, centred, match, quadratic, solve
 from pcq.calibrate.padding import altered, named_mask, of_tokens, unreached
 from pcq.calibrate.steps import Outcome, Step, better
 from pcq.errors import PcqError
@@ -245,7 +245,8 @@ class _Entering:
         self.site, self.seed = site, settings.seed * 1_000_003 + site.layer.op * 1009
         weight = inventory.weights[site.layer.weight].read()
         rows = site.layer.channels(tuple(weight.shape))
-        self.sums = Sums(rows.split(weight).reshape(site.layer.groups, -1, rows.length), centred(site.layer, settings))
+        split = rows.split(weight).reshape(site.layer.groups, -1, rows.length)
+        self.sums = Sums(split, centred(site.layer, settings), bounded(site.layer))
         n, parts = rows.length, len(samples.batches)
         self.count = max(min(settings.positions, POSITIONS // (site.layer.groups * n)), 16 * n) // parts + 1
 
