@@ -511,7 +511,7 @@ NO_FOLDER = "{0}/{1}/a: cannot be written: there is no folder {0}/{1}. Make the 
 def test_places_that_cannot_be_written(name: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder").mkdir()
-    refuse_overwrite(tmp_path / name)
+    refuse_overwrite(tmp_path / name, ".safetensors")
     with pytest.raises(PcqError) as error, atomic(tmp_path / name):
         pytest.fail("work began")
     assert str(error.value) == said.format(tmp_path)
@@ -558,16 +558,21 @@ def test_files_of_the_user_are_not_overwritten(tmp_path: Path) -> None:
     ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
     write_artifact(ours, header_of(a=(3,)), [("a", torch.ones(3))])
     save_file({"a": torch.ones(3)}, theirs)
-    refuse_overwrite(ours)
-    refuse_overwrite(tmp_path / "new")
-    refuse_overwrite(theirs, force=True)
+    refuse_overwrite(ours, ".safetensors")
+    refuse_overwrite(tmp_path / "new", ".safetensors")
+    refuse_overwrite(theirs, ".safetensors", force=True)
     with pytest.raises(PcqError, match="there is a file already, and pcq did not write it"):
-        refuse_overwrite(theirs)
+        refuse_overwrite(theirs, ".safetensors")
     for force in (False, True):
         with pytest.raises(PcqError, match="the output is the input"):
-            refuse_overwrite(tmp_path / "." / "theirs.safetensors", inputs=[theirs], force=force)
+            refuse_overwrite(tmp_path / "." / "theirs.safetensors", ".safetensors", inputs=[theirs], force=force)
         with pytest.raises(PcqError, match="the output is a file of the input folder"):
-            refuse_overwrite(theirs, inputs=[tmp_path], force=force)
+            refuse_overwrite(theirs, ".safetensors", inputs=[tmp_path], force=force)
+    for name, said in (("new.onnx", "an ONNX file"), ("new.PT", "a checkpoint of torch.save")):
+        with pytest.raises(
+            PcqError, match=f"what is written here is a safetensors file, and the name is that of {said}"
+        ):
+            refuse_overwrite(tmp_path / name, ".safetensors", force=True)
 
 
 # Damage

@@ -198,7 +198,7 @@ def test_onnx_files_that_cannot_run(tmp_path: Path) -> None:
     with pytest.raises(PcqError, match=r"it has 2 inputs \(x0, x1\)"):
         onnx_predictor(tmp_path / "two.onnx")
     onnx_linear(tmp_path / "m.onnx", "n")
-    with pytest.raises(PcqError, match=r"m\.onnx: ONNX Runtime \S+ cannot run it"):
+    with pytest.raises(PcqError, match=r"m\.onnx: samples of 5: the model takes 3"):
         onnx_predictor(tmp_path / "m.onnx")(torch.randn(2, 5))
 
 
