@@ -9,13 +9,16 @@ name: ``calib`` for calibration samples, ``valid`` for choosing settings, ``test
 
 import hashlib
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
+
+Pixels = npt.NDArray[np.float32]
 
 SPLITS = ("calib", "valid", "test")
 SAMPLES = (
@@ -52,6 +55,17 @@ def mixed(files: Iterable[Path]) -> list[Path]:
     return sorted(files, key=lambda path: hashlib.sha256(path.name.encode()).hexdigest())
 
 
+def mirrored(image: Image.Image, random: np.random.RandomState) -> Pixels:
+    """Half the time; float32 ``[h, w, 3]``."""
+    pixels = np.asarray(image, np.float32)
+    return pixels[:, ::-1] if random.rand() < 0.5 else pixels
+
+
+def scaled(images: Sequence[Pixels]) -> Tensor:
+    """As the network takes them: ``[n, 3, h, w]``, ``(x - 127) / 128``."""
+    return (torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous() - 127) / 128
+
+
 def objects(split: str, each: int, debian: Path, size: int = 224) -> Tensor:
     """``each`` views of every object of ``split`` on white: float32 ``[n, 3, size, size]``, ``(x - 127) / 128``.
 
@@ -70,9 +84,8 @@ def objects(split: str, each: int, debian: Path, size: int = 224) -> Tensor:
             x, y = (random.randint(0, side - length + 1) for length in image.size)
             view.alpha_composite(image, (x, y))
             square = view.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
-            pixels = np.asarray(square, np.float32)
-            out.append(pixels[:, ::-1] if random.rand() < 0.5 else pixels)
-    return (torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2).contiguous() - 127) / 128
+            out.append(mirrored(square, random))
+    return scaled(out)
 
 
 def crops(split: str, each: int, skimage: Path, debian: Path, size: int = 224) -> Tensor:
@@ -92,9 +105,8 @@ def crops(split: str, each: int, skimage: Path, debian: Path, size: int = 224) -
             side = int(min(image.size) * random.uniform(0.35, 1.0))
             x, y = (random.randint(0, length - side + 1) for length in image.size)
             crop = image.resize((size, size), Image.Resampling.BICUBIC, (x, y, x + side, y + side), reducing_gap=2.0)
-            pixels = np.asarray(crop, np.float32)
-            out.append(pixels[:, ::-1] if random.rand() < 0.5 else pixels)
-    return (torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2).contiguous() - 127) / 128
+            out.append(mirrored(crop, random))
+    return scaled(out)
 
 
 def samples(split: str, debian: str, crop: int = 18, view: int = 4) -> Tensor:
@@ -110,11 +122,3 @@ def samples(split: str, debian: str, crop: int = 18, view: int = 4) -> Tensor:
         raise FileNotFoundError("scikit-image is not installed")
     own = {"train": "calib", "val": "valid", "test": "test"}[split]
     return torch.cat([crops(own, crop, Path(found.origin).parents[1], Path(debian)), objects(own, view, Path(debian))])
-
-
-def labelled(effnet: Path, size: int = 224) -> tuple[Tensor, Tensor]:
-    """foolbox's 20 ImageNet photos ``[20, 3, size, size]`` and their labels."""
-    files = sorted((effnet / "foolbox/data").glob("imagenet_*.jpg"))
-    arrays = [np.asarray(Image.open(f).convert("RGB").resize((size, size)), np.float32) for f in files]
-    labels = torch.tensor([int(f.stem.split("_")[2]) for f in files])
-    return (torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous() - 127) / 128, labels
