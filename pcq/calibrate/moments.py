@@ -52,22 +52,25 @@ class _Half:
     yy: Tensor
 
     @staticmethod
-    def of(p_f: Tensor, p_q: Tensor, weight: Tensor, bounded: bool) -> "_Half":
+    def of(p_f: Tensor, p_q: Tensor, weight: Tensor, bounded: bool, crossed: bool) -> "_Half":
         y = p_f @ weight.transpose(1, 2)
         share = influence(y) if bounded else torch.ones_like(y[..., :1])
         total = share.sum(1, keepdim=True)
         means = [(x * share).sum(1, keepdim=True) / total for x in (p_q, p_f, y)]
         q, f, y = ((x - mean) * share.sqrt() for x, mean in zip((p_q, p_f, y), means, strict=True))
-        sums = q.transpose(1, 2) @ q, f.transpose(1, 2) @ q, y.square().sum(1)
-        return _Half(float(total.mean()), *(mean[:, 0].double() for mean in means), *(each.double() for each in sums))
+        qq = (q.transpose(1, 2) @ q).double()
+        fq = (f.transpose(1, 2) @ q).double() if crossed else qq
+        mean_q, mean_f, mean_y = (mean[:, 0].double() for mean in means)
+        return _Half(float(total.mean()), mean_q, mean_f, mean_y, qq, fq, y.square().sum(1).double())
 
     def join(self, other: "_Half") -> None:
         """Take in what is of ``other`` batches."""
         total = self.count + other.count
         share, part = other.count / total, self.count * other.count / total
         q, f, y = other.q - self.q, other.f - self.f, other.y - self.y
+        if self.fq is not self.qq:
+            self.fq += other.fq.addcmul_(f[:, :, None], q[:, None, :], value=part)
         self.qq += other.qq.addcmul_(q[:, :, None], q[:, None, :], value=part)
-        self.fq += other.fq.addcmul_(f[:, :, None], q[:, None, :], value=part)
         self.yy += other.yy + part * y.square()
         self.q, self.f, self.y = self.q + share * q, self.f + share * f, self.y + share * y
         self.count = total
@@ -88,15 +91,16 @@ class Sums:
         weight: the layer's float weights ``[G, r, n]``.
         centred: moments about the mean; else about zero.
         bounded: no row counts more than :func:`influence` allows.
+        crossed: ``cross`` is wanted, which is a matrix product more for each batch; else it is no use.
     """
 
-    def __init__(self, weight: Tensor, centred: bool, bounded: bool = False) -> None:
-        self.weight, self.centred, self.bounded = weight, centred, bounded
+    def __init__(self, weight: Tensor, centred: bool, bounded: bool = False, crossed: bool = True) -> None:
+        self.weight, self.centred, self.bounded, self.crossed = weight, centred, bounded, crossed
         self.halves: list[_Half] = []
 
     def add(self, p_f: Tensor, p_q: Tensor) -> None:
         """One batch of what enters in the float and in the quantized network, ``[G, m, n]`` each."""
-        new = _Half.of(p_f, p_q, self.weight, self.bounded)
+        new = _Half.of(p_f, p_q, self.weight, self.bounded, self.crossed)
         if len(self.halves) < 2:
             self.halves.append(new)
         else:

@@ -3,8 +3,9 @@
 For each layer, in the order they run, minimise ``E ||(W x_f - E W x_f) - (W_q x_q - E W_q x_q)||^2`` over codes and
 levels, with ``x_f`` what enters it in the float network and ``x_q`` in the network quantized so far. In second moments
 this is ``tr((W_q - T) C (W_q - T)^T)`` plus a constant, ``C = cov(x_q)`` and the corrected target
-``T = W cov(x_f, x_q) C^-1``. Means, and where a BatchNorm follows also deviations, of every output channel are then
-made equal to the float network's: through the BatchNorm's statistics, or through the bias.
+``T = W cov(x_f, x_q) C^-1``, both as far as the samples tell them (:mod:`pcq.calibrate.moments`). Means, and where a
+BatchNorm follows also deviations, of every output channel are then made equal to the float network's: through the
+BatchNorm's statistics, or through the bias.
 """
 
 from collections.abc import Mapping, Sequence
@@ -124,7 +125,7 @@ def moments(
     """
     n = weight.shape[2]
     count = max(min(settings.positions, _ELEMENTS // (len(weight) * n)), 16 * n) // len(streams.kept) + 1
-    sums = Sums(weight, centred(layer, settings), bounded(layer))
+    sums = Sums(weight, centred(layer, settings), bounded(layer), settings.corrected)
     for index, (x_f, x_q) in enumerate(streams.inputs(layer.op, layer.x)):
         seed = settings.seed * 1_000_003 + layer.op * 1009 + index
         if real:

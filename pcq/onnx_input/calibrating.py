@@ -246,7 +246,7 @@ class _Entering:
         weight = inventory.weights[site.layer.weight].read()
         rows = site.layer.channels(tuple(weight.shape))
         split = rows.split(weight).reshape(site.layer.groups, -1, rows.length)
-        self.sums = Sums(split, centred(site.layer, settings), bounded(site.layer))
+        self.sums = Sums(split, centred(site.layer, settings), bounded(site.layer), settings.corrected)
         n, parts = rows.length, len(samples.batches)
         self.count = max(min(settings.positions, POSITIONS // (site.layer.groups * n)), 16 * n) // parts + 1
 
