@@ -17,7 +17,13 @@ NETS = Path(__file__).parents[1] / "pcq" / "demo" / "nets.py"
 
 @pytest.fixture
 def problem(monkeypatch: pytest.MonkeyPatch) -> Any:
-    names = ("problem", "nets", "table")  # as they are named in there; another test has a `nets` of its own
+    names = (
+        "problem",
+        "nets",
+        "table",
+        "compare",
+        "efficientnet",
+    )  # as they are named in there; another test has a `nets` of its own
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.syspath_prepend(str(HERE))
@@ -90,6 +96,39 @@ def test_an_answer_with_unknown_or_infinite_tensors_is_refused(problem: Any) -> 
         problem.checked(asked, {"fc.bias": torch.full((10,), torch.nan)})
 
 
+def test_the_plain_efficientnet_pads_as_tensorflow_does(problem: Any) -> None:
+    """«Same»: the output has half the size, and what is padded is split with the greater half at the far side."""
+    import efficientnet
+
+    x = torch.arange(36.0).reshape(1, 1, 6, 6) + 1
+    assert [efficientnet.padding(k, s)(x).shape[2] for k, s in ((3, 1), (5, 1), (3, 2), (5, 2))] == [8, 10, 7, 9]
+    assert torch.equal(efficientnet.padding(3, 2)(x)[0, 0, :6, :6], x[0, 0])
+    assert torch.equal(efficientnet.padding(5, 2)(x)[0, 0, 1:7, 1:7], x[0, 0])
+    network = efficientnet.efficientnet()
+    assert sum(p.numel() for p in network.parameters()) == 4_652_008  # timm 1.0's efficientnet_lite0 has as many
+    norms = problem.conv_norms(network)
+    assert len(norms) == 49
+    assert norms["blocks.1.depthwise_conv"] == "blocks.1.bn1"
+
+
+def test_answers_are_scored_by_agreement_and_by_part(problem: Any, tmp_path: Path) -> None:
+    import compare
+    from safetensors.torch import save_file
+
+    asked = made(problem)
+    x = torch.randn(30, 1, 8, 8)
+    np.savez(tmp_path / "x.npz", x_test=x.numpy())
+    save_file(asked.state, tmp_path / "float.safetensors")
+    network = compare.Network(tmp_path / "float.safetensors", asked.arch, {}, f"npz:{tmp_path / 'x.npz'}", "agreement")
+    scorer = compare.Scorer(tmp_path, network, "test", None)
+    assert scorer.right(tmp_path / "float.safetensors").all()
+    other = asked.state | {"fc.bias": asked.state["fc.bias"] + 100 * torch.eye(10)[3]}  # always says 3
+    save_file(other, tmp_path / "0.safetensors")
+    right = scorer.right(tmp_path / "0.safetensors")
+    assert right.tolist() == (asked.network()(x).argmax(1) == 3).tolist()
+    assert compare.parts(np.arange(30) < 20, {"a": 10, "b": 20}) == {"a": 100, "b": 50}
+
+
 def test_differences_within_the_interval_are_ties(problem: Any) -> None:
     from table import difference, table
 
@@ -107,6 +146,8 @@ def test_differences_within_the_interval_are_ties(problem: Any) -> None:
     assert 0 < width < by
     assert abs(by - 2) < 0.6
     assert difference(own, own)[0] == 0
+    once = [{**each, "runs": each["runs"][:1]} for each in (own, worse)]
+    assert 0 < difference(*once)[1] < 2 * width
     text = table([own, same, worse])
     assert text.count("tie") == 1
     assert text.count("pcq better") == 1

@@ -39,7 +39,8 @@ from brevitas.quant.solver.weight import WeightQuantSolver
 from problem import Problem, Setting, State, conv_norms, folded, serve
 from torch import nn
 
-BATCH = 64
+BATCH, NUMBERS = 64, 2**20
+"""Samples of a batch, and at most how many numbers: it unfolds what enters a depthwise convolution."""
 
 
 class BinaryPerChannel(WeightQuantSolver):
@@ -109,7 +110,7 @@ def quantize(problem: Problem, setting: Setting) -> State:
     model.eval()
     wanted = {"weight_quant": quantizer(problem, setting), "return_quant_tensor": False}
     model = layerwise_quantize(model, {nn.Conv2d: (QuantConv2d, wanted), nn.Linear: (QuantLinear, wanted)})
-    batches = problem.batches(BATCH)
+    batches = problem.batches(max(1, min(BATCH, NUMBERS // problem.samples[0].numel())))
     with torch.no_grad():
         model(batches[0])
         match setting["method"]:

@@ -12,13 +12,14 @@ import argparse
 import base64
 import datetime
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
 import venv
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ from problem import LEVELS, Problem, build, checked, read, values, write
 from safetensors.torch import load_file
 from torch import nn
 
-from pcq.commands.scoring import predictor
+import pcq
 from pcq.data import open_data
+from pcq.scores import module_predictor
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -41,7 +43,10 @@ SEARCH_SEED, SEEDS, VALIDATION = 100, (0, 1, 2), 1000
 
 @dataclass(frozen=True)
 class Network:
-    """``arch``: FILE:FUNCTION; ``reach``: a folder that FILE imports from; ``measure``: top1, or agreement."""
+    """``arch``: FILE:FUNCTION; ``reach``: a folder that FILE imports from; ``measure``: top1, or agreement.
+
+    ``parts``: what the test samples are of, in their order, and how many; each is told apart too.
+    """
 
     float_file: Path
     arch: str
@@ -50,6 +55,7 @@ class Network:
     measure: str = "top1"
     reach: str = ""
     group: int = 0
+    parts: dict[str, int] = field(default_factory=dict)
 
     @property
     def spec(self) -> str:
@@ -75,6 +81,12 @@ def networks(args: argparse.Namespace) -> dict[str, Network]:
         found["minilm"] = Network(
             args.minilm / "minilm.safetensors", f"{HERE / 'minilm.py'}:minilm", {}, f"npz:{args.minilm / 'minilm.npz'}",
             "agreement", group=128,
+        )  # fmt: skip
+    if args.efficientnet:
+        found["efficientnet"] = Network(
+            args.efficientnet / "efficientnet.safetensors", f"{HERE / 'efficientnet.py'}:efficientnet", {},
+            f"npz:{args.efficientnet / 'efficientnet.npz'}", "agreement",
+            parts=json.loads((args.efficientnet / "parts.json").read_text()),
         )  # fmt: skip
     return found
 
@@ -129,8 +141,9 @@ class Scorer:
     def predictions(self, file: Path, kept: Path) -> NDArray[np.int16]:
         if kept.exists():
             return np.load(kept)
-        predict, _ = predictor(file, self.network.spec, (), False)
-        found = torch.cat([predict(x).argmax(1) for x, _ in self.data.batches(250, order=self.order)])
+        predict = module_predictor(pcq.open_network(file, self.network.spec).module)
+        size = max(1, min(250, 2**21 // math.prod(self.data.shape)))  # photos need much memory
+        found = torch.cat([predict(x).argmax(1) for x, _ in self.data.batches(size, order=self.order)])
         result: NDArray[np.int16] = found.numpy().astype(np.int16)
         np.save(draft := kept.with_suffix(f".{os.getpid()}.npy"), result)
         draft.rename(kept)
@@ -145,6 +158,13 @@ class Scorer:
 
     def right(self, answer: Path) -> NDArray[np.bool_]:
         return self.predictions(answer, answer.with_suffix(self.ending)) == self.aim()
+
+
+def parts(right: NDArray[np.bool_], counts: dict[str, int]) -> dict[str, float]:
+    """Per cent right among the test samples of each part."""
+    assert sum(counts.values()) == len(right), "--test goes with networks without parts"
+    ends = np.cumsum(list(counts.values()))[:-1]
+    return {name: 100 * float(part.mean()) for name, part in zip(counts, np.split(right, ends), strict=True)}
 
 
 def told(asked: Problem, answers: Path, number: int) -> dict[str, Any]:
@@ -182,7 +202,7 @@ def cell(args: argparse.Namespace, name: str, network: Network, levels: str, too
         found = {number: told(asked, folder / tool, number) for number in there}
         return {n: r if "error" in r else r | {"answer": folder / tool / f"{n}.safetensors"} for n, r in found.items()}
 
-    tried = answered(SEARCH_SEED, list(range(args.most)))
+    tried = answered(SEARCH_SEED, args.settings)
     for record in tried.values():
         if "answer" in record:
             record["val"] = 100 * float(valid.right(record.pop("answer")).mean())
@@ -196,11 +216,12 @@ def cell(args: argparse.Namespace, name: str, network: Network, levels: str, too
     test = Scorer(args.folder / name, network, "test", args.test)
     out["images"] = len(test.order)
     out["float"] = 100 * float((test.float == test.aim()).mean())
-    for seed in SEEDS:
+    for seed in args.seeds:
         for record in answered(seed, [best]).values():
             if "answer" in record:
                 right = test.right(record.pop("answer"))
                 record |= {"seed": seed, "test": 100 * float(right.mean())}
+                record |= {"parts": parts(right, network.parts)} if network.parts else {}
                 record["right"] = base64.b85encode(zlib.compress(np.packbits(right).tobytes(), 9)).decode()
             out["runs"].append(record)
             print(name, levels, tool, {key: record[key] for key in record if key != "right"}, flush=True)
@@ -216,12 +237,16 @@ def main() -> None:
     parser.add_argument("--levels", nargs="+", default=list(LEVELS), choices=list(LEVELS))
     parser.add_argument("--samples", type=int, default=512, help="of the runs that are scored on test")
     parser.add_argument("--search-samples", type=int, default=256, help="of the runs that settings are chosen by")
-    parser.add_argument("--most", type=int, default=12, help="try only so many settings of each tool")
+    parser.add_argument("--settings", type=int, nargs="+", default=list(range(12)), help="try only these, by number")
+    parser.add_argument(
+        "--seeds", type=int, nargs="*", default=list(SEEDS), help="of the draws scored on test, or none"
+    )
     parser.add_argument("--test", type=int, help="score on so many evenly spaced test samples; default: all")
     parser.add_argument("--read", action="store_true", help="run nothing: make OUT from what is in FOLDER")
     parser.add_argument("--venvs", type=Path, help="where the environments are; default: FOLDER/venvs")
     parser.add_argument("--cifar10", type=Path, help="where CIFAR-10 is")
     parser.add_argument("--minilm", type=Path, help="the folder that minilm.py made")
+    parser.add_argument("--efficientnet", type=Path, help="the folder that efficientnet.py made")
     parser.add_argument("--cifar10-float", type=Path, help="a float ResNet-20 for it")
     args = parser.parse_args()
     args.folder = args.folder.resolve()

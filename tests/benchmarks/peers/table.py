@@ -5,7 +5,8 @@
 The interval of a difference is 95 %: ``sqrt((1.96 s_i)^2 + (2.78 s_d)^2)``, ``s_i`` the standard error over the test
 images of the difference of the two tools' correctness on the same image (averaged over draws), ``s_d`` that of the
 difference of means over the draws of calibration samples (2.78: Student's t at four degrees of freedom). It is rather
-too wide: the scatter over draws holds some of that over images.
+too wide: the scatter over draws holds some of that over images. Of a single draw there is no ``s_d``, and the interval
+is of that draw alone.
 """
 
 import base64
@@ -35,16 +36,19 @@ def difference(one: Cell, other: Cell) -> tuple[float, float]:
     a, b = right(one), right(other)
     images = a.mean(0) - b.mean(0)
     over_images = images.std(ddof=1) / math.sqrt(len(images))
-    over_draws = math.sqrt(a.mean(1).var(ddof=1) / len(a) + b.mean(1).var(ddof=1) / len(b))
+    over_draws = math.sqrt(sum(x.mean(1).var(ddof=1) / len(x) for x in (a, b))) if min(len(a), len(b)) > 1 else 0
     return 100 * float(images.mean()), 100 * math.hypot(1.96 * over_images, 2.78 * over_draws)
 
 
 def scored(cell: Cell | None) -> bool:
-    return cell is not None and sum("right" in run for run in cell["runs"]) > 1
+    return cell is not None and any("right" in run for run in cell["runs"])
 
 
 def table(cells: list[Cell]) -> str:
-    """One network's table: a row for each tool and a column for each kind of levels."""
+    """One network's table: a row for each tool and a column for each kind of levels.
+
+    In square brackets how much was right of each part of the test samples, where they are of several.
+    """
     levels = [name for name in LEVELS if any(c["levels"] == name for c in cells)]
     tools = sorted({c["tool"] for c in cells}, key=lambda tool: (tool != "pcq", tool))
     found = {(c["tool"], c["levels"]): c for c in cells}
@@ -58,6 +62,9 @@ def table(cells: list[Cell]) -> str:
                 continue
             scores = [run["test"] for run in cell["runs"] if "test" in run]
             text = f"{cell['float'] - sum(scores) / len(scores):.2f}"
+            if told := [run["parts"] for run in cell["runs"] if "parts" in run]:
+                means = {name: sum(each[name] for each in told) / len(told) for name in told[0]}
+                text += f" [{', '.join(f'{name} {value:.1f} %' for name, value in means.items())}]"
             own = found.get(("pcq", name))
             if tool != "pcq" and scored(own):
                 assert own is not None
