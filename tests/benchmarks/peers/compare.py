@@ -37,7 +37,7 @@ from pcq.scores import module_predictor
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 DEMO = ROOT / "pcq" / "demo"
-TOOLS = ("pcq", "brevitas", "nncf", "torchao", "ort")
+TOOLS = ("pcq", "aimet", "brevitas", "nncf", "torchao", "ort")
 SEARCH_SEED, SEEDS, VALIDATION = 100, (0, 1, 2), 1000
 
 
