@@ -179,7 +179,7 @@ def onnx_predictor(path: str | Path) -> Predictor:
     if not path.is_file():
         raise PcqError("there is no such file", where=str(path))
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4
     try:
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common class of their own

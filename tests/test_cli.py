@@ -161,6 +161,8 @@ def test_one_of_several_state_dicts(tmp_path: Path, capsys: pytest.CaptureFixtur
     [
         (["--state-dict", "--mode", "native"], "--mode: it has no part in --state-dict."),
         (["--state-dict", "--input", "1x8x8"], "--input: it has no part in --state-dict."),
+        (["--state-dict", "--float", "first"], "--float: it has no part in --state-dict."),
+        (["--pt2", "--vnni"], "--vnni: it has no part in --pt2."),
         (["--pt2", "--optimize", "ram"], "--optimize: it has no part in --pt2."),
         (["--compressed-tensors", "--target-ort", "1.20"], "--target-ort: it has no part in --compressed-tensors."),
         (["--onnx", "--pt2"], "--onnx --pt2: several forms at once."),

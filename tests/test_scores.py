@@ -160,14 +160,16 @@ def test_a_module_that_does_not_take_the_samples() -> None:
         module_predictor(Net(lambda out: "logits"))(torch.randn(2, 3))
 
 
-def onnx_linear(path: Path, batch: str | int, dtype: int = TensorProto.FLOAT, inputs: int = 1) -> tuple[Tensor, Tensor]:
-    """x [batch, 3] @ w [3, 4] + b, saved; ``-> w, b``."""
+def onnx_linear(
+    path: Path, batch: str | int, dtype: int = TensorProto.FLOAT, inputs: int = 1, width: str | int = 3
+) -> tuple[Tensor, Tensor]:
+    """x [batch, width] @ w [3, 4] + b, saved; ``-> w, b``."""
     w, b = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), torch.arange(4.0)
     half = np.float16 if dtype == TensorProto.FLOAT16 else np.float32
     graph = helper.make_graph(
         [helper.make_node("Gemm", ["x0", "w", "b"], ["y"])],
         "linear",
-        [helper.make_tensor_value_info(f"x{i}", dtype, [batch, 3]) for i in range(inputs)],
+        [helper.make_tensor_value_info(f"x{i}", dtype, [batch, width]) for i in range(inputs)],
         [helper.make_tensor_value_info("y", dtype, [batch, 4])],
         [onnx.numpy_helper.from_array(v.numpy().astype(half), n) for n, v in (("w", w), ("b", b))],
     )
@@ -188,7 +190,7 @@ def test_onnx_runs_any_number_of_samples(tmp_path: Path, batch: str | int, dtype
         assert torch.allclose(out, x @ w + b, atol=1e-5 if dtype == TensorProto.FLOAT else 2e-2)
 
 
-def test_onnx_files_that_cannot_run(tmp_path: Path) -> None:
+def test_onnx_files_that_cannot_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(PcqError, match="no such file"):
         onnx_predictor(tmp_path / "no.onnx")
     (tmp_path / "bad.onnx").write_bytes(b"not a model")
@@ -200,6 +202,10 @@ def test_onnx_files_that_cannot_run(tmp_path: Path) -> None:
     onnx_linear(tmp_path / "m.onnx", "n")
     with pytest.raises(PcqError, match=r"m\.onnx: samples of 5: the model takes 3"):
         onnx_predictor(tmp_path / "m.onnx")(torch.randn(2, 5))
+    onnx_linear(tmp_path / "open.onnx", "n", width="k")  # its widths are known to the weights only
+    with pytest.raises(PcqError, match=r"open\.onnx: ONNX Runtime \S+ cannot run it: "):
+        onnx_predictor(tmp_path / "open.onnx")(torch.randn(2, 5))
+    assert capfd.readouterr() == ("", "")  # ONNX Runtime's own words are in the sentence
 
 
 def test_the_demo_network_scores_what_its_record_says() -> None:

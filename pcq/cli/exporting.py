@@ -41,27 +41,15 @@ class Ranges(StrEnum):
 
 
 OF_INT8 = ("--calib", "--samples", "--ranges", "--max-drop", "--float", "--vnni")
-NOT_FOR_ALL = {
-    "arch": "--arch",
-    "input_shape": "--input",
-    "target_ort": "--target-ort",
-    "mode": "--mode",
-    "optimize": "--optimize",
-    "accuracy_level": "--accuracy-level",
-    "calib": "--calib",
-    "samples": "--samples",
-    "ranges": "--ranges",
-    "max_drop": "--max-drop",
-    "keep": "--float",
-    "vnni": "--vnni",
-}
-"""Parameter -> option, of those that not every form and mode uses."""
+FOR_ALL = {"artifact", "out", "onnx", "state_dict", "pt2", "compressed_tensors", "force", "as_json"}
+"""Parameters that every form and mode uses, or that choose one."""
 
 
-def typed(context: typer.Context, name: str) -> bool:
-    """Whether the option of that parameter stands on the command line."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
+def typed(context: typer.Context) -> list[str]:
+    """The options on the command line that not every form and mode uses."""
+    parameters = [parameter for parameter in context.command.params if parameter.name not in FOR_ALL]
+    sources = {parameter: context.get_parameter_source(parameter.name or "") for parameter in parameters}
+    return [each.opts[0] for each, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
 
 
 @app.command()
@@ -126,7 +114,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write ONNX whose weights stay packed, and prove it: bit-exact codes, the same outputs as torch, the size."""
-    given = [option for name, option in NOT_FOR_ALL.items() if typed(context, name)]
+    given = typed(context)
     forms = {"--onnx": onnx, "--state-dict": state_dict, "--pt2": pt2, "--compressed-tensors": compressed_tensors}
     if export_other(forms, given, artifact, out, arch, input_shape, force, as_json):
         return

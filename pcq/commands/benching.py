@@ -280,7 +280,7 @@ def _session(path: Path, threads: int) -> "onnxruntime.InferenceSession":
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.log_severity_level, options.intra_op_num_threads = 3, threads
+    options.log_severity_level, options.intra_op_num_threads = 4, threads
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 

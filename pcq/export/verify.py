@@ -355,7 +355,7 @@ def open_session(model: str | bytes, optimised: bool, dump: Path | None = None) 
         CheckFailed: ONNX Runtime does not load it.
     """
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4
     options.intra_op_num_threads = torch.get_num_threads()
     levels = ort.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
