@@ -31,6 +31,10 @@ class Rules(Protocol):
         """File and line of a rule, for messages."""
         ...
 
+    def todo(self, correction: str) -> str:
+        """What to do about a rule that decides nothing: ``correction``, if the user can make it."""
+        ...
+
 
 @dataclass(frozen=True)
 class Quantized:
@@ -179,7 +183,7 @@ def _idle(
         return PcqError(
             f"{which} decides nothing: {earlier} before it takes all it matches ({names})",
             where=where,
-            todo=f"Move it up, or: {todo[0].lower()}{todo[1:]}",
+            todo=recipe.todo(f"Move it up, or: {todo[0].lower()}{todo[1:]}"),
         )
     if found:
         names = _few(f"{p.name}: {p.unfit}" for p, _ in found)

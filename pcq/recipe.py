@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Recipe:
         budget: what the quantized file or its weights may take, such as `3MB` or `2.5bits`; levels are then chosen by
             `pcq quantize`, for the weights to which the rules give any.
         places: file and line of each rule, as far as known.
+        shipped: whether it is one that came with pcq, as it came: there is no file to correct.
     """
 
     name: str
@@ -46,10 +47,19 @@ class Recipe:
     finetune: Finetune | None = None
     budget: str | None = None
     places: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    shipped: bool = field(default=False, compare=False, repr=False)
 
     def where(self, rule: int) -> str:
         """File and line of rule number ``rule``, counted from 0."""
         return self.places[rule] if rule < len(self.places) else self.name
+
+    def todo(self, correction: str) -> str:
+        """What to do about a rule that decides nothing: ``correction``, or what stands for it in a shipped recipe."""
+        if not self.shipped:
+            return correction
+        if any(each.name == f"{self.name}-all" for each in shipped_recipes()):
+            return f"Take the recipe `{self.name}-all`, which treats the first and last layer like the others"
+        return f"Correct a copy: `pcq recipes show {self.name} > my.yaml`"
 
     def to_json(self) -> dict[str, Any]:
         """What is done, defaults written out, as plain data: itself a recipe file (the description is not in it)."""
@@ -103,7 +113,8 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
         return parse_recipe(read(path), str(path_or_name), overrides)
     if path.parent != Path():
         raise PcqError("there is no such file", where=str(path_or_name))
-    return parse_recipe(shipped_text(path.name), f"{path.name.removesuffix('.yaml')}.yaml", overrides)
+    recipe = parse_recipe(shipped_text(path.name), f"{path.name.removesuffix('.yaml')}.yaml", overrides)
+    return replace(recipe, shipped=not overrides)
 
 
 def parse_recipe(text: str, file: str, overrides: Sequence[str] = ()) -> Recipe:

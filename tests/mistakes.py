@@ -297,6 +297,12 @@ MISTAKES = (
         r"(?i)rule 1|line 3|earlier",
     ),
     Mistake(
+        "a recipe for more than two layers",
+        "quantize two.pt -r ternary",
+        lambda: torch.save({"0.weight": torch.randn(8, 8), "1.weight": torch.randn(4, 8)}, "two.pt"),
+        r"Take the recipe `ternary-all`",
+    ),
+    Mistake(
         "several mistakes at once",
         MY,
         recipe("pcq: 1\nrule: []\nrules:\n  - match: '*'\n    levels: tenary\n"),

@@ -122,9 +122,18 @@ def test_what_each_does(name: str, net: list[Parameter], expected: list[str]) ->
 
 
 def test_a_network_of_two_layers_is_not_silently_left_at_8_bits() -> None:
-    """`ternary` keeps the first and last layer at 8 bits; where there is no other, it says so."""
-    with pytest.raises(PcqError, match=r"rule 3 \(\"\*\"\) decides nothing: rule 1 \(first, last\) before it"):
-        make_plan(load_recipe("ternary"), [RESNET[0], RESNET[4]])
+    """`ternary` keeps the first and last layer at 8 bits; where there is no other, it says so, and what to take."""
+    net, nothing = [RESNET[0], RESNET[4]], r"rule 3 \(\"\*\"\) decides nothing: rule 1 \(first, last\) before it"
+    for name in ("ternary", "binary"):
+        with pytest.raises(PcqError, match=nothing + rf".*Take the recipe `{name}-all`, "):
+            make_plan(load_recipe(name), net)
+        assert make_plan(load_recipe(f"{name}-all"), net).quantized
+    with pytest.raises(PcqError, match=nothing + r".*Correct a copy: `pcq recipes show w2 > my.yaml`"):
+        make_plan(load_recipe("w2"), net)
+    changed = load_recipe("ternary", ["rules.2.levels=binary"])
+    for own in (changed, parse_recipe(shipped_text("ternary"), "ternary.yaml")):
+        with pytest.raises(PcqError, match=nothing + r".*Move it up, or: correct it"):
+            make_plan(own, net)
 
 
 # Where they are
