@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import helper
+from safetensors.torch import load_file
 
 from pcq import cli
 from pcq.commands import Spread, bench, export_onnx, quantize
@@ -51,12 +53,12 @@ def test_memory_is_what_the_file_takes(tmp_path: Path) -> None:
         for n in (16, 4096)
     ]  # fmt: skip
     small, large = (
-        measure(p, "ONNX Runtime", None, {"x": ((1, n), "float32")}) for p, n in zip(paths, (16, 4096), strict=True)
+        measure(p, "ONNX Runtime", {}, {"x": ((1, n), "float32")}) for p, n in zip(paths, (16, 4096), strict=True)
     )
     assert small.peak < 20e6
     assert 64e6 <= large.peak < 400e6
     with pytest.raises(CheckFailed, match="could not load and run it: .*INVALID_ARGUMENT"):
-        measure(paths[0], "ONNX Runtime", None, {"x": ((1, 17), "float32")})
+        measure(paths[0], "ONNX Runtime", {}, {"x": ((1, 17), "float32")})
 
 
 def test_models_of_several_inputs_and_fixed_batches(tmp_path: Path) -> None:
@@ -68,6 +70,18 @@ def test_models_of_several_inputs_and_fixed_batches(tmp_path: Path) -> None:
     result = bench([convolutions(tmp_path / "d.onnx"), fixed], batches=(1, 2), threads=(1,), rounds=1, processes=1)
     assert [[latency.batch for latency in row.latencies] for row in result.rows] == [[1, 2], [2]]
     assert bench([path], batches=(2,), threads=(1,), rounds=1, processes=1).rows[0].latencies[0].batch == 2
+
+
+def test_a_checkpoint_of_several_state_dicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the refusal recommends can be done, in the process that measures and in those it starts."""
+    state = load_file(DIGITS)
+    torch.save({"model": state, "ema": state}, tmp_path / "both.pt")
+    command = ["bench", str(tmp_path / "both.pt"), "--arch", ARCH, "--input", "1x8x8", "--batch", "1", "--threads", "1"]
+    command += ["--rounds", "1", "--processes", "1"]
+    assert cli.run(command) == 2
+    assert "Choose one, such as --key model." in capsys.readouterr().err
+    assert cli.run([*command, "--key", "model", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"][0]["latencies"]
 
 
 def test_mistakes(tmp_path: Path) -> None:

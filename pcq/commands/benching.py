@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -100,7 +100,7 @@ class BenchResult:
 class _File:
     path: Path
     runtime: str
-    arch: str | None
+    opening: Mapping[str, Any]
     inputs: tuple[tuple[str, tuple[int | None, ...], str], ...]
 
 
@@ -114,6 +114,9 @@ def bench(
     rounds: int = 20,
     processes: int = 3,
     plot: str | Path | None = None,
+    key: str | None = None,
+    allow_globals: Sequence[str] = (),
+    unsafe_pickle: bool = False,
     progress: Progress = silent,
 ) -> BenchResult:
     """Measure float checkpoints, artifacts and ONNX files side by side; checkpoints and artifacts run in torch.
@@ -130,6 +133,8 @@ def bench(
         rounds: of each latency.
         processes: for load time and memory.
         plot: a PNG to draw.
+        key: which state dict to open, where a checkpoint holds several.
+        allow_globals, unsafe_pickle: as for :func:`pcq.quantize`.
         progress: called before each process and each round.
 
     Raises:
@@ -148,7 +153,8 @@ def bench(
         checkpoint.refuse_overwrite(Path(plot), ".png", inputs=[Path(path) for path in paths], force=True)
     cores = os.cpu_count() or 1
     counts = list(dict.fromkeys(min(count, cores) or cores for count in threads))
-    files, shape = _files([Path(path) for path in paths], arch, tuple(input_shape) if input_shape else None)
+    opening = {"arch": arch, "key": key, "allow_globals": tuple(allow_globals), "unsafe_pickle": unsafe_pickle}
+    files, shape = _files([Path(path) for path in paths], opening, tuple(input_shape) if input_shape else None)
     total = len(files) * processes + len(counts) * len(batches) * (rounds + WARM)
     done = 0
     fresh: list[list[Fresh]] = [[] for _ in files]
@@ -159,7 +165,7 @@ def bench(
             single = _feed(file, (sizes[0] if sizes else None) or 1, shape)
             assert single is not None, file
             feed = {name: (array.shape, array.dtype.name) for name, array in single.items()}
-            found.append(measure(file.path, file.runtime, file.arch, feed))
+            found.append(measure(file.path, file.runtime, file.opening, feed))
             done += 1
     latencies: list[list[Latency]] = [[] for _ in files]
     before = torch.get_num_threads()
@@ -212,7 +218,7 @@ def bench(
 
 
 def _files(
-    paths: list[Path], arch: str | None, shape: tuple[int, ...] | None
+    paths: list[Path], opening: Mapping[str, Any], shape: tuple[int, ...] | None
 ) -> tuple[list[_File], tuple[int, ...] | None]:
     """What runs each file, and one sample's shape if a file of one input says it."""
     files = []
@@ -230,13 +236,13 @@ def _files(
                  np.dtype(KINDS[value.type]).name)
                 for value in values
             )  # fmt: skip
-            files.append(_File(path, "ONNX Runtime", None, inputs))
+            files.append(_File(path, "ONNX Runtime", {}, inputs))
             if shape is None and len(inputs) == 1 and all(inputs[0][1][1:]):
                 shape = tuple(size or 1 for size in inputs[0][1][1:])
         else:
-            network = open_network(path, arch)
+            network = open_network(path, **opening)
             shape = shape or network.input_shape
-            files.append(_File(path, "torch", arch, (("x", (None,), "float32"),)))
+            files.append(_File(path, "torch", opening, (("x", (None,), "float32"),)))
     return files, shape
 
 
@@ -266,7 +272,7 @@ def _runner(file: _File, threads: int) -> Callable[[Mapping[str, Array]], object
     if file.runtime == "ONNX Runtime":
         session = _session(file.path, threads)
         return lambda feed: session.run(None, dict(feed))
-    module = open_network(file.path, file.arch).module.eval()
+    module = open_network(file.path, **file.opening).module.eval()
 
     def run(feed: Mapping[str, Array]) -> object:
         with torch.no_grad():

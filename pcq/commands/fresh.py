@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pcq.errors import CheckFailed
 
@@ -58,7 +59,7 @@ from pcq.commands import open_network
 x = torch.zeros(shape, dtype=getattr(torch, kind))
 torch.nn.functional.conv2d(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 3, 3))
 before, start = begin()
-network = open_network(given["path"], given["arch"]).module
+network = open_network(given["path"], **given["opening"]).module
 loaded = time.perf_counter()
 with torch.no_grad():
     network(x)
@@ -76,19 +77,21 @@ class Fresh:
     peak: int
 
 
-def measure(path: Path, runtime: str, arch: str | None, feed: Mapping[str, tuple[tuple[int, ...], str]]) -> Fresh:
+def measure(
+    path: Path, runtime: str, opening: Mapping[str, Any], feed: Mapping[str, tuple[tuple[int, ...], str]]
+) -> Fresh:
     """Load and run once in a new process.
 
     Args:
         path: an ONNX file, or a checkpoint or artifact.
         runtime: ``ONNX Runtime`` or ``torch``.
-        arch: the architecture, for torch, if it is not recorded.
+        opening: how ``open_network`` opens it, for torch.
         feed: input -> shape and NumPy dtype.
 
     Raises:
         CheckFailed: the process ended badly.
     """
-    given = json.dumps({"path": str(path), "arch": arch, "feed": feed})
+    given = json.dumps({"path": str(path), "opening": dict(opening), "feed": feed})
     code = ONNX if runtime == "ONNX Runtime" else TORCH
     done = subprocess.run([sys.executable, "-c", code, given], capture_output=True, text=True, check=False)
     if done.returncode:
