@@ -1,7 +1,10 @@
 """The main job through the command line, on the pretrained digits network that comes with the installation."""
 
+import io
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -247,6 +250,26 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert row["artifact_bytes"] < got["rows"][0]["artifact_bytes"] / 4
     out, _ = run(capsys, "demo", "--out", tmp_path / "demo")
     assert "What to type next" in out
+
+
+def test_something_is_said_before_the_seconds_of_imports(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The demo's first line and, in a terminal, one that goes again: both before anything needs PyTorch."""
+    code = "import sys; sys.modules['torch'] = None; from pcq import cli; cli.run(['demo', '--out', 'there'])"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    told, then = ran.stderr.splitlines()[:2]
+    assert told == "A small pretrained network is scored on digits, quantized, exported and checked in there."
+    assert then.startswith("Traceback")
+    shown = io.StringIO()
+    monkeypatch.setattr(frame, "console", lambda stderr: Console(file=shown, force_terminal=True))
+    with frame.starting():
+        pass
+    assert not shown.getvalue()
+    monkeypatch.delitem(sys.modules, "torch")
+    with frame.starting():
+        pass
+    assert "starting: PyTorch is imported" in shown.getvalue()
 
 
 def test_artifact_loads_as_a_plain_state_dict(made: Path) -> None:

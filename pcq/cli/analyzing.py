@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from pcq.cli.app import app
-from pcq.cli.frame import answers, bar, emit
+from pcq.cli.frame import answers, bar, emit, starting
 from pcq.cli.options import AllowGlobal, Arch, Input, Json, Key, Model, Set, UnsafePickle, shape_of
 from pcq.errors import PcqError
 
@@ -38,7 +38,8 @@ def analyze(
     as_json: Json = False,
 ) -> None:
     """Rank the weights by what quantizing them does to the network, and say what to write against it."""
-    from pcq import commands
+    with starting():
+        from pcq import commands
 
     given = {"--samples": samples, "--seed": seed, "--input": input_shape}
     if calib is None and (said := [option for option, value in given.items() if value is not None]):

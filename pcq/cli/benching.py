@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from pcq.cli.app import app
-from pcq.cli.frame import answers, bar, emit
+from pcq.cli.frame import answers, bar, emit, starting
 from pcq.cli.options import AllowGlobal, Arch, Input, Json, Key, UnsafePickle, shape_of
 
 
@@ -35,7 +35,8 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Compare files: size, time to load, memory, latency. Checkpoints and artifacts run in torch."""
-    from pcq import commands
+    with starting():
+        from pcq import commands
 
     with bar("measuring") as progress:
         result = commands.bench(

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from pcq.cli.app import app
-from pcq.cli.frame import answers, bar, emit
+from pcq.cli.frame import answers, bar, emit, say, starting
 from pcq.cli.options import Json
 
 
@@ -18,7 +18,9 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Quantize a small pretrained network, export it, check it in ONNX Runtime, and say what to type next."""
-    from pcq import demo as rooms
+    say(f"A small pretrained network is scored on {data}, quantized, exported and checked in {out}.")
+    with starting():
+        from pcq import demo as rooms
 
     with bar("demo") as progress:
         result = rooms.run(data, out, progress=progress)

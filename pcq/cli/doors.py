@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pcq.cli.frame import bar, emit
+from pcq.cli.frame import bar, emit, starting
 from pcq.cli.options import shape_of
 from pcq.errors import PcqError
 
@@ -40,7 +40,8 @@ def export_other(
     lost = [option for option in given if option not in TAKES[chosen[0]]]
     if lost:
         raise PcqError(f"it has no part in {chosen[0]}", where=lost[0], todo="Leave it out")
-    from pcq import commands
+    with starting():
+        from pcq import commands
 
     with bar("exporting") as progress:
         match chosen[0]:

@@ -9,7 +9,7 @@ import typer
 
 from pcq.cli.app import app
 from pcq.cli.doors import Compressed, Pt2, StateDict, export_other
-from pcq.cli.frame import answers, bar, emit, say
+from pcq.cli.frame import answers, bar, emit, say, starting
 from pcq.cli.options import Arch, Force, Input, Json, shape_of
 
 
@@ -118,7 +118,8 @@ def export(
     forms = {"--onnx": onnx, "--state-dict": state_dict, "--pt2": pt2, "--compressed-tensors": compressed_tensors}
     if export_other(forms, given, artifact, out, arch, input_shape, force, as_json):
         return
-    from pcq import commands
+    with starting():
+        from pcq import commands
     from pcq.errors import PcqError
 
     if mode is not None and optimize is not None:

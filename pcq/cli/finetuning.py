@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from pcq.cli.app import app
-from pcq.cli.frame import answers, bar, emit, first, say
+from pcq.cli.frame import answers, bar, emit, first, say, starting
 from pcq.cli.options import AllowGlobal, Arch, Force, Json, Key, Model, Set, UnsafePickle
 
 
@@ -66,7 +66,8 @@ def finetune(
     as_json: Json = False,
 ) -> None:
     """Train a checkpoint on its levels: wins back what rounding loses. Writes one .safetensors artifact."""
-    from pcq import commands
+    with starting():
+        from pcq import commands
 
     with bar("fine-tuning") as progress:
         result = commands.finetune(

@@ -78,6 +78,17 @@ def answers(command: Callable[P, None]) -> Callable[P, None]:
     return wrapped
 
 
+@contextmanager
+def starting() -> Iterator[None]:
+    """Around the import of what needs PyTorch, which takes seconds: in a terminal a line says so and goes again."""
+    shown = console(stderr=True)
+    if "torch" in sys.modules or not first() or not shown.is_terminal:
+        yield
+        return
+    with shown.status("starting: PyTorch is imported"):
+        yield
+
+
 def emit(result: object, as_json: bool) -> None:
     """Print a result on standard output."""
     from pcq import report

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from pcq.cli.app import app
-from pcq.cli.frame import answers, bar, emit
+from pcq.cli.frame import answers, bar, emit, starting
 from pcq.cli.options import AllowGlobal, Arch, Json, Key, UnsafePickle
 from pcq.errors import PcqError
 
@@ -34,7 +34,8 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Say what a file is: tensors and architecture, levels and bytes, rules, or how an ONNX file is packed."""
-    from pcq import commands
+    with starting():
+        from pcq import commands
 
     if prox is not None:
         if path is not None:
@@ -75,7 +76,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score a network on data: top-1 and top-5, and agreement with a float model."""
-    from pcq import commands
+    with starting():
+        from pcq import commands
 
     with bar("evaluating") as progress:
         result = commands.evaluate(

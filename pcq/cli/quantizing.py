@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from pcq.cli.app import app
-from pcq.cli.frame import answers, bar, emit, say
+from pcq.cli.frame import answers, bar, emit, say, starting
 from pcq.cli.options import AllowGlobal, Arch, Force, Input, Json, Key, Model, Set, UnsafePickle, shape_of
 from pcq.errors import PcqError
 
@@ -72,7 +72,8 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """Quantize a checkpoint in one shot, without training. Writes one .safetensors artifact; for ONNX, packed ONNX."""
-    from pcq import commands
+    with starting():
+        from pcq import commands
 
     calibration = None
     given = {"--samples": samples, "--calib-method": calib_method, "--refine": refine, "--seed": seed,

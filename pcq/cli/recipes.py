@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from pcq.cli.app import recipes_app
-from pcq.cli.frame import answers, emit
+from pcq.cli.frame import answers, emit, starting
 from pcq.cli.options import AllowGlobal, Arch, Json, Key, Set, UnsafePickle
 
 
@@ -15,7 +15,8 @@ from pcq.cli.options import AllowGlobal, Arch, Json, Key, Set, UnsafePickle
 @answers
 def recipes_list(as_json: Json = False) -> None:
     """The recipes that come with pcq."""
-    from pcq import commands
+    with starting():
+        from pcq import commands
 
     emit(commands.recipes(), as_json)
 
@@ -42,7 +43,8 @@ def recipes_check(
     as_json: Json = False,
 ) -> None:
     """Report every mistake in a recipe; with a model, also what each rule would match."""
-    from pcq import commands
+    with starting():
+        from pcq import commands
 
     result = commands.check(
         file,
