@@ -47,7 +47,8 @@ UnsafePickle = Annotated[
 ]
 
 Input = Annotated[
-    str | None, typer.Option("--input", metavar="SHAPE", help="One sample's shape without the batch, as in 3x224x224.")
+    str | None,
+    typer.Option("--input", metavar="SHAPE", help="One sample's shape without the batch: 3x224x224, or 128 (tokens)."),
 ]
 
 

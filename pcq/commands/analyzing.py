@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from pcq import models, qtensor
+from pcq import qtensor
 from pcq.atomic import atomic
-from pcq.commands.calibrating import FEWEST, RANDOM, Calibration, draw_inputs, float_network
+from pcq.commands.calibrating import FEWEST, RANDOM, Calibration, draw_inputs, float_network, painted
 from pcq.commands.quantizing import Planned, plan
 from pcq.errors import PcqError
 from pcq.plan import Quantized
@@ -161,10 +161,7 @@ def open_bench(
     if samples is not None and samples < FEWEST:
         raise PcqError(f"{samples} samples are too few", where="--samples", allowed=f"{FEWEST} or more")
     if calib == RANDOM:
-        shape = shape or (models.example_shape(planned.arch) if planned.arch else None)
-        if shape is None:
-            todo = "Give it: --input 3x224x224 (channels, height, width)"
-            raise PcqError("to invent samples, one sample's shape has to be known", where="--calib random", todo=todo)
+        shape = painted(planned, network, shape)
         x, teacher = invented(network, shape, samples, seed)
         said = f"{len(x)} invented samples of {'x'.join(map(str, shape))}: no real data was seen"
         return Bench.of(network, (x,), teacher), said

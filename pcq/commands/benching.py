@@ -5,7 +5,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -221,7 +221,10 @@ def _files(
     paths: list[Path], opening: Mapping[str, Any], shape: tuple[int, ...] | None
 ) -> tuple[list[_File], tuple[int, ...] | None]:
     """What runs each file, and one sample's shape if a file of one input says it."""
+    from pcq.data.inputs import taken
+
     files = []
+    modules = []
     for path in paths:
         if path.suffix == ONNX_SUFFIX:
             from pcq.onnx_input.trials import KINDS, input_session
@@ -242,7 +245,11 @@ def _files(
         else:
             network = open_network(path, **opening)
             shape = shape or network.input_shape
+            modules.append((len(files), network.module))
             files.append(_File(path, "torch", opening, (("x", (None,), "float32"),)))
+    for place, module in modules:
+        if shape is not None and taken(module, shape).ids is not None:
+            files[place] = replace(files[place], inputs=(("x", (None,), "int64"),))
     return files, shape
 
 

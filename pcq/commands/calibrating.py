@@ -111,10 +111,7 @@ def calibrated(planned: "Planned", asked: Calibration, progress: Progress = sile
         todo = "Leave --calib out, or give the architecture with --arch"
         raise PcqError(f"the network has no parameter '{lost[0]}' to calibrate", where=str(planned.model), todo=todo)
     if asked.data == RANDOM:
-        shape = asked.input_shape or (models.example_shape(planned.arch) if planned.arch else None)
-        if shape is None:
-            todo = "Give it: --input 3x224x224 (channels, height, width)"
-            raise PcqError("to invent samples, one sample's shape has to be known", where="--calib random", todo=todo)
+        shape = painted(planned, network, asked.input_shape)
         settings = replace(CARE, method=asked.solver, seed=asked.seed)
         outcome = care(network, chosen, shape, settings, asked.samples, progress)
         said = f"{outcome.samples} invented samples of {'x'.join(map(str, shape))}: no real data was seen"
@@ -123,6 +120,24 @@ def calibrated(planned: "Planned", asked: Calibration, progress: Progress = sile
     settings = Settings(method=asked.solver, seed=asked.seed, refine=asked.refinement)
     outcome = calibrate_measured(network, chosen, samples, held_out, settings, progress)
     return Calibrated(replace(asked, samples=outcome.samples), network, said, outcome)
+
+
+def painted(planned: "Planned", network: nn.Module, shape: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The shape of samples to invent: what was given, or the architecture's own.
+
+    Raises:
+        PcqError: it is not known, or the network takes whole numbers.
+    """
+    from pcq.data.inputs import taken
+
+    shape = shape or (models.example_shape(planned.arch) if planned.arch else None)
+    if shape is None:
+        todo = "Give it: --input 3x224x224 (channels, height, width)"
+        raise PcqError("to invent samples, one sample's shape has to be known", where="--calib random", todo=todo)
+    if taken(network, shape).ids is not None:
+        what = "samples are invented as pictures, and this network takes whole numbers, such as tokens"
+        raise PcqError(what, where="--calib random", todo="Give real ones, such as --calib npz:FILE")
+    return shape
 
 
 def float_network(planned: "Planned") -> nn.Module:

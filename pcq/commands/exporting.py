@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from torch import Tensor
 
 from pcq import checkpoint
@@ -108,6 +107,7 @@ def export_onnx(
         PcqError: the artifact, the architecture or the target is not usable.
         CheckFailed: the exported file is not bit-exact, does not agree with torch, or has not the size predicted.
     """
+    from pcq.data.inputs import taken
     from pcq.export import write_int8, write_onnx, writing
 
     if int8 is not None and (layout != "exact" or aim is not None):
@@ -139,7 +139,7 @@ def export_onnx(
         return write_onnx(
             network.module,
             stored.quantized,
-            (torch.zeros(1, *shape),),
+            (taken(network.module, shape).example,),
             out,
             metadata={"recipe": json.dumps(stored.recipe), "arch": network.arch, "source": source.name},
             tied=stored.tied,

@@ -1,0 +1,125 @@
+"""Networks that take whole numbers go every way that those of floats go; ``--input`` gives their shape, no more."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pcq import cli, commands
+from pcq.commands import doors
+from pcq.data.inputs import Random, taken
+from pcq.errors import CheckFailed
+
+NET = """
+import torch
+from torch import nn
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.places = nn.Embedding(40, 16), nn.Embedding(6, 16)
+        self.block = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, ids):
+        return self.head(self.block(self.words(ids) + self.places(torch.arange(6))).mean(1))
+
+def words():
+    return Words()
+"""
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> tuple[str, str]:
+    got = cli.run([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    assert got == code, (got, out, err)
+    return out, err
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder with the network's weights, its artifact and sentences, and its spec."""
+    folder = tmp_path_factory.mktemp("words")
+    (folder / "net.py").write_text(NET)
+    arch = f"{folder}/net.py:words"
+    torch.manual_seed(0)
+    torch.save(commands.networks.models.build(arch).state_dict(), folder / "net.pt")
+    ids = np.random.default_rng(0).integers(0, 40, (64, 6))
+    np.savez(folder / "ids.npz", x=ids, y=ids[:, 0] % 3)
+    commands.quantize(folder / "net.pt", "w4", arch=arch, out=folder / "net.safetensors")
+    return folder, arch
+
+
+def test_onnx_takes_every_word_and_computes_what_torch_does(
+    words: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = words
+    run(capsys, "export", folder / "net.safetensors", tmp_path / "net.onnx", "--input", "6")
+    session = ort.InferenceSession(str(tmp_path / "net.onnx"), providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].type == "tensor(int64)"
+    ids = np.arange(42).reshape(7, 6) % 40
+    network = commands.open_network(folder / "net.safetensors").module
+    with torch.no_grad():
+        wanted = network(torch.from_numpy(ids)).numpy()
+    np.testing.assert_allclose(session.run(None, {session.get_inputs()[0].name: ids})[0], wanted, atol=1e-5)
+    out, _ = run(capsys, "eval", tmp_path / "net.onnx", "--data", f"npz:{folder}/ids.npz", "--reference",
+                 folder / "net.safetensors", "--json")  # fmt: skip
+    assert json.loads(out)["agreement"] == 100
+
+
+def test_an_exported_program_of_them(
+    words: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In eval mode torch runs this layer by another way than in a program, which rounds differently."""
+    folder, _ = words
+    out, _ = run(capsys, "export", folder / "net.safetensors", tmp_path / "net.pt2", "--pt2", "--input", "6")
+    assert "it puts out the network's numbers within " in out
+    program = torch.export.load(tmp_path / "net.pt2").module()
+    assert program(torch.full((5, 6), 39)).shape == (5, 3)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        out, _ = run(capsys, "export", folder / "net.safetensors", tmp_path / "net.pt2", "--pt2", "--input", "6", "-f")
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    assert "it puts out the very bits of the network at batch 1 and 3" in out
+    monkeypatch.setattr(doors, "TOLERANCE", 1e-9)
+    with pytest.raises(CheckFailed, match=r"puts out something else: \S+ of the outputs' scale"):
+        doors.export_pt2(folder / "net.safetensors", tmp_path / "off.pt2", input_shape=(6,))
+    assert not (tmp_path / "off.pt2").exists()
+
+
+def test_side_by_side(words: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
+    folder, arch = words
+    out, _ = run(capsys, "bench", folder / "net.pt", "--arch", arch, "--input", "6", "--rounds", "1",
+                 "--processes", "1", "--batch", "2", "--threads", "1", "--json")  # fmt: skip
+    assert json.loads(out)["rows"][0]["latencies"][0]["batch"] == 2
+
+
+def test_no_samples_are_invented_for_them(words: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
+    folder, arch = words
+    for command in ("quantize", "analyze"):
+        _, err = run(capsys, command, folder / "net.pt", "-r", "w4", "--arch", arch, "--calib", "random",
+                     "--input", "6", code=2)  # fmt: skip
+        assert "--calib random: samples are invented as pictures, and this network takes whole numbers" in err
+
+
+class Sum(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum(1)
+
+
+def test_what_a_network_takes_is_found_by_running_it() -> None:
+    assert taken(nn.Linear(5, 2), (5,)) == Random((5,))
+    assert taken(Sum(), (5,)) == Random((5,))  # it takes both
+    assert taken(nn.Sequential(nn.Embedding(40, 4), nn.Flatten()), (5,)) == Random((5,), 40)
+    assert taken(nn.Linear(5, 2), (7,)) == Random((7,))  # neither
+    ids = Random((50,), 40)(3)
+    assert ids.shape == (3, 50)
+    assert ids.dtype == torch.int64
+    assert 0 <= int(ids.min()) < int(ids.max()) < 40
+    assert torch.equal(ids, Random((50,), 40)(3))
+    assert Random((2, 3))(4).shape == (4, 2, 3)
