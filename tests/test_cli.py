@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +52,7 @@ def test_quantize_prints_plan_and_ledger(tmp_path: Path, capsys: pytest.CaptureF
     assert "bits/weight" in out
     assert "size as predicted to the byte" in out
     assert "`--calib random` repairs most of it without data" in " ".join(out.split())
-    assert f"Next: pcq export {tmp_path}/x.safetensors --onnx" in err
+    assert f"Next: pcq export {tmp_path}/x.safetensors --onnx --input SHAPE\n" in err
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
 
@@ -121,6 +122,23 @@ def test_names_are_neither_markup_nor_emoji(tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "data.py").write_text("def boom():\n    raise RuntimeError('on fire')\n")
     _, err = run(capsys, "eval", model, "--arch", ARCH, "--data", f"{tmp_path}/data.py:boom", code=2)
     assert f"{tmp_path}/data.py:boom: boom() raised" in err
+
+
+def test_the_next_command_has_all_that_it_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The shape of the samples where there were some, an exported program's own, else words to fill in."""
+    out = tmp_path / "x.safetensors"
+    calib = ["--calib", "digits", "--samples", 8, "--calib-method", "nearest", "--refine", 0]
+    for given in (["quantize", *calib], ["finetune", "--data", "digits", "--steps", 1]):
+        _, err = run(capsys, *given, DIGITS, "-r", "w8", "--arch", ARCH, "-o", out)
+        assert f"Next: pcq export {out} --onnx --input 1x8x8\n" in err
+    run(capsys, *shlex.split(err.partition("Next: pcq ")[2]))
+    _, err = run(capsys, "quantize", DIGITS, "-r", "w8", "-o", out)
+    assert f"Next: pcq export {out} --onnx --arch ARCH --input SHAPE\n" in err
+    module = torch.nn.Sequential(torch.nn.Linear(6, 9))
+    torch.export.save(torch.export.export(module, (torch.zeros(2, 6),)), tmp_path / "net.pt2")
+    _, err = run(capsys, "quantize", tmp_path / "net.pt2", "-r", "w8", "-o", out)
+    assert f"Next: pcq export {out} --onnx\n" in err
+    run(capsys, *shlex.split(err.partition("Next: pcq ")[2]))
 
 
 def test_what_to_type_next_can_be_pasted(

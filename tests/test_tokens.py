@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pcq import cli, commands
 from pcq.commands import doors
-from pcq.data.inputs import Random, taken
+from pcq.data.inputs import Random, taken, varied
 from pcq.errors import CheckFailed
 
 NET = """
@@ -123,3 +123,32 @@ def test_what_a_network_takes_is_found_by_running_it() -> None:
     assert 0 <= int(ids.min()) < int(ids.max()) < 40
     assert torch.equal(ids, Random((50,), 40)(3))
     assert Random((2, 3))(4).shape == (4, 2, 3)
+    ids, mask = varied(Masked(), (torch.zeros(2, 50, dtype=torch.int64), torch.ones(2, 50)))
+    assert 0 <= int(ids.min()) < int(ids.max()) < 40
+    assert torch.equal(mask, torch.ones(2, 50))
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(40, 16), nn.Linear(16, 3)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        out: Tensor = self.head((self.words(ids) * mask[..., None]).sum(1))
+        return out
+
+
+def test_a_program_of_several_inputs_brings_their_shapes_along(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example, batch = (torch.zeros(2, 6, dtype=torch.int64), torch.ones(2, 6)), {0: torch.export.Dim.AUTO}
+    torch.export.save(torch.export.export(Masked(), example, dynamic_shapes=(batch, batch)), tmp_path / "net.pt2")
+    run(capsys, "quantize", tmp_path / "net.pt2", "-r", "w4", "-o", tmp_path / "net.safetensors")
+    run(capsys, "export", tmp_path / "net.safetensors")
+    session = ort.InferenceSession(str(tmp_path / "net.onnx"), providers=["CPUExecutionProvider"])
+    feed = {"ids": np.full((5, 6), 39), "mask": np.ones((5, 6), np.float32)}
+    assert session.run(None, feed)[0].shape == (5, 3)
+    _, err = run(capsys, "export", tmp_path / "net.safetensors", tmp_path / "x.pt2", "--pt2", code=2)
+    assert "the exported program has several inputs. Allowed: networks of one input." in err
+    _, err = run(capsys, "export", tmp_path / "net.safetensors", "--mode", "int8", code=2)
+    assert "int8: the exported program has 2 inputs. Allowed: networks of one input." in err

@@ -3,7 +3,7 @@
 import shlex
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ from pcq.cli.app import app
 from pcq.cli.doors import Compressed, Pt2, StateDict, export_other
 from pcq.cli.frame import answers, bar, emit, say, starting
 from pcq.cli.options import Arch, Force, Input, Json, shape_of
+
+if TYPE_CHECKING:
+    from pcq.commands import Planned
 
 
 class Mode(StrEnum):
@@ -50,6 +53,19 @@ def typed(context: typer.Context) -> list[str]:
     parameters = [parameter for parameter in context.command.params if parameter.name not in FOR_ALL]
     sources = {parameter: context.get_parameter_source(parameter.name or "") for parameter in parameters}
     return [each.opts[0] for each, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+
+
+def propose(path: Path, planned: "Planned", shape: tuple[int, ...] | None) -> None:
+    """Say how an artifact is exported, with all that the command needs; ``shape``: one sample's, where it is known."""
+    from pcq import models
+
+    words = ["pcq", "export", str(path), "--onnx"]
+    arch = planned.arch
+    if arch is not None or planned.source.program is None:  # an exported program brings both along
+        words += [] if arch is not None else ["--arch", "ARCH"]
+        if arch is None or models.example_shape(arch) is None:
+            words += ["--input", "SHAPE" if shape is None else "x".join(map(str, shape))]
+    say(f"Next: {shlex.join(words)}")
 
 
 @app.command()

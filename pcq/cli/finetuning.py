@@ -1,13 +1,13 @@
 """``pcq finetune``."""
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from pcq.cli.app import app
-from pcq.cli.frame import answers, bar, emit, first, say, starting
+from pcq.cli.exporting import propose
+from pcq.cli.frame import answers, bar, emit, first, starting
 from pcq.cli.options import AllowGlobal, Arch, Force, Json, Key, Model, Set, UnsafePickle
 
 
@@ -100,4 +100,4 @@ def finetune(
         )
     emit(result, as_json)
     if not as_json and first():
-        say(f"Next: {shlex.join(['pcq', 'export', str(result.path), '--onnx'])}")
+        propose(result.path, result.planned, result.shape)

@@ -1,12 +1,12 @@
 """``pcq quantize``."""
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from pcq.cli.app import app
+from pcq.cli.exporting import propose
 from pcq.cli.frame import answers, bar, emit, say, starting
 from pcq.cli.options import AllowGlobal, Arch, Force, Input, Json, Key, Model, Set, UnsafePickle, shape_of
 from pcq.errors import PcqError
@@ -125,7 +125,7 @@ def quantize(
         result = commands.run(planned, out, calibration=calibration, budget=budget, force=force, progress=progress)
     emit(result, as_json)
     if not as_json:
-        say(f"Next: {shlex.join(['pcq', 'export', str(result.path), '--onnx'])}")
+        propose(result.path, planned, None if result.calibrated is None else result.calibrated.shape)
 
 
 def _onnx(

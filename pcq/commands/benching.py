@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import onnxruntime
 
 Array = npt.NDArray[np.generic]
+UNKNOWN = (None, None)
+"""The batch, and who knows what."""
 WARM = 2
 """Rounds that are run and not counted."""
 
@@ -246,10 +248,10 @@ def _files(
             network = open_network(path, **opening)
             shape = shape or network.input_shape
             modules.append((len(files), network.module))
-            files.append(_File(path, "torch", opening, (("x", (None,), "float32"),)))
+            files.append(_File(path, "torch", opening, (("x", UNKNOWN, "float32"),)))
     for place, module in modules:
         if shape is not None and taken(module, shape).ids is not None:
-            files[place] = replace(files[place], inputs=(("x", (None,), "int64"),))
+            files[place] = replace(files[place], inputs=(("x", UNKNOWN, "int64"),))
     return files, shape
 
 
@@ -267,7 +269,8 @@ def _feed(file: _File, batch: int, shape: tuple[int, ...] | None) -> dict[str, A
         whole: tuple[int | None, ...] = (batch, *shape) if len(file.inputs) == 1 and shape else sizes
         known = [size for axis, each in enumerate(whole) if (size := batch if axis == 0 and each is None else each)]
         if len(known) != len(whole):
-            raise PcqError(f"the shape of its input '{name}' is not known", where=str(file.path),
+            said = "its input" if file.runtime == "torch" else f"its input '{name}'"
+            raise PcqError(f"the shape of {said} is not known", where=str(file.path),
                            todo="Give one sample's shape without the batch, such as --input 3x224x224")  # fmt: skip
         made = generator.normal(size=known) if np.issubdtype(np.dtype(kind), np.floating) else np.zeros(known)
         feed[name] = np.asarray(made).astype(kind)

@@ -78,12 +78,14 @@ class Calibrated:
         network: the float network, in eval mode.
         data: the samples in words; invented ones are called so.
         outcome: the new tensors, and what each step bought.
+        shape: one sample's shape; None of a network of several inputs.
     """
 
     asked: Calibration
     network: nn.Module
     data: str
     outcome: "Outcome"
+    shape: tuple[int, ...] | None
 
     def to_json(self) -> dict[str, object]:
         """What an artifact records of it."""
@@ -115,11 +117,12 @@ def calibrated(planned: "Planned", asked: Calibration, progress: Progress = sile
         settings = replace(CARE, method=asked.solver, seed=asked.seed)
         outcome = care(network, chosen, shape, settings, asked.samples, progress)
         said = f"{outcome.samples} invented samples of {'x'.join(map(str, shape))}: no real data was seen"
-        return Calibrated(replace(asked, samples=outcome.samples), network, said, outcome)
+        return Calibrated(replace(asked, samples=outcome.samples), network, said, outcome, shape)
     samples, held_out, said = draw_inputs(asked, network)
     settings = Settings(method=asked.solver, seed=asked.seed, refine=asked.refinement)
     outcome = calibrate_measured(network, chosen, samples, held_out, settings, progress)
-    return Calibrated(replace(asked, samples=outcome.samples), network, said, outcome)
+    seen = tuple(samples[0].shape[1:]) if len(samples) == 1 else None
+    return Calibrated(replace(asked, samples=outcome.samples), network, said, outcome, seen)
 
 
 def painted(planned: "Planned", network: nn.Module, shape: tuple[int, ...] | None) -> tuple[int, ...]:

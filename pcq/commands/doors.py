@@ -115,6 +115,8 @@ def export_pt2(
     checkpoint.refuse_overwrite(path, ".pt2", inputs=[source], force=force)
     network = load_network(stored, source, arch)
     shape = tuple(input_shape) if input_shape else network.input_shape
+    if shape is None and stored.program is not None and arch is None:
+        raise PcqError("the exported program has several inputs", where=str(source), allowed="networks of one input")
     if shape is None:
         raise PcqError(f"the input shape of {network.arch} is not known", where=str(source),
                        todo="Give one sample's shape without the batch, such as --input 3x224x224")  # fmt: skip

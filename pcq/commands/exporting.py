@@ -107,7 +107,7 @@ def export_onnx(
         PcqError: the artifact, the architecture or the target is not usable.
         CheckFailed: the exported file is not bit-exact, does not agree with torch, or has not the size predicted.
     """
-    from pcq.data.inputs import taken
+    from pcq.data.inputs import taken, varied
     from pcq.export import write_int8, write_onnx, writing
 
     if int8 is not None and (layout != "exact" or aim is not None):
@@ -123,13 +123,17 @@ def export_onnx(
     stored = checkpoint.read_artifact(source)
     network = load_network(stored, source, arch)
     shape = tuple(input_shape) if input_shape else network.input_shape
-    if shape is None:
+    own = () if arch is not None or input_shape else stored.example_inputs()
+    if len(own) > 1 and int8 is not None:
+        raise PcqError(f"the exported program has {len(own)} inputs", where="int8", allowed="networks of one input")
+    if shape is None and not own:
         raise PcqError(
             f"the input shape of {network.arch} is not known",
             where=str(source),
             todo="Give one sample's shape without the batch, such as --input 3x224x224",
         )
-    calibration, held_out, said = _samples(int8, shape) if int8 is not None else ([], [], "")
+    example = (taken(network.module, shape).example,) if shape and not own else varied(network.module, own)
+    calibration, held_out, said = _samples(int8, shape) if int8 is not None and shape is not None else ([], [], "")
     if stored.activations:
         said = "ranges of its training" + (
             f", judged on {sum(len(x) for x, _ in held_out)} samples" if held_out else ""
@@ -139,7 +143,7 @@ def export_onnx(
         return write_onnx(
             network.module,
             stored.quantized,
-            (taken(network.module, shape).example,),
+            example,
             out,
             metadata={"recipe": json.dumps(stored.recipe), "arch": network.arch, "source": source.name},
             tied=stored.tied,

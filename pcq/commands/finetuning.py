@@ -66,6 +66,7 @@ class FinetuneResult:
         bytes_after: size of the artifact, as predicted.
         bits: stored bits per quantized weight, scales and tables included.
         seconds: all of it, without imports.
+        shape: one sample's shape.
         calibrated: what it started from; None: from the float network.
     """
 
@@ -86,6 +87,7 @@ class FinetuneResult:
     bytes_after: int
     bits: float
     seconds: float
+    shape: tuple[int, ...]
     calibrated: Calibrated | None = None
 
 
@@ -259,6 +261,7 @@ def finetune(
         size,
         planned.plan.bits,
         time.perf_counter() - begun,
+        splits.plain.shape,
         None if begin is None else begin.calibrated,
     )
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from pcq import checkpoint, models, sources
 from pcq.errors import PcqError
+from pcq.sources.pt2 import example_inputs
 
 ONNX_SUFFIX = ".onnx"
 
@@ -29,7 +30,7 @@ def load_network(stored: "checkpoint.Artifact", path: Path, arch: str | None = N
         PcqError: no architecture is recorded or given, or the weights do not fit it.
     """
     if arch is None and stored.program is not None:
-        return Network(stored.program_module(), "the exported program", None)
+        return Network(stored.program_module(), "the exported program", sample_shape(stored.program))
     spec = arch or stored.arch
     if spec is None:
         raise PcqError(
@@ -64,7 +65,7 @@ def open_network(
     source = sources.open_source(path, key=key, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle)
     ready = source.module() if arch is None else None
     if ready is not None:
-        return Network(ready, str(path), None)
+        return Network(ready, str(path), sample_shape(source.program))
     shapes = {name: source.shape(name) for name in source.names}
     spec = arch or source.arch
     if spec is None:
@@ -85,6 +86,12 @@ def open_network(
     module = models.build(spec)
     models.load_state(module, {name: source.tensor(name) for name in source.names}, spec)
     return Network(module.eval(), spec, models.example_shape(spec))
+
+
+def sample_shape(program: bytes | None) -> tuple[int, ...] | None:
+    """One sample's shape, without the batch, that an exported program was made with; None of several inputs."""
+    inputs = () if program is None else example_inputs(program)
+    return tuple(inputs[0].shape[1:]) if len(inputs) == 1 else None
 
 
 def recorded(path: Path) -> str | None:

@@ -84,32 +84,49 @@ def taken(module: nn.Module, shape: tuple[int, ...]) -> Random:
     refused = _refused(module, torch.zeros(1, *shape))
     if refused is None:
         return Random(shape)
-    sizes: list[int] = []
-    ids = torch.zeros(1, *shape, dtype=torch.int64)
-    with _Lookups(ids, sizes):
-        refused_ids = _refused(module, ids)
+    (size,), refused_ids = _lookups(module, (torch.zeros(1, *shape, dtype=torch.int64),))
     if refused_ids is None or "Long" in refused:
-        return Random(shape, min(sizes, default=1))
+        return Random(shape, size)
     return Random(shape)
 
 
-def _refused(module: nn.Module, x: Tensor) -> str | None:
+def varied(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The inputs, whole numbers replaced by any from below the size of the table that they are looked up in."""
+    sizes, _ = _lookups(module, inputs)
+    generator = torch.Generator().manual_seed(0)
+    return tuple(
+        torch.randint(size, x.shape, generator=generator, dtype=x.dtype) if size > 1 else x
+        for x, size in zip(inputs, sizes, strict=True)
+    )
+
+
+def _lookups(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[list[int], str | None]:
+    """For each input the size of the smallest table it is looked up in, 1 without any; and why the network refuses."""
+    with _Lookups(inputs) as lookups:
+        refused = _refused(module, *inputs)
+    return lookups.sizes, refused
+
+
+def _refused(module: nn.Module, *inputs: Tensor) -> str | None:
     try:
         with torch.no_grad():
-            module(x)
+            module(*inputs)
     except Exception as error:  # a network may raise anything
         return str(error)
     return None
 
 
 class _Lookups(TorchDispatchMode):
-    """Notes the sizes of the tables in which ``ids`` themselves are looked up."""
+    """Notes the sizes of the tables in which the inputs themselves are looked up."""
 
-    def __init__(self, ids: Tensor, sizes: list[int]) -> None:
+    def __init__(self, inputs: tuple[Tensor, ...]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._storage, self._sizes = ids.data_ptr(), sizes
+        self.sizes = [1] * len(inputs)
+        self._inputs = {x.data_ptr(): i for i, x in enumerate(inputs)}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.ops.aten.embedding.default and args[1].data_ptr() == self._storage:
-            self._sizes.append(args[0].shape[0])
+        i = self._inputs.get(args[1].data_ptr()) if function is torch.ops.aten.embedding.default else None
+        if i is not None:
+            rows = args[0].shape[0]
+            self.sizes[i] = rows if self.sizes[i] == 1 else min(self.sizes[i], rows)
         return function(*args, **(kwargs or {}))
