@@ -26,7 +26,7 @@ from pcq.tape import Tape, Value
 TOGETHER = 3
 """Layers one after another, without a branch, that make up one block."""
 
-RATE, LEVEL_RATE, FLOAT_RATE = 0.02, 0.005, 0.01
+RATE, LEVEL_RATE, FLOAT_RATE = 0.01, 0.0025, 0.005
 """Adam's rates: of latents and of levels in gaps between levels, of norms and biases in their root mean squares."""
 
 SOFT = 0.3
