@@ -67,6 +67,15 @@ class Settings:
     fresh: bool = True
     seed: int = 0
 
+    def count(self, groups: int, width: int, batches: int) -> int:
+        """Positions drawn from each of ``batches``; the layer has ``groups`` groups, ``width`` weights a row."""
+        most = max(min(self.positions, _ELEMENTS // (groups * width)), 16 * width)
+        return most // batches + 1
+
+    def generator(self, op: int, batch: int) -> torch.Generator:
+        """Draws the positions of one layer and batch; a new one for each stream, that both draw the same."""
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + op * 1009 + batch)
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -123,14 +132,12 @@ def moments(
 
     ``real``: for each batch the rows that count, by the number of the value; all of them where nothing is said.
     """
-    n = weight.shape[2]
-    count = max(min(settings.positions, _ELEMENTS // (len(weight) * n)), 16 * n) // len(streams.kept) + 1
+    count = settings.count(len(weight), weight.shape[2], len(streams.kept))
     sums = Sums(weight, centred(layer, settings), bounded(layer), settings.corrected)
     for index, (x_f, x_q) in enumerate(streams.inputs(layer.op, layer.x)):
-        seed = settings.seed * 1_000_003 + layer.op * 1009 + index
         if real:
             x_f, x_q = (real_rows(layer, x, real[index]) for x in (x_f, x_q))
-        p_f, p_q = (patches(layer, x, count, torch.Generator().manual_seed(seed)).float() for x in (x_f, x_q))
+        p_f, p_q = (patches(layer, x, count, settings.generator(layer.op, index)).float() for x in (x_f, x_q))
         sums.add(p_f, p_q)
     return sums.moments()
 

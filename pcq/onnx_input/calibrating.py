@@ -44,9 +44,6 @@ STAGES = 16
 MOMENTS = 2**30
 """Bytes of second moments that a stage may hold at once."""
 
-POSITIONS = 2**25
-"""Numbers in the patches of one layer that moments are taken from."""
-
 
 def calibrate(
     path: Path,
@@ -242,13 +239,12 @@ class _Entering:
     """Sums over batches of what enters one layer."""
 
     def __init__(self, site: Site, inventory: Inventory, samples: Feeds, settings: Settings) -> None:
-        self.site, self.seed = site, settings.seed * 1_000_003 + site.layer.op * 1009
+        self.site, self.settings = site, settings
         weight = inventory.weights[site.layer.weight].read()
         rows = site.layer.channels(tuple(weight.shape))
         split = rows.split(weight).reshape(site.layer.groups, -1, rows.length)
         self.sums = Sums(split, centred(site.layer, settings), bounded(site.layer), settings.corrected)
-        n, parts = rows.length, len(samples.batches)
-        self.count = max(min(settings.positions, POSITIONS // (site.layer.groups * n)), 16 * n) // parts + 1
+        self.count = settings.count(site.layer.groups, rows.length, len(samples.batches))
 
     def add(self, float_: Array, quantized: Array, index: int, other: tuple[Array, int] | None) -> None:
         """One batch of what enters in the float and in the quantized network.
@@ -259,8 +255,8 @@ class _Entering:
         if other is not None and self.site.layer.geometry is None:
             rows = unreached(entering[0], self._entering(other[0]), other[1])
             entering = entering if rows is None else [x[rows] for x in entering]
-        generators = (torch.Generator().manual_seed(self.seed + index) for _ in entering)
-        self.sums.add(*(patches(self.site.layer, x, self.count, g) for x, g in zip(entering, generators, strict=True)))
+        layer = self.site.layer
+        self.sums.add(*(patches(layer, x, self.count, self.settings.generator(layer.op, index)) for x in entering))
 
     def _entering(self, x: Array) -> Tensor:
         return self.site.entering(torch.from_numpy(np.array(x, np.float32)))
