@@ -40,7 +40,7 @@ from problem import Problem, Setting, State, conv_norms, folded, serve
 from torch import nn
 
 BATCH, NUMBERS = 64, 2**20
-"""Samples of a batch, and at most how many numbers: it unfolds what enters a depthwise convolution."""
+"""Samples of a batch; at most how many numbers where what enters a depthwise convolution is unfolded."""
 
 
 class BinaryPerChannel(WeightQuantSolver):
@@ -129,6 +129,7 @@ def quantize(problem: Problem, setting: Setting) -> State:
                         algorithm.update()
     if setting["method"] == "learned":
         learned_round(model, batches)
+    batches = problem.batches(BATCH)  # BatchNorm is taken anew over batches
     with torch.no_grad():
         if setting["norms"] == "anew":
             with norm_correction_mode(model):
