@@ -126,12 +126,18 @@ def test_answers_are_scored_by_agreement_and_by_part(problem: Any, tmp_path: Pat
     save_file(other, tmp_path / "0.safetensors")
     right = scorer.right(tmp_path / "0.safetensors")
     assert right.tolist() == (asked.network()(x).argmax(1) == 3).tolist()
-    assert compare.parts(np.arange(30) < 20, {"a": 10, "b": 20}) == {"a": 100, "b": 50}
+    assert compare.parts(np.arange(30) < 20, {"a": (10, 5), "b": (20, 2)}) == {"a": 100, "b": 50}
 
 
 def test_differences_within_the_interval_are_ties(problem: Any) -> None:
-    from table import difference, table
+    from table import difference, standard_error, table
 
+    x = np.random.RandomState(1).randn(40)
+    alone = x.std(ddof=1) / np.sqrt(40)
+    assert np.isclose(standard_error(x, None), alone)
+    assert np.isclose(
+        standard_error(np.repeat(x, 9), {"a": (20 * 9, 9), "b": (20 * 9, 9)}), alone
+    )  # nine times the same
     random = np.random.RandomState(0)
 
     def cell(tool: str, rate: float) -> dict[str, Any]:

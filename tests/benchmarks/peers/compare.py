@@ -45,7 +45,7 @@ SEARCH_SEED, SEEDS, VALIDATION = 100, (0, 1, 2), 1000
 class Network:
     """``arch``: FILE:FUNCTION; ``reach``: a folder that FILE imports from; ``measure``: top1, or agreement.
 
-    ``parts``: what the test samples are of, in their order, and how many; each is told apart too.
+    ``parts``: what the test samples are of, in their order: how many, and how many of them in a row show the same.
     """
 
     float_file: Path
@@ -55,7 +55,7 @@ class Network:
     measure: str = "top1"
     reach: str = ""
     group: int = 0
-    parts: dict[str, int] = field(default_factory=dict)
+    parts: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def spec(self) -> str:
@@ -160,11 +160,11 @@ class Scorer:
         return self.predictions(answer, answer.with_suffix(self.ending)) == self.aim()
 
 
-def parts(right: NDArray[np.bool_], counts: dict[str, int]) -> dict[str, float]:
+def parts(right: NDArray[np.bool_], asked: dict[str, tuple[int, int]]) -> dict[str, float]:
     """Per cent right among the test samples of each part."""
-    assert sum(counts.values()) == len(right), "--test goes with networks without parts"
-    ends = np.cumsum(list(counts.values()))[:-1]
-    return {name: 100 * float(part.mean()) for name, part in zip(counts, np.split(right, ends), strict=True)}
+    ends = np.cumsum([count for count, _ in asked.values()])
+    assert ends[-1] == len(right), "--test goes with networks without parts"
+    return {name: 100 * float(part.mean()) for name, part in zip(asked, np.split(right, ends[:-1]), strict=True)}
 
 
 def told(asked: Problem, answers: Path, number: int) -> dict[str, Any]:
@@ -215,6 +215,7 @@ def cell(args: argparse.Namespace, name: str, network: Network, levels: str, too
     out["chosen"] = tried[best]["setting"]
     test = Scorer(args.folder / name, network, "test", args.test)
     out["images"] = len(test.order)
+    out |= {"parts": network.parts} if network.parts else {}
     out["float"] = 100 * float((test.float == test.aim()).mean())
     for seed in args.seeds:
         for record in answered(seed, [best]).values():

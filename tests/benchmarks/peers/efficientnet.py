@@ -5,8 +5,9 @@
 The heads of ``tests/benchmarks/efficientnet_lite0.py`` and ``calibrate_photos.py`` say how to get the weights and
 DEBIAN. Writes OUT/efficientnet.safetensors, OUT/efficientnet.npz (``x_train`` the split ``calib``, ``x_val``,
 ``x_test``: crops, then objects; without labels, so that a network is scored by agreement with the float one) and
-OUT/parts.json, how many images of ``x_test`` are which. The original's convolutions pad by themselves, one pixel more
-at the far sides where they stride; here a ``ZeroPad2d`` stands before them.
+OUT/parts.json, how many images of ``x_test`` are which, and how many in a row are of one photo. The original's
+convolutions pad by themselves, one pixel more at the far sides where they stride; here a ``ZeroPad2d`` stands before
+them.
 """
 
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ STAGES = (
 """Expansion, channels, kernel, stride and repeats of each stage (arXiv 1905.11946, Table 1, without scaling)."""
 
 EPS = 1e-3
+CROPS, VIEWS = 18, 4  # of each photo, of each object
 
 
 def padding(kernel: int, stride: int) -> nn.Module:
@@ -118,15 +120,16 @@ def main() -> None:
     splits = {}
     for name, split in (("train", "calib"), ("val", "valid"), ("test", "test")):
         parts = {
-            "crops": calibrate_photos.crops(split, 18, skimage, debian),
-            "objects": calibrate_photos.objects(split, 4, debian),
+            "crops": calibrate_photos.crops(split, CROPS, skimage, debian),
+            "objects": calibrate_photos.objects(split, VIEWS, debian),
         }
         x = torch.cat(list(parts.values()))
         splits[f"x_{name}"] = x.half().numpy()
         assert torch.equal(torch.from_numpy(splits[f"x_{name}"]).float(), x)  # whole pixels: nothing is lost
         print(name, {part: len(each) for part, each in parts.items()}, flush=True)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "parts.json").write_text(json.dumps({part: len(each) for part, each in parts.items()}) + "\n")
+    told = {"crops": (len(parts["crops"]), CROPS), "objects": (len(parts["objects"]), VIEWS)}
+    (out / "parts.json").write_text(json.dumps(told) + "\n")
     np.savez(out / "efficientnet.npz", **splits)
     save_file(network.state_dict(), out / "efficientnet.safetensors")
 

@@ -3,10 +3,10 @@
     python tests/benchmarks/peers/table.py OUT.json [MORE.json ...]
 
 The interval of a difference is 95 %: ``sqrt((1.96 s_i)^2 + (2.78 s_d)^2)``, ``s_i`` the standard error over the test
-images of the difference of the two tools' correctness on the same image (averaged over draws), ``s_d`` that of the
-difference of means over the draws of calibration samples (2.78: Student's t at four degrees of freedom). It is rather
-too wide: the scatter over draws holds some of that over images. Of a single draw there is no ``s_d``, and the interval
-is of that draw alone.
+images of the difference of the two tools' correctness on the same image (averaged over draws; images of one photo
+count as one sum of theirs), ``s_d`` that of the difference of means over the draws of calibration samples (2.78:
+Student's t at four degrees of freedom). It is rather too wide: the scatter over draws holds some of that over images.
+Of a single draw there is no ``s_d``, and the interval is of that draw alone.
 """
 
 import base64
@@ -31,11 +31,18 @@ def right(cell: Cell) -> NDArray[np.float64]:
     return np.stack(bits)[:, : cell["images"]].astype(np.float64)
 
 
+def standard_error(x: NDArray[np.float64], parts: dict[str, tuple[int, int]] | None) -> float:
+    """Of the mean of ``x``, of which some in a row may belong together: part -> how many, and how many together."""
+    sizes = [size for count, size in (parts or {"": (len(x), 1)}).values() for _ in range(count // size)]
+    sums = np.array([part.sum() for part in np.split(x - x.mean(), np.cumsum(sizes)[:-1])])
+    return math.sqrt(len(sums) / (len(sums) - 1) * float((sums**2).sum())) / len(x)
+
+
 def difference(one: Cell, other: Cell) -> tuple[float, float]:
     """Points by which ``one`` is better, and the half width of its interval."""
     a, b = right(one), right(other)
     images = a.mean(0) - b.mean(0)
-    over_images = images.std(ddof=1) / math.sqrt(len(images))
+    over_images = standard_error(images, one.get("parts"))
     over_draws = math.sqrt(sum(x.mean(1).var(ddof=1) / len(x) for x in (a, b))) if min(len(a), len(b)) > 1 else 0
     return 100 * float(images.mean()), 100 * math.hypot(1.96 * over_images, 2.78 * over_draws)
 
