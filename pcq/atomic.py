@@ -56,6 +56,41 @@ def atomic(path: str | Path) -> Iterator[Path]:
             os.close(folder)
 
 
+@contextlib.contextmanager
+def held(path: str | Path) -> Iterator[None]:
+    """Within it nobody else who asks for ``path`` may write it; where nothing was written, an empty file goes again.
+
+    The lock is the system's, so that a process that is killed leaves none. Where the system has none, none is made.
+
+    Raises:
+        PcqError: another process holds it, or ``path`` cannot be written.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise unwritable(error, path) from error
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            todo = "Wait for it, stop it, or give another name with --out"
+            raise PcqError("another run is writing it", where=str(path), todo=todo) from error
+        except OSError:  # a file system without locks
+            pass
+        try:
+            yield
+        finally:
+            if os.fstat(file).st_size == 0:
+                Path(path).unlink(missing_ok=True)
+    finally:
+        os.close(file)
+
+
 def reserve(file: BinaryIO, size: int) -> None:
     """Make the file ``size`` bytes long and, where the system can, take the room on the disk now.
 

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -75,6 +76,21 @@ def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert {entry["levels"] is None for entry in got["entries"]} == {True, False}
     assert all((entry["levels"] is None) == (entry["reason"] is not None) for entry in got["entries"])
     assert not path.exists()
+
+
+def test_what_another_run_has_put_there_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A size that is not the predicted one is found before the file has its name."""
+    write = pcq.checkpoint.write_artifact
+
+    def overtaken(path: Path, *more: Any) -> int:
+        size = write(path, *more)
+        path.write_bytes(b"of another run")
+        return size
+
+    monkeypatch.setattr(pcq.checkpoint, "write_artifact", overtaken)
+    result = pcq.quantize(DIGITS, "w8", arch=ARCH, out=tmp_path / "x.safetensors")
+    assert result.path.read_bytes() == b"of another run"
+    assert result.bytes_after == result.predicted
 
 
 def test_default_output_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

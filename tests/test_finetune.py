@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pcq
 from pcq import cli
+from pcq.atomic import held
 from pcq.data import Data, from_arrays, open_data
 from pcq.data.dataset import Pixels, normalised
 from pcq.demo import HERE
@@ -414,6 +415,20 @@ def test_nothing_to_resume_and_a_damaged_state(tmp_path: Path) -> None:
     path.with_suffix(".resume").write_bytes(b"PK\x03\x04 not a state")
     with pytest.raises(CheckFailed, match="cannot be read"):
         tune(path, resume=True)
+
+
+def test_two_runs_do_not_write_the_same_files(tmp_path: Path) -> None:
+    """They had mixed their measurements, and the first to end had removed what the other could go on from."""
+    out, metrics = tmp_path / "x.safetensors", tmp_path / "x.metrics.jsonl"
+    with held(metrics):
+        for options in ({}, {"force": True}, {"resume": True}):
+            with pytest.raises(PcqError, match=r"x\.metrics\.jsonl: another run is writing it"):
+                tune(out, **options)
+        assert metrics.exists()
+    assert not metrics.exists()  # nothing was written
+    tune(out, steps=1)
+    assert metrics.stat().st_size
+    tune(out, steps=1)
 
 
 def test_metrics_are_cut_where_the_state_was_saved(tmp_path: Path) -> None:

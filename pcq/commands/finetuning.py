@@ -4,6 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from pcq import checkpoint, models, qtensor, shards
+from pcq.atomic import held
 from pcq.commands import starting
 from pcq.commands.calibrating import Calibrated, Calibration
 from pcq.commands.networks import load_network
 from pcq.commands.quantizing import Planned, default_path, plan
-from pcq.errors import CheckFailed, PcqError, did_you_mean, raise_all
+from pcq.errors import PcqError, did_you_mean, raise_all
 from pcq.plan import Kept, Quantized
 from pcq.progress import Progress, silent
 from pcq.proxconnect import Telemetry, targets
@@ -185,85 +187,84 @@ def finetune(
     planned = plan(model, rules, arch=arch, key=key, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle)
     files = Files.beside(Path(out) if out is not None else default_path(planned.model, f"{rules.name}.ft"))
     checkpoint.refuse_overwrite(files.artifact, ".safetensors", inputs=[planned.model], force=force)
-    if files.saved.exists() and not (resume or force):
-        todo = "Go on with it by --resume, or start over with --force"
-        raise PcqError("a run was interrupted here", where=str(files.saved), todo=todo)
-    here.wait()  # all have looked before the first one writes
-    splits = open_splits(data, settings.augment == "resized-crop")
-    if splits.train.labels is None:
-        settings = replace(settings, distill=1.0)
-        rules = replace(rules, finetune=settings)
-    mark = fingerprint(planned, rules, splits, data, scratch, calibration)
-    if resume:
+    with held(files.metrics) if here.first else nullcontext():
+        if files.saved.exists() and not (resume or force):
+            todo = "Go on with it by --resume, or start over with --force"
+            raise PcqError("a run was interrupted here", where=str(files.saved), todo=todo)
+        here.wait()  # all have looked before the first one writes
+        splits = open_splits(data, settings.augment == "resized-crop")
+        if splits.train.labels is None:
+            settings = replace(settings, distill=1.0)
+            rules = replace(rules, finetune=settings)
+        mark = fingerprint(planned, rules, splits, data, scratch, calibration)
+        if resume:
+            if here.first:
+                saving.check(files.saved, mark)
+            here.wait()  # before calibration, which takes minutes
+        original = build(planned)
+        module = original_or_new(planned, original, settings.seed if scratch else None).to(here.device)
+        begin = None
+        if calibration is not None:
+            begin = starting.start(planned, calibration, module, splits.plain.shape, here, progress)
+            mark["number of calibration samples"] = str(begin.calibrated.outcome.samples)
+        fixed = freeze(module, planned, settings, begin)
+        weights = targets(planned.plan, dict(module.named_parameters()))
+        if begin is not None:
+            weights = begin.levels(weights)
+        job = loop.Job(
+            module,
+            original.to(here.device) if settings.distill else None,
+            {name: target for name, target in weights.items() if name not in fixed},
+            splits.on(here.device),
+            data,
+            settings,
+            files.saved,
+            files.metrics,
+            mark,
+            save_every,
+            here,
+            None if tensorboard is None else Path(tensorboard),
+            forms8(planned, module) if settings.activations else None,
+            {name: weight.grid for name, weight in fixed.items()},
+        )
+        trained = loop.train(job, resume=resume, progress=progress)
+        header = checkpoint.make_header(
+            planned.plan,
+            arch=planned.arch,
+            recipe=rules.to_json(),
+            source=planned.source,
+            calibration=None if begin is None else begin.calibrated.to_json(),
+            activations=trained.ranges,
+        )
+        floats = {name: shards.whole(tensor) for name, tensor in module.state_dict().items() if name not in weights}
+        values = stored(planned, floats, {**trained.quantized, **fixed})
+        size = 0
         if here.first:
-            saving.check(files.saved, mark)
-        here.wait()  # before calibration, which takes minutes
-    original = build(planned)
-    module = original_or_new(planned, original, settings.seed if scratch else None).to(here.device)
-    begin = None
-    if calibration is not None:
-        begin = starting.start(planned, calibration, module, splits.plain.shape, here, progress)
-        mark["number of calibration samples"] = str(begin.calibrated.outcome.samples)
-    fixed = freeze(module, planned, settings, begin)
-    weights = targets(planned.plan, dict(module.named_parameters()))
-    if begin is not None:
-        weights = begin.levels(weights)
-    job = loop.Job(
-        module,
-        original.to(here.device) if settings.distill else None,
-        {name: target for name, target in weights.items() if name not in fixed},
-        splits.on(here.device),
-        data,
-        settings,
-        files.saved,
-        files.metrics,
-        mark,
-        save_every,
-        here,
-        None if tensorboard is None else Path(tensorboard),
-        forms8(planned, module) if settings.activations else None,
-        {name: weight.grid for name, weight in fixed.items()},
-    )
-    trained = loop.train(job, resume=resume, progress=progress)
-    header = checkpoint.make_header(
-        planned.plan,
-        arch=planned.arch,
-        recipe=rules.to_json(),
-        source=planned.source,
-        calibration=None if begin is None else begin.calibrated.to_json(),
-        activations=trained.ranges,
-    )
-    floats = {name: shards.whole(tensor) for name, tensor in module.state_dict().items() if name not in weights}
-    values = stored(planned, floats, {**trained.quantized, **fixed})
-    size = 0
-    if here.first:
-        size = checkpoint.write_artifact(files.artifact, header, values)
-        if size != files.artifact.stat().st_size:
-            raise CheckFailed("the artifact does not have the size that was predicted", where=str(files.artifact))
-        files.saved.unlink(missing_ok=True)
-    size = here.agree(size)
-    rows = table(job, planned, original, begin, files.artifact, progress)
-    return FinetuneResult(
-        files.artifact,
-        files.metrics,
-        planned,
-        replace(settings, batch=min(settings.batch, splits.train.n)),
-        splits.train.describe(),
-        rows,
-        trained.epochs,
-        trained.batchnorm,
-        trained.telemetry[-1],
-        (*splits.notes, *report.warnings(trained, settings)),
-        trained.steps,
-        trained.resumed_at,
-        trained.unquantized,
-        planned.source.nbytes,
-        size,
-        planned.plan.bits,
-        time.perf_counter() - begun,
-        splits.plain.shape,
-        None if begin is None else begin.calibrated,
-    )
+            size = checkpoint.write_artifact(files.artifact, header, values)
+            files.saved.unlink(missing_ok=True)
+        size = here.agree(size)
+        rows = table(job, planned, original, begin, files.artifact, progress)
+        return FinetuneResult(
+            files.artifact,
+            files.metrics,
+            planned,
+            replace(settings, batch=min(settings.batch, splits.train.n)),
+            splits.train.describe(),
+            rows,
+            trained.epochs,
+            trained.batchnorm,
+            trained.telemetry[-1],
+            (*splits.notes, *report.warnings(trained, settings)),
+            trained.steps,
+            trained.resumed_at,
+            trained.unquantized,
+            planned.source.nbytes,
+            size,
+            planned.plan.bits,
+            time.perf_counter() - begun,
+            splits.plain.shape,
+            None if begin is None else begin.calibrated,
+        )
 
 
 def forms8(planned: Planned, module: nn.Module) -> "dict[Tensor, Weight8]":
