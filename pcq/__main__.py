@@ -5,8 +5,11 @@ import sys
 
 def main() -> None:
     """Run the command line; the exit code says how it went (see ``pcq.cli``)."""
-    from pcq.cli import run
-
+    try:
+        from pcq.cli import run
+    except KeyboardInterrupt:  # not even the command line is imported
+        sys.stderr.write("pcq: interrupted; no output file was changed.\n")
+        sys.exit(130)
     sys.exit(run())
 
 

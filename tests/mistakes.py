@@ -337,7 +337,7 @@ MISTAKES = (
         "quantize model.pt -r w8",
         big,
         "interrupted; no output file was changed",
-        130,
+        143,
         happens="kill",
     ),
     # --- artifacts and ONNX

@@ -1,9 +1,12 @@
 """The main job through the command line, on the pretrained digits network that comes with the installation."""
 
+import contextlib
 import io
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +16,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import typer
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -304,6 +308,56 @@ def test_something_is_said_before_the_seconds_of_imports(
     with frame.starting():
         pass
     assert "starting: PyTorch is imported" in shown.getvalue()
+
+
+@pytest.mark.parametrize(("module", "number"), [("typer", 2), ("torch", 2), ("torch", 15)])
+def test_a_signal_that_an_import_swallows(module: str, number: int, tmp_path: Path) -> None:
+    """Some of what PyTorch imports catches KeyboardInterrupt: the command went on as if nobody had pressed Ctrl-C."""
+    swallowing = f"import os\ntry:\n    os.kill(os.getpid(), {number})\nexcept BaseException:\n    pass\n"
+    if module == "typer":  # before the command line is there to say anything
+        swallowing = f"import os\nos.kill(os.getpid(), {number})\n"
+    (tmp_path / f"{module}.py").write_text(swallowing)
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from pcq.__main__ import main; main()"
+    ran = subprocess.run(
+        [sys.executable, "-c", code, "inspect", "net.pt"],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert (ran.returncode, ran.stderr) == (128 + number, "pcq: interrupted; no output file was changed.\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_somebody_swallows_counts_at_the_next_progress(
+    number: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handler = signal.getsignal(number)
+
+    @frame.answers
+    def command() -> None:
+        with frame.bar("working") as progress:
+            with contextlib.suppress(KeyboardInterrupt):
+                os.kill(os.getpid(), number)
+            progress("working", 1, 2)
+        raise AssertionError
+
+    with pytest.raises(typer.Exit) as stopped:
+        command()
+    assert stopped.value.exit_code == 128 + number
+    assert capsys.readouterr().err == "pcq: interrupted; no output file was changed.\n"
+    assert signal.getsignal(number) is handler
+
+
+def test_an_interrupted_demo_says_where_its_files_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo.commands, "evaluate", stop)
+    _, err = run(capsys, "demo", "--out", tmp_path / "there", code=130)
+    assert err.endswith(f"pcq: interrupted; what was finished until then is in {tmp_path}/there.\n")
+    assert [path.name for path in (tmp_path / "there").iterdir()] == [DIGITS.name]
 
 
 def test_artifact_loads_as_a_plain_state_dict(made: Path) -> None:

@@ -3,24 +3,19 @@
 Heavy imports wait until a command runs, so ``pcq --help`` imports no torch.
 """
 
-import signal
-from types import FrameType
 from typing import Any
 
 from pcq.cli import analyzing, benching, demo, exporting, finetuning, looking, quantizing, recipes  # noqa: F401  (they register)
 from pcq.cli.app import app
-
-
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+from pcq.cli.frame import interruptible, leave
 
 
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line on ``arguments`` (default: the process's) and return the exit code."""
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        app(args=arguments, prog_name="pcq")
-    except SystemExit as stop:
-        code: Any = stop.code
-        return code if isinstance(code, int) else int(code is not None)
+    with interruptible(leave):
+        try:
+            app(args=arguments, prog_name="pcq")
+        except SystemExit as stop:
+            code: Any = stop.code
+            return code if isinstance(code, int) else int(code is not None)
     return 0

@@ -23,5 +23,8 @@ def demo(
         from pcq import demo as rooms
 
     with bar("demo") as progress:
-        result = rooms.run(data, out, progress=progress)
+        try:
+            result = rooms.run(data, out, progress=progress)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"interrupted; what was finished until then is in {out}.") from None
     emit(result, as_json)

@@ -1,16 +1,19 @@
 """What every command shares: the console, progress, one message and an exit code for what went wrong.
 
-Exit codes: 0 it worked; 2 the input is wrong; 3 the work failed a check; 130 interrupted; 1 a bug, with a traceback.
+Exit codes: 0 it worked; 2 the input is wrong; 3 the work failed a check; 130 interrupted (143 by
+SIGTERM); 1 a bug, with a traceback.
 Results go to standard output (``--json`` for machines), everything else to standard error.
 """
 
 import functools
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from types import FrameType
 from typing import TYPE_CHECKING, ParamSpec
 
 import typer
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
 
     from pcq.progress import Progress
 
-INTERRUPTED = 130
+INTERRUPTED = "pcq: interrupted; no output file was changed."
 
 LOG_SECONDS = 5
 
@@ -47,6 +50,40 @@ def first() -> bool:
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
+_stopped = 0
+"""The signal that was to stop this command, if there was one."""
+
+
+def _interrupt(number: int, _frame: FrameType | None) -> None:
+    global _stopped
+    _stopped = number
+    raise KeyboardInterrupt
+
+
+def leave(number: int, _frame: FrameType | None) -> None:
+    """Before anything is written: end at once, for some of what PyTorch imports catches KeyboardInterrupt."""
+    if first():
+        console(stderr=True).show_cursor(True)
+        say(INTERRUPTED)
+    os._exit(128 + number)
+
+
+@contextmanager
+def interruptible(then: "Callable[[int, FrameType | None], None]" = _interrupt) -> Iterator[None]:
+    """Within it SIGINT and SIGTERM call ``then``; a process that was started to ignore one goes on ignoring it."""
+    global _stopped
+    _stopped = 0
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    wanted = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
+    for number in wanted:
+        signal.signal(number, then)
+    try:
+        yield
+    finally:
+        for number in wanted:
+            signal.signal(number, before[number])
+
+
 def say(message: str) -> None:
     """One line on standard error."""
     console(stderr=True).print(message, soft_wrap=True)
@@ -58,7 +95,8 @@ def answers(command: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            command(*args, **kwargs)
+            with interruptible():
+                command(*args, **kwargs)
         except Elsewhere as error:
             time.sleep(1)  # torchrun ends all processes after the first: let the one that failed have its say
             raise typer.Exit(error.exit_code) from None
@@ -69,8 +107,8 @@ def answers(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt as stop:
             if first():
-                say(f"pcq: {stop}" if str(stop) else "pcq: interrupted; no output file was changed.")
-            raise typer.Exit(INTERRUPTED) from None
+                say(f"pcq: {stop}" if str(stop) else INTERRUPTED)
+            raise typer.Exit(128 + (getattr(stop, "number", 0) or _stopped or signal.SIGINT)) from None
         except BrokenPipeError:
             sys.stderr.close()
             raise typer.Exit(0) from None
@@ -81,11 +119,12 @@ def answers(command: Callable[P, None]) -> Callable[P, None]:
 @contextmanager
 def starting() -> Iterator[None]:
     """Around the import of what needs PyTorch, which takes seconds: in a terminal a line says so and goes again."""
-    shown = console(stderr=True)
-    if "torch" in sys.modules or not first() or not shown.is_terminal:
+    if "torch" in sys.modules:
         yield
         return
-    with shown.status("starting: PyTorch is imported"):
+    shown = console(stderr=True)
+    seen = shown.status("starting: PyTorch is imported") if first() and shown.is_terminal else nullcontext()
+    with interruptible(leave), seen:
         yield
 
 
@@ -99,6 +138,12 @@ def emit(result: object, as_json: bool) -> None:
         print(json.dumps(report.to_json(result), indent=1))
     else:
         console().print(report.render(result), crop=False)
+
+
+def _still_wanted() -> None:
+    """Raise KeyboardInterrupt again: some libraries catch it where they import one another."""
+    if _stopped:
+        raise KeyboardInterrupt
 
 
 @contextmanager
@@ -127,6 +172,7 @@ def bar(label: str) -> Iterator["Progress"]:
         task = bars.add_task(label, total=None)
 
         def progress(stage: str, done: int, total: int) -> None:
+            _still_wanted()
             bars.update(task, description=stage, completed=done, total=total or None)
 
         yield progress
@@ -143,6 +189,7 @@ def lines() -> "Progress":
 
     def progress(stage: str, done: int, total: int) -> None:
         nonlocal last, start, begun, before, known
+        _still_wanted()
         if total != known or done < before:
             begun, start, known = time.monotonic(), done, total
         before = done

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pcq import commands
+from pcq.atomic import atomic
 from pcq.errors import PcqError
 from pcq.progress import Progress, silent
 
@@ -62,7 +63,8 @@ def run(data: str = "digits", out: str | Path = "pcq-demo", *, progress: Progres
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     model = folder / f"{stem}.safetensors"
-    shutil.copyfile(HERE / model.name, model)
+    with atomic(model) as draft:
+        shutil.copyfile(HERE / model.name, draft)
     steps = 1 + 4 * len(RECIPES)
     progress("scoring the float network", 0, steps)
     scored = commands.evaluate(model, data, arch=arch)

@@ -6,6 +6,7 @@ step waits for the device.
 """
 
 import copy
+import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -458,7 +459,8 @@ def _interrupted(job: Job, run: _Run, stop: Stop) -> Interrupted:
     by = stop.wanted or "a signal to another process"
     return Interrupted(
         f"stopped by {by} after {run.step:,} of {run.total:,} steps; the run is saved in {job.saved}. "
-        "Give the same command with --resume to go on."
+        "Give the same command with --resume to go on.",
+        signal.Signals[stop.wanted] if stop.wanted else signal.SIGTERM,
     )
 
 
