@@ -348,6 +348,41 @@ def test_a_signal_that_somebody_swallows_counts_at_the_next_progress(
     assert signal.getsignal(number) is handler
 
 
+def test_nobody_reads_what_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No traceback: `| head -1` ends it by 141, as it does other tools; a full disk is said."""
+    command = [sys.executable, "-m", "pcq", "recipes", "schema"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as closed:
+        ran = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE)
+    assert (ran.returncode, ran.stderr) == (141, b"")
+    if os.path.exists("/dev/full"):
+        with open("/dev/full", "wb") as full:
+            ran = subprocess.run(command, stdout=full, stderr=subprocess.PIPE)
+        assert ran.returncode == 2
+        assert ran.stderr.startswith(b"pcq: standard output: no room left to write it.")
+        assert b"Traceback" not in ran.stderr
+
+    def broken(_: str) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(sys.stdout, "write", broken)
+    with pytest.raises(BrokenPipeError):  # rich would end the process, by exit code 1
+        frame.console().print("a table")
+
+
+def test_names_that_the_encoding_has_no_letters_for(tmp_path: Path) -> None:
+    (tmp_path / "\u00fc.yaml").write_text('pcq: 1\nrules:\n  - match: "*"\n    levels: ternary\n')
+    ran = subprocess.run(
+        [sys.executable, "-m", "pcq", "recipes", "check", "\u00fc.yaml"],
+        capture_output=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": os.getcwd()},
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert rb"\xfc" in ran.stdout
+
+
 def test_an_interrupted_demo_says_where_its_files_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

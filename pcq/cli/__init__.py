@@ -3,6 +3,8 @@
 Heavy imports wait until a command runs, so ``pcq --help`` imports no torch.
 """
 
+import sys
+from io import TextIOWrapper
 from typing import Any
 
 from pcq.cli import analyzing, benching, demo, exporting, finetuning, looking, quantizing, recipes  # noqa: F401  (they register)
@@ -12,6 +14,8 @@ from pcq.cli.frame import interruptible, leave
 
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line on ``arguments`` (default: the process's) and return the exit code."""
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that its encoding has no letters for
     with interruptible(leave):
         try:
             app(args=arguments, prog_name="pcq")

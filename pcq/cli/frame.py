@@ -1,7 +1,7 @@
 """What every command shares: the console, progress, one message and an exit code for what went wrong.
 
-Exit codes: 0 it worked; 2 the input is wrong; 3 the work failed a check; 130 interrupted (143 by
-SIGTERM); 1 a bug, with a traceback.
+Exit codes: 0 it worked; 2 the input is wrong; 3 the work failed a check; 130 interrupted (143 by SIGTERM, 141 by a
+closed pipe); 1 a bug, with a traceback.
 Results go to standard output (``--json`` for machines), everything else to standard error.
 """
 
@@ -12,12 +12,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from types import FrameType
-from typing import TYPE_CHECKING, ParamSpec
+from typing import TYPE_CHECKING, ParamSpec, TextIO
 
 import typer
 
+from pcq.atomic import FULL
 from pcq.errors import Elsewhere, PcqError
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from pcq.progress import Progress
 
 INTERRUPTED = "pcq: interrupted; no output file was changed."
+
+CLOSED_PIPE = 141
 
 LOG_SECONDS = 5
 
@@ -39,7 +42,13 @@ def console(*, stderr: bool = False) -> "Console":
     """
     from rich.console import Console
 
-    shown = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    class Pipe(Console):
+        """Rich ends the process here, by exit code 1."""
+
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    shown = Pipe(stderr=stderr, highlight=False, markup=False, emoji=False)
     if not shown.is_terminal:
         shown.width = max(shown.width, 160)
     return shown
@@ -97,6 +106,8 @@ def answers(command: Callable[P, None]) -> Callable[P, None]:
         try:
             with interruptible():
                 command(*args, **kwargs)
+            if sys.stdout is not None:  # it was closed
+                sys.stdout.flush()
         except Elsewhere as error:
             time.sleep(1)  # torchrun ends all processes after the first: let the one that failed have its say
             raise typer.Exit(error.exit_code) from None
@@ -110,8 +121,14 @@ def answers(command: Callable[P, None]) -> Callable[P, None]:
                 say(f"pcq: {stop}" if str(stop) else INTERRUPTED)
             raise typer.Exit(128 + (getattr(stop, "number", 0) or _stopped or signal.SIGINT)) from None
         except BrokenPipeError:
-            sys.stderr.close()
-            raise typer.Exit(0) from None
+            _to_nowhere(sys.stdout, sys.stderr)
+            raise typer.Exit(CLOSED_PIPE) from None
+        except OSError as error:
+            if error.errno not in FULL or error.filename is not None:
+                raise
+            _to_nowhere(sys.stdout)
+            say("pcq: standard output: no room left to write it. Free some space, or choose another disk.")
+            raise typer.Exit(2) from None
 
     return wrapped
 
@@ -126,6 +143,13 @@ def starting() -> Iterator[None]:
     seen = shown.status("starting: PyTorch is imported") if first() and shown.is_terminal else nullcontext()
     with interruptible(leave), seen:
         yield
+
+
+def _to_nowhere(*streams: TextIO) -> None:
+    """What is left in their buffers would end in a traceback when Python flushes them at its end."""
+    for stream in streams:
+        with suppress(OSError, ValueError, AttributeError), open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def emit(result: object, as_json: bool) -> None:
