@@ -1,6 +1,7 @@
 """The main job through the command line, on the pretrained digits network that comes with the installation."""
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -381,6 +382,23 @@ def test_names_that_the_encoding_has_no_letters_for(tmp_path: Path) -> None:
     )
     assert ran.returncode == 0, ran.stderr
     assert rb"\xfc" in ran.stdout
+
+
+def test_a_package_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    """One that pcq depends on may be gone too; a module of an installed package that is missing is a bug."""
+
+    @frame.answers
+    def command(name: str) -> None:
+        importlib.import_module(name)
+
+    with pytest.raises(typer.Exit) as stopped:
+        command("onnx_absent.numbers")
+    assert stopped.value.exit_code == 2
+    told = "pcq: this needs onnx_absent, which is not installed. Run `pip install onnx-absent`\n"
+    assert capsys.readouterr().err == told
+    for name in ("onnx.absent", "pcq.absent"):
+        with pytest.raises(ModuleNotFoundError):
+            command(name)
 
 
 def test_an_interrupted_demo_says_where_its_files_are(

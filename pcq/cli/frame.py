@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from importlib.util import find_spec
 from types import FrameType
 from typing import TYPE_CHECKING, ParamSpec, TextIO
 
@@ -120,6 +121,12 @@ def answers(command: Callable[P, None]) -> Callable[P, None]:
             if first():
                 say(f"pcq: {stop}" if str(stop) else INTERRUPTED)
             raise typer.Exit(128 + (getattr(stop, "number", 0) or _stopped or signal.SIGINT)) from None
+        except ModuleNotFoundError as error:
+            package = (error.name or "pcq").partition(".")[0]
+            if package == "pcq" or find_spec(package) is not None:
+                raise
+            say(f"pcq: this needs {package}, which is not installed. Run `pip install {package.replace('_', '-')}`")
+            raise typer.Exit(2) from None
         except BrokenPipeError:
             _to_nowhere(sys.stdout, sys.stderr)
             raise typer.Exit(CLOSED_PIPE) from None
