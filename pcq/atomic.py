@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import os
 import secrets
 import stat
@@ -26,7 +27,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
         PcqError: ``path`` cannot be written, or the disk is full.
     """
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.stem[:100]}.{secrets.token_hex(4)}.partial{target.suffix}")
+    temporary = _beside(target, secrets.token_hex(4))
     if os.path.exists(target) and not os.path.isfile(target):
         what = "a folder" if os.path.isdir(target) else "not a regular file"
         raise PcqError(f"cannot be written: it is {what}", where=str(path), todo="Name a file")
@@ -54,6 +55,18 @@ def atomic(path: str | Path) -> Iterator[Path]:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _beside(target: Path, chance: str) -> Path:
+    return target.with_name(f".{target.stem[:100]}.{chance}.partial{target.suffix}")
+
+
+def sweep(path: str | Path) -> None:
+    """Remove what writers of ``path`` left beside it that were killed; nobody may be writing it now (:func:`held`)."""
+    target = Path(os.path.realpath(path))
+    name = _beside(Path(glob.escape(target.name)), "[0-9a-f]" * 8).name
+    for left in target.parent.glob(name):
+        left.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

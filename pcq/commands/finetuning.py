@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pcq import checkpoint, models, qtensor, shards
-from pcq.atomic import held
+from pcq.atomic import held, sweep
 from pcq.commands import starting
 from pcq.commands.calibrating import Calibrated, Calibration
 from pcq.commands.networks import load_network
@@ -192,6 +192,9 @@ def finetune(
             todo = "Go on with it by --resume, or start over with --force"
             raise PcqError("a run was interrupted here", where=str(files.saved), todo=todo)
         here.wait()  # all have looked before the first one writes
+        if here.first:
+            sweep(files.saved)
+            sweep(files.artifact)
         splits = open_splits(data, settings.augment == "resized-crop")
         if splits.train.labels is None:
             settings = replace(settings, distill=1.0)
