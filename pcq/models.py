@@ -10,6 +10,7 @@ import copy
 import importlib
 import importlib.util
 import inspect
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,12 @@ def _hugging_face(spec: Spec) -> nn.Module:
 
 
 def _own(spec: Spec) -> nn.Module:
+    file = Path.cwd() / spec.kind
+    if spec.kind.endswith(".py") and not file.is_file():  # an artifact may record it as seen from another folder
+        there = shlex.quote(str(Spec(f"PATH/{file.name}", spec.name, spec.options)))
+        raise PcqError(
+            f"there is no such file in {file.parent}", where=str(spec), todo=f"Say where it is: --arch {there}"
+        )
     found = call(spec)
     if not isinstance(found, nn.Module):
         todo = f"Let '{spec.name}' return the network itself"

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import pcq
 from pcq import models
 from pcq.errors import PcqError
 from pcq.inventory import inventory
@@ -293,6 +294,24 @@ def test_own_functions_and_classes(own: str, monkeypatch: pytest.MonkeyPatch) ->
     assert models.build("pcq.demo.nets:resnet8?num_classes=3").state_dict()["fc.weight"].shape == (3, 64)
 
 
+def test_an_artifact_used_from_another_folder_asks_where_its_network_is(
+    own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(models.build(f"{own}:net?width=5").state_dict(), "net.pt")
+    path = pcq.quantize("net.pt", "ternary-all", arch="nets.py:net?width=5").path.resolve()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    with pytest.raises(PcqError) as told:
+        pcq.open_network(path)
+    assert str(told.value) == (
+        f"nets.py:net?width=5: there is no such file in {elsewhere}. "
+        "Say where it is: --arch 'PATH/nets.py:net?width=5'."
+    )
+    assert pcq.open_network(path, "../nets.py:net?width=5").module is not None
+
+
 def test_nothing_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *a, **k: pytest.fail("a download"))
     for name in ("fcn_resnet50", "deeplabv3_mobilenet_v3_large", "ssdlite320_mobilenet_v3_large", "raft_small"):
@@ -318,7 +337,7 @@ def test_nothing_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
         ("OWN:", "no function is named"),
         ("BROKEN:f", r"imports 'nothing_of_that_name', which is not installed.*pip install nothing_of_that_name"),
         ("UNREAD:f", "importing it raised SyntaxError"),
-        ("/nowhere/nets.py:net", "no such file"),
+        ("/nowhere/nets.py:net", "no such file in /nowhere.*Say where it is: --arch PATH/nets.py:net"),
         ("pcq.demo.nets:resnet8?num_classes", "not an option"),
     ],
 )
