@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from pcq import cli, commands
+from pcq.checkpoint import reading
 from pcq.commands import doors
 from pcq.data.inputs import Random, taken, varied
 from pcq.errors import CheckFailed
+from pcq.sources import pt2
 
 NET = """
 import torch
@@ -138,13 +140,31 @@ class Masked(nn.Module):
         return out
 
 
-def test_a_program_of_several_inputs_brings_their_shapes_along(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def masked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A program of two inputs, net.pt2, and its artifact, net.safetensors."""
     example, batch = (torch.zeros(2, 6, dtype=torch.int64), torch.ones(2, 6)), {0: torch.export.Dim.AUTO}
     torch.export.save(torch.export.export(Masked(), example, dynamic_shapes=(batch, batch)), tmp_path / "net.pt2")
     run(capsys, "quantize", tmp_path / "net.pt2", "-r", "w4", "-o", tmp_path / "net.safetensors")
+
+
+@pytest.mark.usefixtures("masked")
+def test_a_program_of_several_inputs_brings_their_shapes_along(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("net.pt2", "net.safetensors"):
+        found = [(tuple(x.shape), x.dtype) for x in commands.open_network(tmp_path / name).inputs]
+        assert found == [((2, 6), torch.int64), ((2, 6), torch.float32)]
+    read = []
+
+    def counted(program: bytes) -> tuple[Tensor, ...]:
+        read.append(program)
+        return pt2.example_inputs(program)
+
+    for place in (reading, commands.networks):
+        monkeypatch.setattr(place, "example_inputs", counted)
     run(capsys, "export", tmp_path / "net.safetensors")
+    assert len(read) == 1
     session = ort.InferenceSession(str(tmp_path / "net.onnx"), providers=["CPUExecutionProvider"])
     feed = {"ids": np.full((5, 6), 39), "mask": np.ones((5, 6), np.float32)}
     assert session.run(None, feed)[0].shape == (5, 3)

@@ -123,7 +123,7 @@ def export_onnx(
     stored = checkpoint.read_artifact(source)
     network = load_network(stored, source, arch)
     shape = tuple(input_shape) if input_shape else network.input_shape
-    own = () if arch is not None or input_shape else stored.example_inputs()
+    own = () if input_shape else network.inputs
     if len(own) > 1 and int8 is not None:
         raise PcqError(f"the exported program has {len(own)} inputs", where="int8", allowed="networks of one input")
     if shape is None and not own:

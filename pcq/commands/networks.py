@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pcq import checkpoint, models, sources
 from pcq.errors import PcqError
@@ -16,11 +16,24 @@ ONNX_SUFFIX = ".onnx"
 
 @dataclass(frozen=True)
 class Network:
-    """A network with its weights, ready to run: ``module`` in eval mode, its spec, one sample's shape if known."""
+    """A network with its weights, ready to run.
+
+    Attributes:
+        module: in eval mode.
+        arch: its spec, or where an exported program comes from.
+        input_shape: one sample's shape without the batch, if known.
+        inputs: what an exported program was made with, as zeros; empty otherwise.
+    """
 
     module: nn.Module
     arch: str
     input_shape: tuple[int, ...] | None
+    inputs: tuple[Tensor, ...] = ()
+
+    @staticmethod
+    def of_program(module: nn.Module, said: str, inputs: tuple[Tensor, ...]) -> "Network":
+        """An exported program's; what it was made with tells the shape of a sample, where it takes one input."""
+        return Network(module, said, tuple(inputs[0].shape[1:]) if len(inputs) == 1 else None, inputs)
 
 
 def load_network(stored: "checkpoint.Artifact", path: Path, arch: str | None = None) -> Network:
@@ -30,7 +43,7 @@ def load_network(stored: "checkpoint.Artifact", path: Path, arch: str | None = N
         PcqError: no architecture is recorded or given, or the weights do not fit it.
     """
     if arch is None and stored.program is not None:
-        return Network(stored.program_module(), "the exported program", sample_shape(stored.program))
+        return Network.of_program(stored.program_module(), "the exported program", stored.example_inputs())
     spec = arch or stored.arch
     if spec is None:
         raise PcqError(
@@ -65,7 +78,7 @@ def open_network(
     source = sources.open_source(path, key=key, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle)
     ready = source.module() if arch is None else None
     if ready is not None:
-        return Network(ready, str(path), sample_shape(source.program))
+        return Network.of_program(ready, str(path), () if source.program is None else example_inputs(source.program))
     shapes = {name: source.shape(name) for name in source.names}
     spec = arch or source.arch
     if spec is None:
@@ -86,12 +99,6 @@ def open_network(
     module = models.build(spec)
     models.load_state(module, {name: source.tensor(name) for name in source.names}, spec)
     return Network(module.eval(), spec, models.example_shape(spec))
-
-
-def sample_shape(program: bytes | None) -> tuple[int, ...] | None:
-    """One sample's shape, without the batch, that an exported program was made with; None of several inputs."""
-    inputs = () if program is None else example_inputs(program)
-    return tuple(inputs[0].shape[1:]) if len(inputs) == 1 else None
 
 
 def recorded(path: Path) -> str | None:
