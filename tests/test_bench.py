@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -9,6 +10,7 @@ import pytest
 import torch
 from onnx import helper
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from pcq import cli
 from pcq.commands import Spread, bench, export_onnx, quantize
@@ -70,6 +72,58 @@ def test_models_of_several_inputs_and_fixed_batches(tmp_path: Path) -> None:
     result = bench([convolutions(tmp_path / "d.onnx"), fixed], batches=(1, 2), threads=(1,), rounds=1, processes=1)
     assert [[latency.batch for latency in row.latencies] for row in result.rows] == [[1, 2], [2]]
     assert bench([path], batches=(2,), threads=(1,), rounds=1, processes=1).rows[0].latencies[0].batch == 2
+
+
+class Two(nn.Module):
+    """An input of words and one of numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(40, 16), nn.Linear(16, 3)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        out: Tensor = self.head((self.words(ids) * mask[..., None]).sum(1))
+        return out
+
+
+def test_programs_say_what_they_take(tmp_path: Path) -> None:
+    """Of several inputs, and of one number of samples, they run as ONNX files do."""
+    example, batch = (torch.zeros(2, 6, dtype=torch.int64), torch.ones(2, 6)), {0: torch.export.Dim.AUTO}
+    path = tmp_path / "two.pt2"
+    torch.export.save(torch.export.export(Two().eval(), example, dynamic_shapes=(batch, batch)), path)
+    artifact = quantize(path, "w4", out=tmp_path / "two.safetensors").path
+    fixed = tmp_path / "fixed.pt2"
+    torch.export.save(torch.export.export(Two().eval(), example), fixed)
+
+    def batches(*paths: Path, **given: Any) -> list[list[int]]:
+        result = bench(paths, batches=(1, 2), threads=(1,), rounds=1, processes=1, **given)
+        return [[latency.batch for latency in row.latencies] for row in result.rows]
+
+    assert batches(artifact, fixed, input_shape=(6,)) == [[1, 2], [2]]
+    with pytest.raises(PcqError, match="--input: no input has this shape: the files take several, and say which"):
+        batches(path, input_shape=(7,))
+    with pytest.raises(PcqError, match=r"fixed.pt2: it takes 2 samples at once, no other number. Give --batch 2"):
+        bench([path, fixed], batches=(1, 8), rounds=1)
+
+
+def test_networks_of_several_inputs_that_nobody_describes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save(Two().state_dict(), tmp_path / "two.pt")
+    by_name = {"ids": torch.zeros(2, 6, dtype=torch.int64), "mask": torch.ones(2, 6)}
+    torch.export.save(torch.export.export(Two().eval(), (), by_name), tmp_path / "named.pt2")
+    arch = "tests.test_bench:Two"
+    told = r"the network takes 2 inputs, and the file does not say what they are: ids, mask. Allowed: .*\(.pt2\)"
+    for name, given in (("two.pt", arch), ("named.pt2", None)):
+        with pytest.raises(PcqError, match=told):
+            bench([tmp_path / name], arch=given, input_shape=(6,))
+        artifact = quantize(tmp_path / name, "w4", arch=given, out=tmp_path / f"{name}.safetensors").path
+        with pytest.raises(PcqError, match=told):
+            export_onnx(artifact, tmp_path / "two.onnx", input_shape=(6,))
+    nodes = [helper.make_node("Add", ["a", "b"], ["y"])]
+    path = save(tmp_path / "m.onnx", nodes, {}, [images("n", "t", name="a"), images("n", "t", name="b")], ["y"])
+    with pytest.raises(PcqError, match="of its input 'a' is not known.*--input 128, if it is that of each input"):
+        bench([path], rounds=1)
+    row = bench([path], input_shape=(5,), batches=(2,), threads=(1,), rounds=1, processes=1).rows[0]
+    assert row.latencies[0].batch == 2
 
 
 def test_a_checkpoint_of_several_state_dicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -168,6 +168,8 @@ def test_a_program_of_several_inputs_brings_their_shapes_along(
     session = ort.InferenceSession(str(tmp_path / "net.onnx"), providers=["CPUExecutionProvider"])
     feed = {"ids": np.full((5, 6), 39), "mask": np.ones((5, 6), np.float32)}
     assert session.run(None, feed)[0].shape == (5, 3)
+    _, err = run(capsys, "export", tmp_path / "net.safetensors", "--input", "6", code=2)
+    assert "--input: the exported program has 2 inputs and says their shapes. Leave it out." in err
     _, err = run(capsys, "export", tmp_path / "net.safetensors", tmp_path / "x.pt2", "--pt2", code=2)
     assert "the exported program has several inputs. Allowed: networks of one input." in err
     _, err = run(capsys, "export", tmp_path / "net.safetensors", "--mode", "int8", code=2)

@@ -15,7 +15,7 @@ import torch
 
 from pcq import checkpoint
 from pcq.commands.fresh import Fresh, measure
-from pcq.commands.networks import ONNX_SUFFIX, open_network
+from pcq.commands.networks import ONNX_SUFFIX, Network, open_network
 from pcq.errors import PcqError
 from pcq.progress import Progress, silent
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import onnxruntime
 
 Array = npt.NDArray[np.generic]
+Input = tuple[str, tuple[int | None, ...], str]
+"""Its name, its sizes, None where they are open, and its type in NumPy's words."""
 UNKNOWN = (None, None)
 """The batch, and who knows what."""
 WARM = 2
@@ -103,7 +105,7 @@ class _File:
     path: Path
     runtime: str
     opening: Mapping[str, Any]
-    inputs: tuple[tuple[str, tuple[int | None, ...], str], ...]
+    inputs: tuple[Input, ...]
 
 
 def bench(
@@ -129,7 +131,8 @@ def bench(
     Args:
         paths: the files; the first is what the others are compared with.
         arch: the architecture, for checkpoints whose architecture is neither recorded nor recognised.
-        input_shape: one sample's shape without the batch, where the files do not say it.
+        input_shape: one sample's shape without the batch, where the files do not say it; of several inputs for those
+            that it fits.
         batches: samples at once.
         threads: of each run; 0: all cores.
         rounds: of each latency.
@@ -157,14 +160,18 @@ def bench(
     counts = list(dict.fromkeys(min(count, cores) or cores for count in threads))
     opening = {"arch": arch, "key": key, "allow_globals": tuple(allow_globals), "unsafe_pickle": unsafe_pickle}
     files, shape = _files([Path(path) for path in paths], opening, tuple(input_shape) if input_shape else None)
+    for file in files:
+        if (lengths := _lengths(file)) and lengths.isdisjoint(batches):
+            said = " or ".join(map(str, sorted(lengths)))
+            raise PcqError(f"it takes {said} sample{'s' * (max(lengths) > 1)} at once, no other number",
+                           where=str(file.path), todo=f"Give --batch {max(lengths)}")  # fmt: skip
     total = len(files) * processes + len(counts) * len(batches) * (rounds + WARM)
     done = 0
     fresh: list[list[Fresh]] = [[] for _ in files]
     for turn in range(processes):
         for file, found in zip(files, fresh, strict=True):
             progress(f"load {file.path.name}, process {turn + 1}", done, total)
-            sizes = file.inputs[0][1] if file.inputs else ()
-            single = _feed(file, (sizes[0] if sizes else None) or 1, shape)
+            single = _feed(file, min(_lengths(file), default=1), shape)
             assert single is not None, file
             feed = {name: (array.shape, array.dtype.name) for name, array in single.items()}
             found.append(measure(file.path, file.runtime, file.opening, feed))
@@ -225,7 +232,8 @@ def _files(
     """What runs each file, and one sample's shape if a file of one input says it."""
     from pcq.data.inputs import taken
 
-    files = []
+    given = shape
+    files: list[_File] = []
     modules = []
     for path in paths:
         if path.suffix == ONNX_SUFFIX:
@@ -247,12 +255,48 @@ def _files(
         else:
             network = open_network(path, **opening)
             shape = shape or network.input_shape
+            if network.inputs:
+                files.append(_File(path, "torch", opening, _of_program(network, path)))
+                continue
+            network.refuse_several(path)
             modules.append((len(files), network.module))
             files.append(_File(path, "torch", opening, (("x", UNKNOWN, "float32"),)))
+    if given is not None and not any(_fits(given, file, sizes) for file in files for _, sizes, _ in file.inputs):
+        raise PcqError("no input has this shape: the files take several, and say which", where="--input",
+                       todo="Leave it out")  # fmt: skip
     for place, module in modules:
         if shape is not None and taken(module, shape).ids is not None:
             files[place] = replace(files[place], inputs=(("x", UNKNOWN, "int64"),))
     return files, shape
+
+
+def _of_program(network: Network, path: Path) -> tuple[Input, ...]:
+    """What an exported program takes: sizes as it was made with, samples as many as there are, where that is open."""
+    from pcq.onnx_input.trials import KINDS
+
+    assert isinstance(network.module, torch.fx.GraphModule), path
+    taken = [node.meta["val"].shape[:1] for node in network.module.graph.nodes if node.op == "placeholder"]
+    open_ = [not all(isinstance(size, int) for size in first) and str(first) == str(taken[0]) for first in taken]
+    kinds = [str(x.dtype).removeprefix("torch.") for x in network.inputs]
+    known = [np.dtype(kind).name for kind in KINDS.values()]
+    if strange := [kind for kind in kinds if kind not in known]:
+        raise PcqError(f"it takes a {strange[0]}", where=str(path), allowed=", ".join(known))
+    return tuple(
+        (f"{i}", (None, *x.shape[1:]) if free else tuple(x.shape), kind)
+        for i, (x, free, kind) in enumerate(zip(network.inputs, open_, kinds, strict=True))
+    )
+
+
+def _lengths(file: _File) -> set[int]:
+    """How many samples it takes at once; empty: any number."""
+    lengths = {sizes[0] for _, sizes, _ in file.inputs if sizes}
+    return set() if None in lengths else {length for length in lengths if length}
+
+
+def _fits(shape: tuple[int, ...], file: _File, sizes: tuple[int | None, ...]) -> bool:
+    """Whether one sample's shape can be this input's."""
+    fits = len(sizes) == 1 + len(shape) and all(a in (None, b) for a, b in zip(sizes[1:], shape, strict=True))
+    return fits or len(file.inputs) == 1
 
 
 def _feed(file: _File, batch: int, shape: tuple[int, ...] | None) -> dict[str, Array] | None:
@@ -263,15 +307,16 @@ def _feed(file: _File, batch: int, shape: tuple[int, ...] | None) -> dict[str, A
     """
     feed = {}
     generator = np.random.default_rng(0)
+    if (lengths := _lengths(file)) and batch not in lengths:
+        return None
     for name, sizes, kind in file.inputs:
-        if sizes and sizes[0] is not None and sizes[0] != batch and len(file.inputs) == 1:
-            return None
-        whole: tuple[int | None, ...] = (batch, *shape) if len(file.inputs) == 1 and shape else sizes
+        whole = (*(sizes[:1] or (None,)), *shape) if shape and _fits(shape, file, sizes) else sizes
         known = [size for axis, each in enumerate(whole) if (size := batch if axis == 0 and each is None else each)]
         if len(known) != len(whole):
             said = "its input" if file.runtime == "torch" else f"its input '{name}'"
+            such = "128, if it is that of each input" if len(file.inputs) > 1 else "3x224x224"
             raise PcqError(f"the shape of {said} is not known", where=str(file.path),
-                           todo="Give one sample's shape without the batch, such as --input 3x224x224")  # fmt: skip
+                           todo=f"Give one sample's shape without the batch, such as --input {such}")  # fmt: skip
         made = generator.normal(size=known) if np.issubdtype(np.dtype(kind), np.floating) else np.zeros(known)
         feed[name] = np.asarray(made).astype(kind)
     return feed
@@ -286,7 +331,7 @@ def _runner(file: _File, threads: int) -> Callable[[Mapping[str, Array]], object
 
     def run(feed: Mapping[str, Array]) -> object:
         with torch.no_grad():
-            return module(torch.from_numpy(feed["x"]))
+            return module(*map(torch.from_numpy, feed.values()))
 
     return run
 

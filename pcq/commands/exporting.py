@@ -123,7 +123,12 @@ def export_onnx(
     stored = checkpoint.read_artifact(source)
     network = load_network(stored, source, arch)
     shape = tuple(input_shape) if input_shape else network.input_shape
+    if len(network.inputs) > 1 and input_shape:
+        what = f"the exported program has {len(network.inputs)} inputs and says their shapes"
+        raise PcqError(what, where="--input", todo="Leave it out")
     own = () if input_shape else network.inputs
+    if not own:
+        network.refuse_several(source)
     if len(own) > 1 and int8 is not None:
         raise PcqError(f"the exported program has {len(own)} inputs", where="int8", allowed="networks of one input")
     if shape is None and not own:

@@ -55,14 +55,13 @@ TORCH = (
     + """
 import torch
 from pcq.commands import open_network
-(shape, kind), = given["feed"].values()
-x = torch.zeros(shape, dtype=getattr(torch, kind))
+inputs = [torch.zeros(shape, dtype=getattr(torch, kind)) for shape, kind in given["feed"].values()]
 torch.nn.functional.conv2d(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 3, 3))
 before, start = begin()
 network = open_network(given["path"], **given["opening"]).module
 loaded = time.perf_counter()
 with torch.no_grad():
-    network(x)
+    network(*inputs)
 end(before, start, loaded)
 """
 )
@@ -86,7 +85,7 @@ def measure(
         path: an ONNX file, or a checkpoint or artifact.
         runtime: ``ONNX Runtime`` or ``torch``.
         opening: how ``open_network`` opens it, for torch.
-        feed: input -> shape and NumPy dtype.
+        feed: input -> shape and NumPy dtype, in the order of the network's arguments.
 
     Raises:
         CheckFailed: the process ended badly.

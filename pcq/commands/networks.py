@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pcq import checkpoint, models, sources
+from pcq.data.inputs import needed
 from pcq.errors import PcqError
 from pcq.sources.pt2 import example_inputs
 
@@ -29,6 +30,21 @@ class Network:
     arch: str
     input_shape: tuple[int, ...] | None
     inputs: tuple[Tensor, ...] = ()
+
+    def refuse_several(self, path: Path) -> None:
+        """Several inputs are taken only where something says what each is.
+
+        Raises:
+            PcqError: nothing does.
+        """
+        if isinstance(self.module, torch.fx.GraphModule):
+            names = [node.name for node in self.module.graph.nodes if node.op == "placeholder"]
+        else:
+            names = needed(self.module)
+        if len(names) > 1:
+            what = f"the network takes {len(names)} inputs, and the file does not say what they are: {', '.join(names)}"
+            allowed = "one input, or an exported program (.pt2) that takes each of them by position"
+            raise PcqError(what, where=str(path), allowed=allowed, todo="Hand it in as such a program")
 
     @staticmethod
     def of_program(module: nn.Module, said: str, inputs: tuple[Tensor, ...]) -> "Network":

@@ -28,11 +28,7 @@ def inputs(arrays: Mapping[str, Any], module: nn.Module, spec: str) -> tuple[Ten
         PcqError: there is no such argument, or one before it is not given; the arrays are no numbers, or not of the
             same length.
     """
-    takes = [
-        name
-        for name, parameter in inspect.signature(module.forward).parameters.items()
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-    ]
+    takes = list(_arguments(module))
     if lost := [name for name in arrays if name not in takes]:
         what = f"the network has no input '{lost[0]}'"
         raise PcqError(what, where=spec, allowed=", ".join(takes), todo=did_you_mean(lost[0], takes))
@@ -45,6 +41,19 @@ def inputs(arrays: Mapping[str, Any], module: nn.Module, spec: str) -> tuple[Ten
         said = ", ".join(f"{name} {length}" for name, length in zip(first, lengths, strict=True))
         raise PcqError(f"its arrays do not have as many samples each: {said}", where=spec)
     return found
+
+
+def needed(module: nn.Module) -> list[str]:
+    """The arguments that the network does not run without."""
+    return [name for name, parameter in _arguments(module).items() if parameter.default is parameter.empty]
+
+
+def _arguments(module: nn.Module) -> dict[str, inspect.Parameter]:
+    return {
+        name: parameter
+        for name, parameter in inspect.signature(module.forward).parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    }
 
 
 def _numbers(array: Any, where: str) -> Tensor:

@@ -297,12 +297,12 @@ def runnable(program: bytes, state: Mapping[str, Tensor]) -> nn.Module:
 
 
 def example_inputs(program: bytes) -> tuple[Tensor, ...]:
-    """The positional inputs that a stripped program was exported with, as zeros; empty if it does not say."""
+    """The inputs that a stripped program was exported with, as zeros; empty unless all are tensors by position."""
     with zipfile.ZipFile(io.BytesIO(program)) as archive:
         data = zero_inputs(archive.read(INPUTS))
     loaded = torch.load(io.BytesIO(data), weights_only=True) if data else ((), {})
-    args = loaded[0] if isinstance(loaded, tuple) and loaded else ()
-    return tuple(args) if all(isinstance(arg, Tensor) for arg in args) else ()
+    args, named = loaded if isinstance(loaded, tuple) and len(loaded) == 2 else ((), {})
+    return () if named or not all(isinstance(arg, Tensor) for arg in args) else tuple(args)
 
 
 def place(payload: dict[str, Any], name: str, record: str, state: Mapping[str, Tensor]) -> None:
