@@ -198,6 +198,28 @@ def test_one_of_several_state_dicts(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert answer(capsys, "eval", both, "--key", "ema", *on)["top1"] == alone
 
 
+def test_a_state_dict_is_chosen_where_there_are_several(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of several files, those of a single one need no choice; a choice that serves none is refused."""
+    state = load_file(DIGITS)
+    torch.save({"model": {name: tensor * 0 for name, tensor in state.items()}, "ema": state}, tmp_path / "both.pt")
+    torch.save({"model": state}, tmp_path / "one.pt")
+    artifact = pcq.quantize(DIGITS, "w8", arch=ARCH, out=tmp_path / "a.safetensors").path
+    both, one = tmp_path / "both.pt", tmp_path / "one.pt"
+    on = ["--data", "digits", "--limit", 40, "--arch", ARCH, "--key"]
+    for compared in ([both, "--reference", DIGITS], [one, "--reference", both], [artifact, "--reference", both]):
+        assert answer(capsys, "eval", *compared, *on, "ema")["agreement"] == 100
+        assert "there is no state dict 'none' in it. Allowed: model, ema." in run(
+            capsys, "eval", *compared, *on, "none", code=2
+        )[1]  # fmt: skip
+    for files, told in (
+        ([one], "there is no state dict 'ema' in it. Allowed: model."),
+        ([DIGITS], "it holds one state dict only. Leave out --key ema."),
+        ([artifact], "--key: no file holds several state dicts, or one named 'ema'. Leave it out."),
+        ([artifact, "--reference", one], "--key: no file holds several state dicts, or one named 'ema'."),
+    ):
+        assert told in run(capsys, "eval", *files, *on, "ema", code=2)[1]
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [

@@ -15,7 +15,7 @@ import torch
 
 from pcq import checkpoint
 from pcq.commands.fresh import Fresh, measure
-from pcq.commands.networks import ONNX_SUFFIX, Network, open_network
+from pcq.commands.networks import ONNX_SUFFIX, Network, keys, open_network
 from pcq.errors import PcqError
 from pcq.progress import Progress, silent
 
@@ -151,15 +151,18 @@ def bench(
     for option, numbers, least in (("--batch", batches, 1), ("--threads", threads, 0), ("--rounds", [rounds], 1)):
         if not numbers or min(numbers) < least:
             raise PcqError(f"{list(numbers)} cannot be", where=option, allowed=f"{least} or more")
+    named = [Path(path) for path in paths]
     if plot is not None:
         from pcq.plots import require_matplotlib
 
         require_matplotlib()
-        checkpoint.refuse_overwrite(Path(plot), ".png", inputs=[Path(path) for path in paths], force=True)
+        checkpoint.refuse_overwrite(Path(plot), ".png", inputs=named, force=True)
     cores = os.cpu_count() or 1
     counts = list(dict.fromkeys(min(count, cores) or cores for count in threads))
-    opening = {"arch": arch, "key": key, "allow_globals": tuple(allow_globals), "unsafe_pickle": unsafe_pickle}
-    files, shape = _files([Path(path) for path in paths], opening, tuple(input_shape) if input_shape else None)
+    opening = {"arch": arch, "allow_globals": tuple(allow_globals), "unsafe_pickle": unsafe_pickle}
+    chosen = keys(named, key, allow_globals, unsafe_pickle)
+    openings = [{**opening, "key": mine} for mine in chosen]
+    files, shape = _files(named, openings, tuple(input_shape) if input_shape else None)
     for file in files:
         if (lengths := _lengths(file)) and lengths.isdisjoint(batches):
             said = " or ".join(map(str, sorted(lengths)))
@@ -227,7 +230,7 @@ def bench(
 
 
 def _files(
-    paths: list[Path], opening: Mapping[str, Any], shape: tuple[int, ...] | None
+    paths: list[Path], openings: Sequence[Mapping[str, Any]], shape: tuple[int, ...] | None
 ) -> tuple[list[_File], tuple[int, ...] | None]:
     """What runs each file, and one sample's shape if a file of one input says it."""
     from pcq.data.inputs import taken
@@ -235,7 +238,7 @@ def _files(
     given = shape
     files: list[_File] = []
     modules = []
-    for path in paths:
+    for path, opening in zip(paths, openings, strict=True):
         if path.suffix == ONNX_SUFFIX:
             from pcq.onnx_input.trials import KINDS, input_session
 

@@ -117,6 +117,33 @@ def open_network(
     return Network(module.eval(), spec, models.example_shape(spec))
 
 
+def keys(
+    paths: Sequence[Path], key: str | None, allow_globals: Sequence[str] = (), unsafe_pickle: bool = False
+) -> list[str | None]:
+    """Of several files, ``key`` for those with a state dict of that name; None for those that hold a single one.
+
+    Raises:
+        PcqError: a file holds several, and none of that name; or no file has one.
+    """
+    found: list[str | None] = []
+    refused: list[PcqError] = []
+    for path in paths:
+        mine = None
+        if key is not None and path.suffix != ONNX_SUFFIX and not checkpoint.is_artifact(path):
+            try:
+                sources.open_source(path, key=key, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle)
+                mine = key
+            except sources.NoSuchState as error:
+                if error.several:
+                    raise
+                refused.append(error)
+        found.append(mine)
+    if key is not None and not any(found):
+        none = PcqError(f"no file holds several state dicts, or one named '{key}'", where="--key", todo="Leave it out")
+        raise refused[0] if len(paths) == len(refused) == 1 else none
+    return found
+
+
 def recorded(path: Path) -> str | None:
     """The architecture spec in an artifact, or in an ONNX file made from one; None where there is none."""
     if path.suffix == ONNX_SUFFIX:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from pcq.commands.networks import ONNX_SUFFIX, open_network, recorded
+from pcq.commands.networks import ONNX_SUFFIX, keys, open_network, recorded
 from pcq.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def evaluate(
         split: ``test``, ``val`` or ``train``.
         batch: samples per batch; the scores do not depend on it.
         limit: stop after so many samples.
-        key: which state dict to open, where a checkpoint holds several.
+        key: which state dict to open, where a checkpoint, or the reference, holds several.
         allow_globals, unsafe_pickle: as for :func:`pcq.quantize`.
 
     Raises:
@@ -59,11 +59,13 @@ def evaluate(
     from pcq.scores import evaluate as score
 
     opened = open_data(data, split)
-    predict, runtime = predictor(Path(path), arch, None, key, allow_globals, unsafe_pickle)
+    files = [Path(each) for each in (path, reference) if each is not None]
+    chosen = keys(files, key, allow_globals, unsafe_pickle)
+    predict, runtime = predictor(Path(path), arch, None, chosen[0], allow_globals, unsafe_pickle)
     compared = None
     if reference is not None:
         known = None if arch is not None else recorded(Path(path))
-        compared, _ = predictor(Path(reference), arch, known, key, allow_globals, unsafe_pickle)
+        compared, _ = predictor(Path(reference), arch, known, chosen[1], allow_globals, unsafe_pickle)
     scores = score(predict, opened, reference=compared, batch=batch, limit=limit, progress=progress)
     return EvalResult(Path(path), opened.describe(), runtime, scores)
 

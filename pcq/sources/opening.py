@@ -14,6 +14,7 @@ from pcq.sources.arrays import npz_entries
 from pcq.sources.pickles import Asked
 from pcq.sources.source import Source, strip_prefixes, unreadable
 from pcq.sources.torchscript import torchscript_entries
+from pcq.sources.wrappers import NoSuchState
 
 ARTIFACT_KEY = "pcq"
 """The metadata key that marks a safetensors file as an artifact."""
@@ -113,7 +114,7 @@ def open_file(path: Path, asked: Asked) -> Source:
     if head.startswith(LEGACY) or ("data.pkl" in inner and "constants.pkl" not in inner):
         return from_pickle(path, asked)
     if asked.key is not None:
-        raise PcqError("it holds one state dict only", where=str(path), todo=f"Leave out --key {asked.key}")
+        raise NoSuchState(asked.key, path)
     if path.name.endswith(".json"):
         return from_index(path, asked)
     if names:

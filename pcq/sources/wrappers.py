@@ -18,6 +18,18 @@ NOT_WEIGHTS = re.compile(r"optim|sched|scaler|rng|callbacks|loops|hparams|hyper_
 """Names under which they keep other things that can hold tensors."""
 
 
+class NoSuchState(PcqError):
+    """A checkpoint has no state dict of the name that was asked for; ``several``: there are some to choose from."""
+
+    def __init__(self, key: str, path: Path, named: Sequence[str] = (), unnamed: bool = True) -> None:
+        self.several = len(named) + unnamed > 1
+        if named:
+            what, todo = f"there is no state dict '{key}' in it", did_you_mean(key, named)
+        else:
+            what, todo = "it holds one state dict only", f"Leave out --key {key}"
+        super().__init__(what, where=str(path), allowed=listed(list(named)), todo=todo)
+
+
 def find_state(loaded: Any, path: Path, key: str | None = None) -> tuple[str, Any, list[str]]:
     """Find the state dict (or module) in what was loaded: ``-> dotted key, it, names of what is beside it``.
 
@@ -27,6 +39,8 @@ def find_state(loaded: Any, path: Path, key: str | None = None) -> tuple[str, An
         PcqError: nothing looks like one, or several do.
     """
     if isinstance(loaded, nn.Module):
+        if key is not None:
+            raise NoSuchState(key, path)
         return "", loaded, []
     if not isinstance(loaded, Mapping):
         found = "a single tensor without a name" if isinstance(loaded, Tensor) else f"a {type(loaded).__name__}"
@@ -37,8 +51,7 @@ def find_state(loaded: Any, path: Path, key: str | None = None) -> tuple[str, An
     chosen = known or ({} if has_tensors(loaded) else inner)
     if key is not None:
         if key not in inner:
-            what = f"there is no state dict '{key}' in it"
-            raise PcqError(what, where=str(path), allowed=listed(list(inner)), todo=did_you_mean(key, inner))
+            raise NoSuchState(key, path, list(inner), has_tensors(loaded))
         chosen = {key: inner[key]}
     if len(chosen) > 1:
         choices = ", ".join(f"'{key}' ({_count(value)} tensors)" for key, value in chosen.items())
