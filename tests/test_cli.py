@@ -26,6 +26,7 @@ import pcq
 from pcq import cli, demo
 from pcq.cli import frame
 from pcq.demo import HERE
+from pcq.report import forms
 
 ARCH = "pcq.demo.nets:resnet8?num_classes=10&in_channels=1"
 DIGITS = HERE / "digits-resnet8.safetensors"
@@ -174,6 +175,23 @@ def test_what_to_type_next_can_be_pasted(
     frame.emit(pcq.analyze(DIGITS, "ternary", arch=ARCH), False)
     pasted = capsys.readouterr().out.partition("To paste under")[2]
     assert re.search(r'  - match: \{name: \[".*"\]\}\n    levels: \{kind: uniform, bits: 8\}\n', pasted)
+
+
+@pytest.mark.parametrize("width", [200, 100, 80, 60, 40, 20])
+def test_no_terminal_is_too_narrow_for_words_and_numbers(width: int) -> None:
+    made = forms.table("What it does", "weight", "levels", "bits", "signs lost %", "", right=("bits", "signs lost %"))
+    name = "encoder.layers.0.self_attention.weight"
+    made.add_row(name, "uniform 8-bit symmetric", "11.562", "45.8", "[red]")
+    made.add_row("fc.weight", "ternary", "1.82", "0.1", "")
+    shown = io.StringIO()
+    Console(file=shown, width=width).print(made, crop=False)
+    text = shown.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    told = set(re.findall(r"[^\s│┃]+", text))
+    assert {"fc.weight", "uniform", "symmetric", "ternary", "11.562", "45.8", "[red]"} <= told
+    assert ("signs" in told, "┏" in text) == (True, width >= 60)
+    assert any(part.startswith(name[: forms.WORD]) for part in told)
+    assert (name in told) == (width not in (60, 20))
 
 
 def test_one_of_several_state_dicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,14 +1,18 @@
 """The two dispatchers, and how sizes, shapes and scores are written."""
 
 import math
+from dataclasses import dataclass, field
 from functools import singledispatch
-from typing import Any
+from typing import Any, Literal
 
-from rich.console import RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 UNITS = ("B", "kB", "MB", "GB", "TB")
+WORD = 12
 
 
 def size(nbytes: float) -> str:
@@ -40,12 +44,61 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
+@dataclass
+class Listing:
+    """Rows of cells: a table, or where that would break words, a line for each cell under the row's first.
+
+    Words of what is no number, such as names of weights, may be broken in a table, but not into less than ``WORD``.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    right: tuple[str, ...]
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+
+    def add_row(self, *cells: str) -> None:
+        self.rows.append(cells)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if self.title:
+            yield Text(self.title, "bold")
+        widths = self._widths(options.max_width - 3 * len(self.columns) - 1)
+        if widths is not None:
+            made = Table(header_style="bold")
+            for column, width in zip(self.columns, widths, strict=True):
+                justify: Literal["left", "right"] = "right" if column in self.right else "left"
+                made.add_column(Text(column), justify=justify, overflow="fold", width=width)
+            for row in self.rows:
+                made.add_row(*map(Text, row))
+            yield made
+            return
+        for first, *others in self.rows:
+            yield Text(first, overflow="fold")
+            for column, cell in zip(self.columns[1:], others, strict=True):
+                if cell.strip():
+                    said = f"{column}: {' '.join(cell.split())}" if column else cell
+                    yield Padding(Text(said, overflow="fold"), (0, 0, 0, 2), expand=False)
+
+    def _widths(self, room: int) -> list[int] | None:
+        """The columns' widths within ``room`` altogether; None where words do not fit.
+
+        Room that is left goes to columns whose words are broken, then to the narrowest.
+        """
+        cells = list(zip(self.columns, *self.rows, strict=True))
+        most = [max(map(cell_len, "\n".join(column).split("\n"))) for column in cells]
+        words = [max(map(cell_len, " ".join(column).split()), default=0) for column in cells]
+        found = [
+            word if name in self.right else min(word, WORD) for name, word in zip(self.columns, words, strict=True)
+        ]
+        while sum(found) < min(room, sum(most)):
+            open_ = [i for i in range(len(found)) if found[i] < most[i]]
+            found[min(open_, key=lambda i: (found[i] >= words[i], found[i]))] += 1
+        return found if sum(found) <= room else None
+
+
+def table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Listing:
     """A table with a left-aligned title; the columns named in ``right`` hold numbers."""
-    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
-    for column in columns:
-        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
-    return made
+    return Listing(title, columns, right)
 
 
 def verbatim(text: str) -> Text:

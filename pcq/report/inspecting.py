@@ -4,14 +4,13 @@ import math
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from pcq import commands
-from pcq.report.forms import render, shape, size, table, to_json
+from pcq.report.forms import Listing, render, shape, size, table, to_json
 
 
-def _tensors(tensors: tuple[commands.TensorView, ...]) -> Table:
+def _tensors(tensors: tuple[commands.TensorView, ...]) -> Listing:
     made = table("", "tensor", "shape", "form", "bits/weight", "bytes", right=("bits/weight", "bytes"))
     for row in tensors:
         made.add_row(row.name, shape(row.shape), row.form, f"{row.bits:.3f}", f"{row.nbytes:,}")
@@ -23,7 +22,7 @@ def _(result: commands.FileView) -> RenderableType:
     weights = sum(math.prod(row.shape) for row in result.tensors)
     facts = table(f"{result.path}: {result.kind}, {size(result.nbytes)}", "fact", "value")
     for label, value in (("tensors", f"{len(result.tensors):,}"), ("numbers", f"{weights:,}"), *result.facts):
-        facts.add_row(label, Text(value))
+        facts.add_row(label, value)
     return Group(facts, _tensors(result.tensors))
 
 
@@ -45,7 +44,7 @@ def _(result: commands.FileView) -> dict[str, Any]:
 def _(result: commands.RecipeView) -> RenderableType:
     made = table(f"{result.path}: a valid recipe, {result.recipe.name}", "rule", "what it says")
     for i, rule in enumerate(result.recipe.rules):
-        made.add_row(str(i + 1), Text(str(rule)))
+        made.add_row(str(i + 1), str(rule))
     description = Text(result.recipe.description)
     return Group(description, made) if result.planned is None else Group(description, made, render(result.planned))
 
