@@ -394,9 +394,10 @@ def test_a_signal_that_somebody_swallows_counts_at_the_next_progress(
     assert capsys.readouterr().err == "pcq: interrupted; no output file was changed.\n"
 
 
-def test_nobody_reads_what_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("words", ["recipes schema", "--help", "--version"])
+def test_nobody_reads_what_is_printed(words: str) -> None:
     """No traceback: `| head -1` ends it by 141, as it does other tools; a full disk is said."""
-    command = [sys.executable, "-m", "pcq", "recipes", "schema"]
+    command = [sys.executable, "-m", "pcq", *words.split()]
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "wb") as closed:
@@ -409,6 +410,8 @@ def test_nobody_reads_what_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ran.stderr.startswith(b"pcq: standard output: no room left to write it.")
         assert b"Traceback" not in ran.stderr
 
+
+def test_a_table_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(_: str) -> int:
         raise BrokenPipeError
 

@@ -127,15 +127,8 @@ def answers(command: Callable[P, None]) -> Callable[P, None]:
                 raise
             say(f"pcq: this needs {package}, which is not installed. Run `pip install {package.replace('_', '-')}`")
             raise typer.Exit(2) from None
-        except BrokenPipeError:
-            _to_nowhere(sys.stdout, sys.stderr)
-            raise typer.Exit(CLOSED_PIPE) from None
         except OSError as error:
-            if error.errno not in FULL or error.filename is not None:
-                raise
-            _to_nowhere(sys.stdout)
-            say("pcq: standard output: no room left to write it. Free some space, or choose another disk.")
-            raise typer.Exit(2) from None
+            raise typer.Exit(unsaid(error)) from None
 
     return wrapped
 
@@ -150,6 +143,18 @@ def starting() -> Iterator[None]:
     seen = shown.status("starting: PyTorch is imported") if first() and shown.is_terminal else nullcontext()
     with interruptible(leave), seen:
         yield
+
+
+def unsaid(error: OSError) -> int:
+    """The exit code where standard output is closed or full, which is said; any other error is raised again."""
+    if isinstance(error, BrokenPipeError):
+        _to_nowhere(sys.stdout, sys.stderr)
+        return CLOSED_PIPE
+    if error.errno not in FULL or error.filename is not None:
+        raise error
+    _to_nowhere(sys.stdout)
+    say("pcq: standard output: no room left to write it. Free some space, or choose another disk.")
+    return 2
 
 
 def _to_nowhere(*streams: TextIO) -> None:
