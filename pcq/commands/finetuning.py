@@ -160,8 +160,7 @@ def finetune(
         CheckFailed: the loss is not a number any more, weights are off their levels, or the file is not as predicted.
         KeyboardInterrupt: SIGINT or SIGTERM; the message says how to go on.
     """
-    from pcq.train import board, loop, report, saving
-    from pcq.train.splits import open_splits
+    from pcq.train import board, loop
 
     begun = time.perf_counter()
     if tensorboard is not None:
@@ -188,86 +187,115 @@ def finetune(
     files = Files.beside(Path(out) if out is not None else default_path(planned.model, f"{rules.name}.ft"))
     checkpoint.refuse_overwrite(files.artifact, ".safetensors", inputs=[planned.model], force=force)
     with held(files.metrics) if here.first else nullcontext():
-        if files.saved.exists() and not (resume or force):
-            todo = "Go on with it by --resume, or start over with --force"
-            raise PcqError("a run was interrupted here", where=str(files.saved), todo=todo)
-        here.wait()  # all have looked before the first one writes
+        return _finetune(
+            planned, rules, files, data, calibration, here, begun,
+            scratch=scratch, resume=resume, force=force, save_every=save_every,
+            tensorboard=None if tensorboard is None else Path(tensorboard), progress=progress,
+        )  # fmt: skip
+
+
+def _finetune(
+    planned: Planned,
+    rules: Recipe,
+    files: "Files",
+    data: str,
+    calibration: Calibration | None,
+    here: ranks.Ranks,
+    begun: float,
+    *,
+    scratch: bool,
+    resume: bool,
+    force: bool,
+    save_every: int | None,
+    tensorboard: Path | None,
+    progress: Progress,
+) -> FinetuneResult:
+    """All of a run that touches its files, which nobody else may meanwhile; ``rules`` have their settings settled."""
+    from pcq.train import loop, report, saving
+    from pcq.train.splits import open_splits
+
+    settings = rules.finetune
+    assert settings is not None
+    if files.saved.exists() and not (resume or force):
+        todo = "Go on with it by --resume, or start over with --force"
+        raise PcqError("a run was interrupted here", where=str(files.saved), todo=todo)
+    here.wait()  # all have looked before the first one writes
+    if here.first:
+        sweep(files.saved)
+        sweep(files.artifact)
+    splits = open_splits(data, settings.augment == "resized-crop")
+    if splits.train.labels is None:
+        settings = replace(settings, distill=1.0)
+        rules = replace(rules, finetune=settings)
+    mark = fingerprint(planned, rules, splits, data, scratch, calibration)
+    if resume:
         if here.first:
-            sweep(files.saved)
-            sweep(files.artifact)
-        splits = open_splits(data, settings.augment == "resized-crop")
-        if splits.train.labels is None:
-            settings = replace(settings, distill=1.0)
-            rules = replace(rules, finetune=settings)
-        mark = fingerprint(planned, rules, splits, data, scratch, calibration)
-        if resume:
-            if here.first:
-                saving.check(files.saved, mark)
-            here.wait()  # before calibration, which takes minutes
-        original = build(planned)
-        module = original_or_new(planned, original, settings.seed if scratch else None).to(here.device)
-        begin = None
-        if calibration is not None:
-            begin = starting.start(planned, calibration, module, splits.plain.shape, here, progress)
-            mark["number of calibration samples"] = str(begin.calibrated.outcome.samples)
-        fixed = freeze(module, planned, settings, begin)
-        weights = targets(planned.plan, dict(module.named_parameters()))
-        if begin is not None:
-            weights = begin.levels(weights)
-        job = loop.Job(
-            module,
-            original.to(here.device) if settings.distill else None,
-            {name: target for name, target in weights.items() if name not in fixed},
-            splits.on(here.device),
-            data,
-            settings,
-            files.saved,
-            files.metrics,
-            mark,
-            save_every,
-            here,
-            None if tensorboard is None else Path(tensorboard),
-            forms8(planned, module) if settings.activations else None,
-            {name: weight.grid for name, weight in fixed.items()},
-        )
-        trained = loop.train(job, resume=resume, progress=progress)
-        header = checkpoint.make_header(
-            planned.plan,
-            arch=planned.arch,
-            recipe=rules.to_json(),
-            source=planned.source,
-            calibration=None if begin is None else begin.calibrated.to_json(),
-            activations=trained.ranges,
-        )
-        floats = {name: shards.whole(tensor) for name, tensor in module.state_dict().items() if name not in weights}
-        values = stored(planned, floats, {**trained.quantized, **fixed})
-        size = 0
-        if here.first:
-            size = checkpoint.write_artifact(files.artifact, header, values)
-            files.saved.unlink(missing_ok=True)
-        size = here.agree(size)
-        rows = table(job, planned, original, begin, files.artifact, progress)
-        return FinetuneResult(
-            files.artifact,
-            files.metrics,
-            planned,
-            replace(settings, batch=min(settings.batch, splits.train.n)),
-            splits.train.describe(),
-            rows,
-            trained.epochs,
-            trained.batchnorm,
-            trained.telemetry[-1],
-            (*splits.notes, *report.warnings(trained, settings)),
-            trained.steps,
-            trained.resumed_at,
-            trained.unquantized,
-            planned.source.nbytes,
-            size,
-            planned.plan.bits,
-            time.perf_counter() - begun,
-            splits.plain.shape,
-            None if begin is None else begin.calibrated,
-        )
+            saving.check(files.saved, mark)
+        here.wait()  # before calibration, which takes minutes
+    original = build(planned)
+    module = original_or_new(planned, original, settings.seed if scratch else None).to(here.device)
+    begin = None
+    if calibration is not None:
+        begin = starting.start(planned, calibration, module, splits.plain.shape, here, progress)
+        mark["number of calibration samples"] = str(begin.calibrated.outcome.samples)
+    fixed = freeze(module, planned, settings, begin)
+    weights = targets(planned.plan, dict(module.named_parameters()))
+    if begin is not None:
+        weights = begin.levels(weights)
+    job = loop.Job(
+        module,
+        original.to(here.device) if settings.distill else None,
+        {name: target for name, target in weights.items() if name not in fixed},
+        splits.on(here.device),
+        data,
+        settings,
+        files.saved,
+        files.metrics,
+        mark,
+        save_every,
+        here,
+        tensorboard,
+        forms8(planned, module) if settings.activations else None,
+        {name: weight.grid for name, weight in fixed.items()},
+    )
+    trained = loop.train(job, resume=resume, progress=progress)
+    header = checkpoint.make_header(
+        planned.plan,
+        arch=planned.arch,
+        recipe=rules.to_json(),
+        source=planned.source,
+        calibration=None if begin is None else begin.calibrated.to_json(),
+        activations=trained.ranges,
+    )
+    floats = {name: shards.whole(tensor) for name, tensor in module.state_dict().items() if name not in weights}
+    values = stored(planned, floats, {**trained.quantized, **fixed})
+    size = 0
+    if here.first:
+        size = checkpoint.write_artifact(files.artifact, header, values)
+        files.saved.unlink(missing_ok=True)
+    size = here.agree(size)
+    rows = table(job, planned, original, begin, files.artifact, progress)
+    return FinetuneResult(
+        files.artifact,
+        files.metrics,
+        planned,
+        replace(settings, batch=min(settings.batch, splits.train.n)),
+        splits.train.describe(),
+        rows,
+        trained.epochs,
+        trained.batchnorm,
+        trained.telemetry[-1],
+        (*splits.notes, *report.warnings(trained, settings)),
+        trained.steps,
+        trained.resumed_at,
+        trained.unquantized,
+        planned.source.nbytes,
+        size,
+        planned.plan.bits,
+        time.perf_counter() - begun,
+        splits.plain.shape,
+        None if begin is None else begin.calibrated,
+    )
 
 
 def forms8(planned: Planned, module: nn.Module) -> "dict[Tensor, Weight8]":
