@@ -22,7 +22,8 @@ class Affine:
 
     Attributes:
         scale: float32 ``[g]``, >= 0; a row of scale 0 has all its levels at 0.
-        zero_point: one number for all rows (a multiple of 1/2), or uint8 ``[g]``.
+        zero_point: one number for all rows (a multiple of 1/2), or one for each row ``[g]``: integers as uint8,
+            multiples of 1/2 as float16.
         count: number of levels, 2 to 256.
     """
 
@@ -35,7 +36,7 @@ class Affine:
         assert self.scale.ndim == 1, self.scale.shape
         assert self.scale.dtype == torch.float32, self.scale.dtype
         if isinstance(self.zero_point, Tensor):
-            assert self.zero_point.dtype == torch.uint8, self.zero_point.dtype
+            assert self.zero_point.dtype in (torch.uint8, torch.float16), self.zero_point.dtype
             assert self.zero_point.shape == self.scale.shape, (self.zero_point.shape, self.scale.shape)
 
     @property
@@ -46,6 +47,13 @@ class Affine:
     def positive(self) -> bool:
         """Whether no row has all its levels at 0."""
         return bool((self.scale > 0).all())
+
+    @property
+    def halves(self) -> int:
+        """2 where zero may lie between two codes, else 1: ``halves * (code - zero_point)`` are integers."""
+        if isinstance(self.zero_point, Tensor):
+            return 2 if self.zero_point.is_floating_point() else 1
+        return 1 if self.zero_point == int(self.zero_point) else 2
 
     def _zero(self) -> Tensor:
         if isinstance(self.zero_point, Tensor):

@@ -4,7 +4,8 @@ The middles between levels cut a sorted row into runs; the count and the sum of 
 sums, are all that the squared error and every refit need.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,15 @@ PIECE = 2**19
 
 COARSE, FINE, REFITS = 0.9, 8, 32
 """The scan of scales steps by the factor COARSE, then by its FINE-th root around the best; then REFITS at most."""
+
+FEW = 4
+"""Levels up to which every zero point is tried with a scan of its own."""
+
+ROUNDS, FACTORS = 3, (1.0, 0.93, 1.07)
+"""The search for zero points: rounds from coarse to fine moves, and the scales tried at each, times the best so far."""
+
+MOST = 2**21
+"""Weights that are worked on at a time where each row is tried at every zero point."""
 
 
 @dataclass(frozen=True)
@@ -98,47 +108,65 @@ def best_scale(rows: SortedRows, table: Tensor, rule: Tensor | None = None) -> T
     return _scanned_scale(rows, table.expand(rows.values.shape[0], -1), rule=rule)[1]
 
 
-def best_affine(rows: SortedRows, count: int, rule: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Scale and zero point in 0 .. count - 1 of the levels ``scale * (code - zero_point)``, for least squares.
+def best_affine(rows: SortedRows, count: int, rules: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of the levels ``scale * (code - zero_point)``, code 0 .. count - 1, for least squares.
 
-    A scan of scales at the zero point of the row's range, then a pattern search over the zero point (all of them up
-    to 16 levels) with a refitted scale at each. Never worse than that range itself, nor than ``rule``.
+    Zero points are multiples of 1/2 up to 16 levels, where a level on zero matters less than a close fit, else
+    integers, in 0 .. count - 1. ``FEW`` levels, or no more weights than levels: a scan of scales at every zero point.
+    Else a scan at that of the row's range; from the best so far a pattern search goes on, over zero points and over
+    scales a little smaller and larger, each refitted. Never worse than that range itself, nor than one of ``rules``.
 
     Args:
         rows: g rows.
         count: number of levels.
-        rule: a scale and a zero point to try as well, float64 ``[g]`` each.
+        rules: scales and zero points to try as well, float64 ``[g]`` each.
 
     Returns:
         float64 ``[g]`` each.
     """
+    unit = 2 if count <= 16 else 1
     codes = torch.arange(count, dtype=torch.float64, device=rows.values.device)
     low, high = rows.values[:, 0].double().clamp(max=0), rows.values[:, -1].double().clamp(min=0)
     span = (high - low) / (count - 1)
-    zero = (-low / span.clamp_min(1e-300)).round()
+    zero = of_range = (-low / span.clamp_min(1e-300) * unit).round() / unit
     error, scale = _error(rows, codes - zero[:, None], span)
 
-    def consider(other: Tensor, search: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+    def consider(other: Tensor, found: Tensor, refit: Tensor) -> None:
         nonlocal error, scale, zero
-        found, refit = search(codes - other[:, None])
         better = found < error
         error, scale, zero = found.where(better, error), refit.where(better, scale), other.where(better, zero)
 
-    def refitted(table: Tensor) -> tuple[Tensor, Tensor]:
-        return _error(rows, table, _error(rows, table, scale)[1])
-
-    consider(zero, lambda table: _scanned_scale(rows, table))
-    consider(rule[1], lambda table: _error(rows, table, rule[0]))
-    if count <= 16:
-        for other in range(count):
-            consider(torch.full_like(zero, other), lambda table: _scanned_scale(rows, table, error))
+    for at, other in rules:
+        consider(other, *_error(rows, codes - other[:, None], at))
+    if not bool(error.any()):
         return scale, zero
-    step = count // 8
-    while step:
-        for move in (-step, step):
-            consider((zero + move).clamp(0, count - 1), refitted)
-        step //= 2
+    if unit == 2 and (count <= FEW or rows.values.shape[1] <= count):
+        consider(*_at_every_zero(rows, codes, error))
+        return scale, zero
+    consider(of_range, *_scanned_scale(rows, codes - of_range[:, None], error))
+    moves = [count / 2**k for k in range(3, 9) if count / 2**k * unit >= 1] or [1 / unit]
+    for move, way, factor in itertools.product(moves * ROUNDS, (-1, 1), FACTORS):
+        other = (zero + way * move).clamp(0, count - 1)
+        consider(other, *_error(rows, codes - other[:, None], scale * factor))
     return scale, zero
+
+
+def _at_every_zero(rows: SortedRows, codes: Tensor, limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Zero point, squared error and scale, float64 ``[g]`` each: the best of a scan at each multiple of 1/2.
+
+    Nothing better than the errors ``limit`` need be found.
+    """
+    g, every = len(limit), torch.arange(2 * len(codes) - 1, dtype=torch.float64, device=limit.device) / 2
+    if rows.values.numel() * len(every) > MOST and g > 1:
+        cut = zip(*(t.chunk(2) for t in (rows.values, rows.sums, rows.square, limit)), strict=True)
+        parts = [_at_every_zero(SortedRows(*some), codes, most) for *some, most in cut]
+        zero, error, scale = (torch.cat(column) for column in zip(*parts, strict=True))
+        return zero, error, scale
+    many = SortedRows(*(t.repeat_interleave(len(every), 0) for t in (rows.values, rows.sums, rows.square)))
+    tables = codes - every.repeat(g)[:, None]
+    found, scales = _scanned_scale(many, tables, limit.repeat_interleave(len(every)))
+    error, which = found.view(g, -1).min(1)
+    return every[which], error, scales.view(g, -1).gather(1, which[:, None])[:, 0]
 
 
 def _error(rows: SortedRows, table: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -49,7 +49,7 @@ def stored_bytes(grid: Grid, numel: int) -> int:
     """Bytes of packed codes, scales, zero points and tables of ``numel`` weights on ``grid``."""
     size = packed_size(grid.count, numel)
     if isinstance(grid, Affine):
-        zero = grid.zero_point.numel() if isinstance(grid.zero_point, Tensor) else 0
+        zero = grid.zero_point.nbytes if isinstance(grid.zero_point, Tensor) else 0
         return size + 4 * grid.scale.numel() + zero
     return size + 4 * grid.table.numel() + (0 if grid.scale is None else 4 * grid.scale.numel())
 

@@ -117,7 +117,9 @@ class Uniform:
     ``-2**(bits-1) .. 2**(bits-1) - 1`` times scale, with zero a level and integers all. On the convolutions of
     EfficientNet-Lite0 the first form has 0.90, 0.33, 0.12, 0.04, 0.00, -0.02, -0.03 dB more signal to noise than the
     second at 2 .. 8 bits, so it is used where that is worth having no zero.
-    Affine: ``scale * (code - zero_point)`` with an integer zero point per row in 0 .. 2**bits - 1; zero is a level.
+    Affine: ``scale * (code - zero_point)`` with a zero point per row in 0 .. 2**bits - 1. Up to 4 bits, with the scale
+    ``mse``, it is a multiple of 1/2, so that these levels fit no worse than the symmetric ones; else an integer, and
+    zero is a level.
 
     Attributes:
         bits: 1 to 8.
@@ -144,8 +146,7 @@ class Uniform:
         if not self.symmetric:
             scale, zero = _by_chunk(rows, self._affine, reach=count - 1)
             return Affine(scale, zero, count)
-        zero_point = (count - 1) / 2 if self.bits <= 4 else count / 2
-        table = torch.arange(count, dtype=torch.float64, device=rows.device) - zero_point
+        zero_point, table = self._around_zero(rows)
         kernels: dict[str, Kernel] = {
             "mse": lambda chunk: (_least_squares_scale(chunk, table, self._step(chunk)),),
             "absmax": lambda chunk: (torch.maximum(chunk.amax(1) / table[-1], chunk.amin(1) / table[0]),),
@@ -153,6 +154,12 @@ class Uniform:
         }
         (scale,) = _by_chunk(rows, kernels[self.scale], reach=count / 2)
         return Affine(scale, zero_point, count)
+
+    def _around_zero(self, rows: Tensor) -> tuple[float, Tensor]:
+        """The zero point of symmetric levels, and these in units of the scale: float64 ``[k]``."""
+        count = 2**self.bits
+        middle = (count - 1) / 2 if self.bits <= 4 else count / 2
+        return middle, torch.arange(count, dtype=torch.float64, device=rows.device) - middle
 
     def _step(self, rows: Tensor) -> Tensor:
         """The step that suits Gaussian weights of the mean magnitude of ``rows``: float64 ``[c]``."""
@@ -169,9 +176,13 @@ class Uniform:
             scale = self._step(rows - center[:, None])
             zero = top / 2 - center / scale
         zero = zero.nan_to_num(nan=0.0).round().clamp(0, top)
-        if self.scale == "mse":
-            scale, zero = best_affine(sort_rows(rows), top + 1, (scale, zero))
-        return scale, zero.to(torch.uint8)
+        if self.scale != "mse":
+            return scale, zero.to(torch.uint8)
+        middle, table = self._around_zero(rows)
+        symmetric = _least_squares_scale(rows.clone(), table, self._step(rows))
+        rules = (scale, zero), (symmetric, torch.full_like(zero, middle))
+        scale, zero = best_affine(sort_rows(rows), top + 1, rules)
+        return scale, zero.to(torch.float16 if self.bits <= 4 else torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -291,7 +302,7 @@ def _by_chunk(rows: Tensor, kernel: Kernel, reach: float = 1.0) -> tuple[Tensor,
         results = kernel((part / unit[:, None]).contiguous())
         units = [unit.double().reshape(-1, *[1] * (result.ndim - 1)) for result in results]
         return tuple(
-            (result * unit).clamp(-limit, limit).float() if result.is_floating_point() else result
+            (result * unit).clamp(-limit, limit).float() if result.dtype in (torch.float32, torch.float64) else result
             for result, unit in zip(results, units, strict=True)
         )
 

@@ -164,10 +164,12 @@ def test_round_trip_of_any_grid(data: st.DataObject, tmp_path_factory: pytest.Te
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     codes = torch.randint(0, count, shape, generator=generator).to(torch.uint8)
     scale = torch.rand(rows.g, generator=generator)
-    form = data.draw(st.sampled_from(["affine", "zero points", "codebook", "table", "scaled table"]))
+    form = data.draw(st.sampled_from(["affine", "zero points", "halves", "codebook", "table", "scaled table"]))
     grid: Grid
     if form == "affine":
         grid = Affine(scale, data.draw(st.sampled_from([0.0, 0.5, 1.0, 7.5])), count)
+    elif form == "halves":
+        grid = Affine(scale, torch.randint(0, 2 * count - 1, (rows.g,), generator=generator).half() / 2, count)
     elif form == "zero points":
         grid = Affine(scale, torch.randint(0, count, (rows.g,), generator=generator).to(torch.uint8), count)
     else:
@@ -658,6 +660,8 @@ def part(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Path, Path]
         (part("v.levels", lambda t: t[:2]), "'v.levels' is float32 [2, 3], which does not fit 4 rows"),
         (part("w.codes", lambda t: t.fill_(255)), "'w.codes' holds a byte that is not 5 digits of 3"),
         (part("w.codes", lambda t: t[:-1]), "'w.codes' is uint8 [5], which does not fit 6 rows"),
+        (part("z.zero_point", lambda t: t + 0.3), "'z.zero_point' is no multiple of 1/2"),
+        (part("z.zero_point", lambda t: t * math.nan), "'z.zero_point' is not finite"),
         (part("z.zero_point", torch.Tensor.float), "the artifact is damaged: 'z.zero_point' is torch.float32 [4]"),
     ],
 )

@@ -80,7 +80,7 @@ class Words(nn.Module):
         return y
 
 
-@pytest.mark.parametrize(("recipe", "bits"), [("ternary-all", 2), ("binary-all", 2), ("w4", 4), ("w8", 8)])
+@pytest.mark.parametrize(("recipe", "bits"), [("ternary-all", 2), ("binary-all", 2), ("w4", 8), ("w8", 8)])
 def test_compressed_folders_unpack_to_the_weights(tmp_path: Path, recipe: str, bits: int) -> None:
     from pcq import read_artifact
 
@@ -148,18 +148,20 @@ def test_folders_with_other_files_are_never_replaced(artifact: Path, tmp_path: P
 COUNTS = st.sampled_from([2, 3, 4, 5, 16, 32, 100, 255, 256])
 
 
-@given(st.integers(0, 10_000), COUNTS, st.booleans(), st.sampled_from([None, 4, 6]))
-@settings(deadline=None, max_examples=60)
-def test_integers_are_the_weight_or_a_reason(seed: int, count: int, whole: bool, group: int | None) -> None:
+@given(st.integers(0, 10_000), COUNTS, st.sampled_from(["whole", "between", "rows", "halves"]),
+       st.sampled_from([None, 4, 6]))  # fmt: skip
+@settings(deadline=None, max_examples=120)
+def test_integers_are_the_weight_or_a_reason(seed: int, count: int, form: str, group: int | None) -> None:
     generator = torch.Generator().manual_seed(seed)
     rows = Rows((5, 12), 0, 1, group)
-    zero = float(count // 2) if whole else (count - 1) / 2
+    by_row = torch.randint(count, (rows.g,), generator=generator).to(torch.uint8)
+    zero = {"whole": float(count // 2), "between": (count - 1) / 2, "rows": by_row, "halves": by_row.half() - 0.5}[form]
     grid = Affine(torch.rand(rows.g, generator=generator) + 0.01, zero, count)
     codes = torch.randint(count, (5, 12), generator=generator).to(torch.uint8)
     weight = QuantizedTensor(codes, grid, rows)
     found = compressed.integers(weight)
     if isinstance(found, str):
-        assert count > 128
+        assert count > (128 if form in ("whole", "between") else 64)
         return
     assert torch.equal(found.dequantize(), weight.dequantize())
     assert torch.equal(compressed.unpack(compressed.pack(found), found.bits, 12), found.q)

@@ -60,6 +60,8 @@ def all_weights(draw: st.DrawFn) -> QuantizedTensor:
     match draw(st.sampled_from(["affine", "shared", "scaled", "rows", "scaled rows"])):
         case "affine":
             per_row = torch.randint(0, count, (rows.g,), generator=generator).to(torch.uint8)
+            if draw(st.booleans()):
+                per_row = per_row.half() + torch.randint(0, 2, (rows.g,), generator=generator).half() / 2
             grid = Affine(scale, per_row if zero is None else zero, count)
         case "shared":
             grid = Codebook(normal(1, count).sort().values)

@@ -1,5 +1,7 @@
 """The two grids: nearest levels, fixed points, exact ties, pieces, and rows moved about."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -27,6 +29,7 @@ EVERY: dict[str, Grid] = {
     "uniform": affine(16, 7.5),
     "int8": affine(256, 128.0),
     "affine": affine(16, "per row"),
+    "affine, halves": replace(affine(16, "per row"), zero_point=torch.tensor([0.5, 7.0, 8.5]).half()),
     "codebook": codebook(5),
     "codebook of 256": codebook(256),
     "shared table, scaled": codebook(7, scaled=True),
@@ -156,12 +159,14 @@ def test_map_repeats_a_single_row(grid: Grid) -> None:
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("m", [1, 2])
-@pytest.mark.parametrize("make", ["affine", "ternary", "codebook", "scaled"])
+@pytest.mark.parametrize("make", ["affine", "halves", "ternary", "codebook", "scaled"])
 def test_interleave_puts_each_channels_tail_behind_its_groups(make: str, m: int, channels: int) -> None:
     def grid(g: int, offset: int) -> Grid:
         number = torch.arange(g).float() + offset
         if make == "affine":
             return Affine(number, number.to(torch.uint8), 8)
+        if make == "halves":
+            return Affine(number, number.half() / 2, 8)
         if make == "ternary":
             return Affine(number, 1.0, 3)
         if make == "codebook":
@@ -176,6 +181,8 @@ def test_interleave_puts_each_channels_tail_behind_its_groups(make: str, m: int,
     assert joined.g == channels * (m + 1)
     if make == "affine":
         assert joined.zero_point.tolist() == wanted  # type: ignore[union-attr]
+    if make == "halves":
+        assert joined.zero_point.tolist() == [row / 2 for row in wanted]  # type: ignore[union-attr]
     if make == "scaled":
         assert joined.table.shape == (1, 2)  # type: ignore[union-attr]
 

@@ -27,7 +27,7 @@ from pcq.qtensor import QuantizedTensor
 from pcq.rows import Rows
 
 Weights = dict[str, QuantizedTensor]
-KINDS = ("binary", "ternary", "2 bit", "3 bit", "affine 4 bit", "5 levels", "255 levels", "256 levels")
+KINDS = ("binary", "ternary", "2 bit", "3 bit", "affine 4 bit", "half 4 bit", "5 levels", "255 levels", "256 levels")
 
 
 def weight_of(kind: str, shape: tuple[int, ...], axis: int | None = 0) -> QuantizedTensor:
@@ -39,6 +39,7 @@ def weight_of(kind: str, shape: tuple[int, ...], axis: int | None = 0) -> Quanti
         "2 bit": Affine(scale, 1.5, 4),
         "3 bit": Affine(scale / 4, 3.5, 8),
         "affine 4 bit": Affine(scale / 8, torch.randint(0, 16, (rows.g,)).to(torch.uint8), 16),
+        "half 4 bit": Affine(scale / 8, (torch.arange(rows.g) % 31).half() / 2, 16),
         "5 levels": Affine(scale, 2.0, 5),
         "255 levels": Affine(scale / 64, 127.0, 255),
         "256 levels": Affine(scale / 64, 128.0, 256),

@@ -49,6 +49,8 @@ def grids(g: int) -> dict[str, Grid]:
         "4 bit": Affine(scale, 7.5, 16),
         "4 bit around 8": Affine(scale, 8.0, 16),
         "zero points": Affine(scale, torch.randint(0, 16, (g,)).to(torch.uint8), 16),
+        "half zero points": Affine(scale, torch.randint(0, 31, (g,)).half() / 2, 16),
+        "2 bit half zero points": Affine(scale, torch.randint(0, 7, (g,)).half() / 2, 4),
         "8 bit": Affine(scale, 127.0, 255),
         "8 bit zero points": Affine(scale, torch.randint(0, 256, (g,)).to(torch.uint8), 256),
         "list": Codebook(torch.randn(1, 5).sort().values, scale),

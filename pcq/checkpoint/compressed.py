@@ -62,19 +62,18 @@ def integers(weight: QuantizedTensor) -> Integers | str:
         return "its levels are a list, not integers times a scale"
     if rows.axis not in (0, None) or (rows.axis is None and rows.group is not None):
         return "its groups cross rows"
-    if isinstance(grid.zero_point, Tensor):
-        return "its zero points differ between rows"
     if rows.group is not None and rows.tail != rows.width:
         return f"groups of {rows.group} do not divide its {rows.length} columns"
-    doubled = grid.zero_point != int(grid.zero_point)
-    factor = 2 if doubled else 1
-    zero = round(factor * grid.zero_point)
-    q = weight.codes.int() * factor - zero
-    low, high = int(-zero), factor * (grid.count - 1) - zero
+    factor = grid.halves
+    zero = factor * (
+        grid.zero_point.double() if isinstance(grid.zero_point, Tensor) else torch.tensor([grid.zero_point])
+    )
+    q = rows.merge(rows.split(weight.codes.int() * factor) - zero.int()[:, None])
+    low, high = int(-zero.max()), int(factor * (grid.count - 1) - zero.min())
     bits = next((b for b in BITS if low >= -(2 ** (b - 1)) and high < 2 ** (b - 1)), None)
     if bits is None:
         return f"its integers run from {low} to {high}, and the format ends at 8 bits"
-    scale = grid.scale * 0.5 if doubled else grid.scale
+    scale = grid.scale / factor
     shaped = scale.reshape(1) if rows.axis is None else scale.reshape(rows.channels, rows.groups)
     made = Integers(q.to(torch.int8), shaped, bits, None if rows.groups == 1 else rows.width)
     if not torch.equal(made.dequantize(), weight.dequantize()):

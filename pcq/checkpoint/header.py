@@ -151,7 +151,8 @@ def part_shapes(form: Coded) -> dict[str, tuple[str, tuple[int, ...]]]:
     if isinstance(grid, Codebook):
         parts["levels"] = ("float32", tuple(grid.table.shape))
     elif isinstance(grid.zero_point, Tensor):
-        parts["zero_point"] = ("uint8", tuple(grid.zero_point.shape))
+        dtype = str(grid.zero_point.dtype).removeprefix("torch.")
+        parts["zero_point"] = (dtype, tuple(grid.zero_point.shape))
     return parts
 
 

@@ -24,12 +24,12 @@ from pcq.sources.safetensors import DTYPES, Header, read_header, read_slot
 from pcq.sources.source import unreadable
 
 PARTS = {
-    "codes": (torch.uint8, 1),
-    "scale": (torch.float32, 1),
-    "zero_point": (torch.uint8, 1),
-    "levels": (torch.float32, 2),
+    "codes": ((torch.uint8,), 1),
+    "scale": ((torch.float32,), 1),
+    "zero_point": ((torch.uint8, torch.float16), 1),
+    "levels": ((torch.float32,), 2),
 }
-"""Dtype and number of axes of each part."""
+"""Dtypes and number of axes of each part."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,8 @@ def decode(name: str, entry: Mapping[str, Any], parts: Mapping[str, Tensor]) -> 
     """
     rows = Rows(tuple(entry["shape"]), entry["axis"], entry.get("blocks", 1), entry.get("group"))
     for part, tensor in parts.items():
-        if (tensor.dtype, tensor.ndim) != PARTS[part]:
+        dtypes, axes = PARTS[part]
+        if tensor.dtype not in dtypes or tensor.ndim != axes:
             raise ValueError(f"'{name}.{part}' is {tensor.dtype} {list(tensor.shape)}")
     grid = grid_of(entry, parts)
     if list(planes(grid.count)) != entry["planes"]:
@@ -206,6 +207,8 @@ def decode(name: str, entry: Mapping[str, Any], parts: Mapping[str, Tensor]) -> 
             raise ValueError(f"'{name}.{part}' is not finite")
     if grid.scale is not None and bool((grid.scale < 0).any()):
         raise ValueError(f"'{name}.scale' is negative")
+    if "zero_point" in parts and bool((parts["zero_point"].double() * 2 % 1 != 0).any()):
+        raise ValueError(f"'{name}.zero_point' is no multiple of 1/2")
     if isinstance(grid, Codebook) and bool((grid.table.diff(dim=1) < 0).any()):
         raise ValueError(f"'{name}.levels' does not ascend")
     try:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from pcq.export.body import INT32, Body, Lowered
+from pcq.export.body import FLOAT, INT32, Body, Lowered
 from pcq.export.frame import Array, Frame
 from pcq.export.lowering import digits
 from pcq.grids import Affine, Grid
@@ -61,7 +61,7 @@ def integers_of(grid: Grid, rows: Rows) -> Integers | str:
         return "a transposed convolution"
     zero = grid.zero_point
     least, most = (float(zero.min()), float(zero.max())) if isinstance(zero, Tensor) else (zero, zero)
-    halves = 1 if least == int(least) else 2
+    halves = grid.halves
     low, high = -most * halves, (grid.count - 1 - least) * halves
     if low < -128 or high > 127:
         return f"its integers reach from {low:g} to {high:g}"
@@ -74,7 +74,7 @@ def large(grid: Grid) -> bool:
         return False
     zero = grid.zero_point
     reach = grid.count - 1 if isinstance(zero, Tensor) else max(zero, grid.count - 1 - zero)
-    return reach * (1 if isinstance(zero, Tensor) or zero == int(zero) else 2) > SAFE
+    return reach * grid.halves > SAFE
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,13 @@ def lower_int8(
     tables = [table.astype(np.int64) * unit for table in digits(grid.count)]
     if isinstance(grid.zero_point, Tensor):
         arrays["zero_point"] = frame.arrange(grid.zero_point)
-        zero = body.cast(body.input("zero_point"), INT32)
-        zero = body.op("Mul", zero, body.cast(body.number(unit), INT32)) if unit > 1 else zero
+        zero = body.input("zero_point")
+        if form.halves == 2:
+            zero = body.cast(body.op("Mul", body.cast(zero, FLOAT), body.number(float(unit))), INT32)
+            name += "Half"
+        else:
+            zero = body.cast(zero, INT32)
+            zero = body.op("Mul", zero, body.cast(body.number(unit), INT32)) if unit > 1 else zero
         q = body.op("Sub", body.codes([table.astype(np.int32) for table in tables], INT32), zero)
         name += f"Affine{grid.count}"
     else:

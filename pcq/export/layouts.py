@@ -216,7 +216,8 @@ def _native(need: Need, goal: Target, opset: int) -> Choice | Refused:
     forms = list(castable(need.grid))
     for stored in forms:
         if goal.folds(stored.kind, opset):
-            nbytes = typed_bytes(need.grid, need.rows, stored, need.rows.g if stored.zero is None else 0)
+            wide = 16 if need.grid.halves == 2 else None
+            nbytes = typed_bytes(need.grid, need.rows, stored, need.rows.g if stored.zero is None else 0, wide)
             reason = f"{stored.kind}, cast to float at load"
             return Choice(need.name, "native", reason, stored, need.numel, nbytes, 4 * need.numel)
     if not forms:

@@ -44,7 +44,9 @@ def blocks(weight: QuantizedTensor, stored: Stored, level: Level) -> Blocks:
         return per_row.reshape(-1, rows.groups).expand(outputs, count).contiguous()
 
     arrays["scale"] = spread(grid.scale).reshape(-1).numpy()
-    if isinstance(grid.zero_point, Tensor) or (stored.zero == int(stored.zero or 0) and stored.zero != _half(stored)):
+    if isinstance(grid.zero_point, Tensor) and grid.halves == 2:
+        arrays["zero_point"] = spread(grid.zero_point.float()).reshape(-1).numpy()
+    elif isinstance(grid.zero_point, Tensor) or (stored.zero == int(stored.zero or 0) and stored.zero != _half(stored)):
         zero = grid.zero_point if isinstance(grid.zero_point, Tensor) else torch.full((rows.g,), stored.zero or 0)
         each = spread(zero.to(torch.int16))
         padded = F.pad(each, (0, -count % (8 // stored.bits)))

@@ -150,7 +150,9 @@ def decode(scheme: Scheme, arrays: dict[str, np.ndarray]) -> QuantizedTensor:
             raise KeyError("scale")
         scale = scale * scheme.unit
         if scheme.zero_point is None:
-            grid = Affine(scale, by_row("zero_point").to(torch.uint8), scheme.levels)
+            zero = by_row("zero_point") / scheme.unit
+            whole = scheme.unit == 1 and arrays["zero_point"].dtype.kind != "f"
+            grid = Affine(scale, zero.to(torch.uint8 if whole else torch.float16), scheme.levels)
         else:
             _check_zero(scheme, by_row("zero_point") if "zero_point" in arrays else None)
             grid = Affine(scale, scheme.zero_point, scheme.levels)

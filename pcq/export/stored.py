@@ -29,7 +29,7 @@ class Stored:
         bits: 2, 4 or 8.
         unit: 2 where zero lies between two codes and the operator takes integers only: the scale is halved then.
         offset: what is subtracted.
-        zero: the zero point of the stored integers; None: one for each row, the grid's.
+        zero: the zero point of the stored integers; None: one for each row, ``unit`` times the grid's.
         block: for MatMulNBits: how many share a scale.
     """
 
@@ -49,7 +49,7 @@ def castable(grid: Affine) -> Iterator[Stored]:
         if grid.count > 2 * half:
             continue
         if isinstance(zero, Tensor):
-            if _fit(zero, bits):
+            if grid.halves == 2 or _fit(zero, bits):
                 yield Stored(unsigned, bits, zero=None)
         elif zero == int(zero) and 0 <= zero <= half and grid.count - 1 - zero < half:
             yield Stored(signed, bits, offset=int(zero))
@@ -59,16 +59,15 @@ def castable(grid: Affine) -> Iterator[Stored]:
 
 def dequantizable(grid: Affine) -> Iterator[Stored]:
     """In 2, 4 and 8 bits with integer zero points, as DequantizeLinear takes them."""
-    zero = grid.zero_point
-    unit = 1 if isinstance(zero, Tensor) or zero == int(zero) else 2
+    zero, unit = grid.zero_point, grid.halves
     if unit == 2 and not torch.equal(grid.scale * 0.5 * 2, grid.scale):
         return  # halving rounds the smallest scales
     for bits in (2, 4, 8):
         half, (signed, unsigned) = 2 ** (bits - 1), TYPES[bits]
         top = (grid.count - 1) * unit
         if isinstance(zero, Tensor):
-            if top < 2 * half and _fit(zero, bits):
-                yield Stored(unsigned, bits, zero=None)
+            if top < 2 * half and _fit(zero * unit, bits):
+                yield Stored(unsigned, bits, unit, zero=None)
             continue
         middle = int(zero * unit)
         if 0 <= middle <= half and top - middle < half:
@@ -86,7 +85,9 @@ def multipliable(grid: Affine) -> Iterator[tuple[Stored, str]]:
         if grid.count > 2 * half:
             continue
         if isinstance(zero, Tensor):
-            if _fit(zero, bits):
+            if grid.halves == 2:
+                yield Stored("uint8", bits, zero=None), "float"
+            elif _fit(zero, bits):
                 yield Stored("uint8", bits, zero=None), "integer"
         elif zero != int(zero):
             yield Stored("uint8", bits, zero=zero), "float"
@@ -100,9 +101,9 @@ def _fit(zero: Tensor, bits: int) -> bool:
     return bool(zero.max() < 2**bits)
 
 
-def typed_bytes(grid: Grid, rows: Rows, stored: Stored, zeros: int) -> int:
-    """Bytes of the integers, the scales and as many zero points."""
-    return -(-math.prod(rows.shape) * stored.bits // 8) + 4 * grid.g + -(-zeros * stored.bits // 8)
+def typed_bytes(grid: Grid, rows: Rows, stored: Stored, zeros: int, bits: int | None = None) -> int:
+    """Bytes of the integers, the scales and as many zero points of ``bits``, by default as many as the integers'."""
+    return -(-math.prod(rows.shape) * stored.bits // 8) + 4 * grid.g + -(-zeros * (bits or stored.bits) // 8)
 
 
 def blocked_bytes(rows: Rows, stored: Stored, form: str) -> int:

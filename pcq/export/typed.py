@@ -38,7 +38,8 @@ def lower_native(weight: QuantizedTensor, stored: Stored, opset: int, transposed
     name, value = stored.kind.capitalize(), body.cast(body.input("packed"), FLOAT)
     scale = body.input("scale")
     if isinstance(grid.zero_point, Tensor):
-        arrays["zero_point"] = frame.arrange(grid.zero_point).astype(DTYPES[stored.kind])
+        zero = frame.arrange(grid.zero_point)
+        arrays["zero_point"] = zero if grid.halves == 2 else zero.astype(DTYPES[stored.kind])
         value = body.op("Sub", value, body.per_row(body.cast(body.input("zero_point"), FLOAT)))
         name += "Affine"
     elif stored.zero:
@@ -66,9 +67,10 @@ def lower_dequantize(weight: QuantizedTensor, stored: Stored, opset: int, transp
     arrays["scale"] = (grid.scale / stored.unit).reshape(per_row).numpy()
     inputs, name = [body.input("packed"), body.input("scale")], f"Dequantize{stored.kind.capitalize()}"
     if stored.zero != 0:
-        zero = (
-            grid.zero_point if isinstance(grid.zero_point, Tensor) else grid.scale.new_full((rows.g,), stored.zero or 0)
-        )
+        if isinstance(grid.zero_point, Tensor):
+            zero = grid.zero_point * stored.unit
+        else:
+            zero = grid.scale.new_full((rows.g,), stored.zero or 0)
         arrays["zero_point"] = zero.reshape(per_row).numpy().astype(np.uint8).astype(DTYPES[stored.kind])
         inputs.append(body.input("zero_point"))
         name += "Affine"

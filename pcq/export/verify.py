@@ -107,7 +107,7 @@ def prove(
     check_size(file, predicted)
     with in_float32(path) as exact:
         multiplied = [name for name, scheme in file.schemes.items() if scheme.layout == "matmulnbits"]
-        halves = {name for name in multiplied if (file.schemes[name].zero_point or 0) % 1}
+        halves = {name for name in multiplied if getattr(weights[name].grid, "halves", 1) == 2}
         check_unpacking(exact, weights, progress, halves)
         kept = {name: scheme.layout for name, scheme in file.schemes.items() if scheme.layout in STAY_PACKED}
         return file, check_outputs(exact, reference, trials, weights, progress, kept)

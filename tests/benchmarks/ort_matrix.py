@@ -115,6 +115,9 @@ def grids(rows: Rows) -> Iterator[tuple[str, Grid]]:
     for bits in (4, 8):
         zero = torch.randint(0, 2**bits, (rows.g,)).to(torch.uint8)
         yield f"zero point by row {bits} bit", Affine(scale, zero, 2**bits)
+    for bits in (2, 3, 4):
+        between = torch.randint(0, 2 ** (bits + 1) - 1, (rows.g,)).half() / 2
+        yield f"half zero point by row {bits} bit", Affine(scale, between, 2**bits)
     for count in (6, 13, 32, 200):
         yield f"codebook {count}", Codebook(torch.randn(1, count).sort().values)
         yield f"codebook {count} scaled", Codebook(torch.randn(1, count).sort().values, scale)
