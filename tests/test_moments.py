@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pcq.calibrate import oneshot
+from pcq.calibrate import moments, oneshot
 from pcq.calibrate.moments import PULLS, Sums, influence, noise, pull, target
 from pcq.calibrate.oneshot import Settings, calibrate
 from pcq.quantizers import Uniform
@@ -50,6 +50,21 @@ def test_the_halves_make_the_whole_and_are_different_batches() -> None:
         torch.testing.assert_close(cross[0], f.T @ q / len(q), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close((found.halves[0][0] + found.halves[1][0]) / 2, found.cov, rtol=1e-4, atol=1e-4)
     assert summed(weight, x_f, x_q, 1).moments().halves == ()
+
+
+@pytest.mark.parametrize("crossed", [True, False])
+def test_rows_that_count_alike_need_no_weighing(crossed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit by bit what weighing them by ones gives."""
+    weight, x_f, x_q = drawn(2, 90, 6, 0.5)
+    monkeypatch.setattr(moments, "influence", lambda y: torch.ones_like(y[..., :1]))
+    plain, weighed = (Sums(weight, False, bounded, crossed) for bounded in (False, True))
+    for sums in (plain, weighed):
+        for p_f, p_q in zip(x_f.chunk(4, 1), x_q.chunk(4, 1), strict=True):
+            sums.add(p_f, p_q)
+    for one, other in zip(plain.halves, weighed.halves, strict=True):
+        assert one.count == other.count
+        for name in ("q", "f", "y", "qq", "fq", "yy"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
 def test_a_channel_that_is_constant_leaves_no_rounding_errors() -> None:

@@ -54,12 +54,17 @@ class _Half:
     @staticmethod
     def of(p_f: Tensor, p_q: Tensor, weight: Tensor, bounded: bool, crossed: bool) -> "_Half":
         y = p_f @ weight.transpose(1, 2)
-        share = influence(y) if bounded else torch.ones_like(y[..., :1])
-        total = share.sum(1, keepdim=True)
-        means = [(x * share).sum(1, keepdim=True) / total for x in (p_q, p_f, y)]
-        q, f, y = ((x - mean) * share.sqrt() for x, mean in zip((p_q, p_f, y), means, strict=True))
+        share = influence(y) if bounded else None
+        total = torch.full_like(y[:, :1, :1], y.shape[1]) if share is None else share.sum(1, keepdim=True)
+        root = None if share is None else share.sqrt()
+
+        def weighed(x: Tensor, by: Tensor | None) -> Tensor:
+            return x if by is None else x * by
+
+        means = [weighed(x, share).sum(1, keepdim=True) / total for x in (p_q, p_f, y)]
+        q, y = weighed(p_q - means[0], root), weighed(y - means[2], root)
         qq = (q.transpose(1, 2) @ q).double()
-        fq = (f.transpose(1, 2) @ q).double() if crossed else qq
+        fq = (weighed(p_f - means[1], root).transpose(1, 2) @ q).double() if crossed else qq
         mean_q, mean_f, mean_y = (mean[:, 0].double() for mean in means)
         return _Half(float(total.mean()), mean_q, mean_f, mean_y, qq, fq, y.square().sum(1).double())
 
