@@ -16,6 +16,7 @@ from pcq.calibrate.oneshot import Settings, View, batches, moments
 from pcq.calibrate.padding import counted, mask_at
 from pcq.calibrate.steps import calibrate_measured, outputs
 from pcq.calibrate.streams import Streams
+from pcq.onnx_input import calibrating
 from pcq.onnx_input.calibrating import calibrate as calibrate_onnx
 from pcq.onnx_input.feeds import Feeds
 from pcq.quantizers import Uniform
@@ -166,7 +167,10 @@ def _onnx_reader(path: Path) -> Path:
     return Path(save(path, nodes, tensors, texts, ["y"]))
 
 
-def test_of_onnx_models_neither(tmp_path: Path) -> None:
+def test_of_onnx_models_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And other tokens behind the mask are looked at once, though the layers are gone through twice."""
+    looked, otherwise = [], calibrating._otherwise
+    monkeypatch.setattr(calibrating, "_otherwise", lambda batch: (looked.append(batch), otherwise(batch))[1])
     path = _onnx_reader(tmp_path / "m.onnx")
     plan = {name: (Rows((b, a)), Uniform(2)) for name, a, b in (("first", 8, 16), ("second", 16, 8))}
     made = []
@@ -174,6 +178,7 @@ def test_of_onnx_models_neither(tmp_path: Path) -> None:
         ids, mask = (x.numpy() for x in _texts(width))
         batches = [{"input_ids": ids[i : i + 8], "attention_mask": mask[i : i + 8]} for i in range(0, 40, 8)]
         made.append(calibrate_onnx(path, plan, Feeds(tuple(batches[:4]), 8), Feeds(tuple(batches[4:]), 8), Settings()))
+    assert len(looked) == 2 * 4 * len(plan)
     for name in plan:
         assert torch.equal(made[0].quantized[name].codes, made[1].quantized[name].codes)
     for one, two in zip(made[0].steps, made[1].steps, strict=True):

@@ -44,6 +44,9 @@ STAGES = 16
 MOMENTS = 2**30
 """Bytes of second moments that a stage may hold at once."""
 
+Real = dict[tuple[str, int], Tensor | None]
+"""A weight and the number of a batch -> which rows that enter its layer are not padded tokens'; None: all count."""
+
 
 def calibrate(
     path: Path,
@@ -80,9 +83,10 @@ def calibrate(
         kept: Mapping[str, QuantizedTensor] = nearest
         changed: Mapping[str, Tensor] = {}
         layers: tuple[LayerReport, ...] = ()
+        real: Real = {}
         for each in (replace(settings, corrected=False), settings) if settings.corrected else (settings,):
             start = time.perf_counter()
-            trial = _reconstruct(path, opened, inventory, sites, samples, plan, nearest, each, place, progress)
+            trial = _reconstruct(path, opened, inventory, sites, samples, plan, nearest, each, place, real, progress)
             seconds = time.perf_counter() - start
             aimed = "errors before in view" if each.corrected else "each layer alone"
             said = f"reconstruction ({each.method}), {aimed}"
@@ -109,6 +113,7 @@ def _reconstruct(
     nearest: Mapping[str, QuantizedTensor],
     settings: Settings,
     place: Path,
+    real: Real,
     progress: Progress,
 ) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor], tuple[LayerReport, ...]]:
     """Every layer in turn: codes and levels of all weights, new biases, and what each layer loses."""
@@ -118,7 +123,7 @@ def _reconstruct(
     portions = list(_stages(sites, inventory))
     for done, stage in enumerate(portions):
         progress("calibrating", done, len(portions))
-        found = _moments(path, inventory, stage, samples, quantized, changed, settings, place)
+        found = _moments(path, inventory, stage, samples, quantized, changed, settings, place, real)
         for site, moments in zip(stage, found, strict=True):
             name = site.layer.weight
             weight, bias = inventory.weights[name].read(), _bias(opened.model, site)
@@ -200,8 +205,9 @@ def _moments(
     changed: Mapping[str, Tensor],
     settings: Settings,
     folder: Path,
+    real: Real,
 ) -> list[Moments]:
-    """Second moments of what enters each layer of the stage."""
+    """Second moments of what enters each layer of the stage; ``real`` gets what is not known yet."""
     inputs = {value.name for value in open_graph(path).model.graph.inputs}
     wanted = {
         site.x: inventory.weights[site.layer.weight].operands[0].chain.dtype for site in stage if site.x not in inputs
@@ -211,12 +217,16 @@ def _moments(
     for index, batch in enumerate(samples.batches):
         seen = [{**batch, **dict(zip(wanted, run(session, batch, path), strict=True))} for session in pair]
         seen = seen or [dict(batch)] * 2
-        other, padded = _otherwise(batch)
-        if padded and pair:
-            other = {**other, **dict(zip(wanted, run(pair[0], other, path), strict=True))}
+        if any((site.layer.weight, index) not in real for site in stage):
+            other, padded = _otherwise(batch)
+            if padded and pair:
+                other = {**other, **dict(zip(wanted, run(pair[0], other, path), strict=True))}
+            for one in sums:
+                rows = one.counted(seen[0][one.site.x], other[one.site.x], padded) if padded else None
+                real[one.site.layer.weight, index] = rows
         for one in sums:
-            x = one.site.x
-            one.add(seen[0][x], seen[1][x], index, (other[x], padded) if padded else None)
+            x, name = one.site.x, one.site.layer.weight
+            one.add(seen[0][x], seen[1][x], index, real[name, index])
     return [one.sums.moments() for one in sums]
 
 
@@ -246,15 +256,16 @@ class _Entering:
         self.sums = Sums(split, centred(site.layer, settings), bounded(site.layer), settings.corrected)
         self.count = settings.count(site.layer.groups, rows.length, len(samples.batches))
 
-    def add(self, float_: Array, quantized: Array, index: int, other: tuple[Array, int] | None) -> None:
-        """One batch of what enters in the float and in the quantized network.
+    def counted(self, plain: Array, other: Array, padded: int) -> Tensor | None:
+        """Which rows count of what enters the float network, ``other`` with other tokens behind the mask; None: all."""
+        if self.site.layer.geometry is not None:
+            return None
+        return unreached(self._entering(plain), self._entering(other), padded)
 
-        ``other``: what enters the float one with other tokens behind the mask, and how many are there.
-        """
+    def add(self, float_: Array, quantized: Array, index: int, rows: Tensor | None) -> None:
+        """One batch of what enters in the float and in the quantized network, of which these rows count."""
         entering = [self._entering(x) for x in (float_, quantized)]
-        if other is not None and self.site.layer.geometry is None:
-            rows = unreached(entering[0], self._entering(other[0]), other[1])
-            entering = entering if rows is None else [x[rows] for x in entering]
+        entering = entering if rows is None else [x[rows] for x in entering]
         layer = self.site.layer
         self.sums.add(*(patches(layer, x, self.count, self.settings.generator(layer.op, index)) for x in entering))
 
