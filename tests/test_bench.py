@@ -18,6 +18,7 @@ from pcq.commands.fresh import measure
 from pcq.demo import HERE
 from pcq.errors import CheckFailed, PcqError
 from pcq.plots import bench_figure
+from pcq.report.benching import _spread
 from tests.test_onnx_input import convolutions, images, normal, save, words
 
 DIGITS = HERE / "digits-resnet8.safetensors"
@@ -164,6 +165,11 @@ def test_mistakes(tmp_path: Path) -> None:
 
 def test_quartiles() -> None:
     assert Spread.of([4.0, 1.0, 3.0, 2.0, 5.0]) == Spread(3.0, 2.0, 4.0)
+
+
+def test_quartiles_are_told_in_the_unit_of_the_median() -> None:
+    assert _spread(Spread(0.0131, 0.0117, 0.0143)) == "13.1 ms (11.7-14.3)"
+    assert _spread(Spread(1.184, 0.98, 1.19)) == "1.18 s (0.98-1.19)"
 
 
 def test_the_picture_has_a_bar_for_every_number() -> None:

@@ -14,6 +14,12 @@ def _time(seconds: float) -> str:
     return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
+def _spread(found: commands.Spread) -> str:
+    """Median and quartiles in one unit."""
+    low, high = (f"{1000 * each:.3g}" if found.median < 1 else f"{each:.2f}" for each in (found.low, found.high))
+    return f"{_time(found.median)} ({low}-{high})"
+
+
 def _ratio(value: float, first: float) -> str:
     return f"{value / first:.2f}x" if first else "-"
 
@@ -41,8 +47,7 @@ def _(result: commands.BenchResult) -> RenderableType:
             if (latency := known.get(place)) is None:
                 cells.append("-")
                 continue
-            s = latency.seconds
-            cells.append(f"{_time(s.median)} ({1000 * s.low:.3g}-{1000 * s.high:.3g}) {latency.ratio:.2f}x")
+            cells.append(f"{_spread(latency.seconds)} {latency.ratio:.2f}x")
         runs.add_row(row.path.name, *cells)
     turns = f"{result.rounds} rounds and {result.processes} processes, files in turn"
     notes = [f"{turns}; {result.machine}; {result.seconds:.0f} s."]
