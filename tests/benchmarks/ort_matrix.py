@@ -210,7 +210,7 @@ WHOLE = {
 """Operator and rows -> the layer, its input, and how its weight is cut."""
 
 
-FORMS_OF_LAYERS = ("binary", "ternary", "symmetric", "255", "zero point", "codebook 13")
+FORMS_OF_LAYERS = ("binary", "ternary", "symmetric", "255", "zero point", "half zero point", "codebook 13")
 """Of the forms of grid, those that layouts tell apart."""
 
 
