@@ -27,6 +27,9 @@ SAMPLES = 64
 PROBE = Uniform(3)
 """The levels with which a weight's part in the network's output is measured."""
 
+TRIALS = 16
+"""How often an allocation is sought, to find how much of the budget its header leaves to the weights."""
+
 CLOSE = 0.99
 """The share of the budget that should be used."""
 
@@ -109,7 +112,7 @@ def allocate(
     problem.refuse_too_little()
     losses = problem.losses(progress)
     uniform = problem.uniform(losses)
-    choice, loss, gap = problem.solve(losses)
+    choice, loss, gap = problem.solve(losses, uniform)
     finest = sum(map(min, losses)) * (1 + 1e-9)
     options = {entry.parameter.name: OPTIONS[k] for entry, k in zip(entries, choice, strict=True)}
     settled = problem.plan(options)
@@ -213,29 +216,38 @@ class Problem:
                 + ("" if not self.planned.plan.kept else "; what stays float counts too, see `--dry-run`"),
             )
 
-    def solve(self, losses: Sequence[Sequence[float]]) -> tuple[tuple[int, ...], float, float]:
-        """Options, loss and gap. The header's size depends on the options, so the room for weights is found by trying.
+    def solve(
+        self, losses: Sequence[Sequence[float]], uniform: Sequence[Uniformly]
+    ) -> tuple[tuple[int, ...], float, float]:
+        """Options, loss and gap. The header's size depends on the options, so the room for weights is found by trying;
+        the gap is to the least loss in all the room that the header of the smallest options leaves.
 
-        The smallest options fit.
+        The smallest options fit, and so does each of ``uniform``: in a small network these can be better than all that
+        the room leaves beside the header of many options.
         """
         smallest = self.smallest
         rest = self.least - sum(cost[k] for cost, k in zip(self.costs, smallest, strict=True))
         room = self.allowed - rest
-        best: tuple[tuple[int, ...], float, float] | None = None
-        for _ in range(12):
+        fitting = [tuple(smallest)]
+        fitting += [(OPTIONS.index(each.option),) * len(self.entries) for each in uniform[:1]]
+        bounds, enough, little = [], room + 1, None
+        for _ in range(TRIALS):
             found = solve(self.costs, losses, room)
             if found is None:
                 break
-            size = self.size(self.plan(self._named(found.choice)))
-            over = size - self.allowed
+            bounds.append(found.bound)
+            over = self.size(self.plan(self._named(found.choice))) - self.allowed
             if over <= 0:
-                if best is None or found.loss < best[1]:
-                    best = found.choice, found.loss, found.gap
+                fitting.append(found.choice)
+                little = room
+            else:
+                enough = found.cost
+            if little is not None and enough - little <= 1:
                 break
-            room -= over
-        if best is None:
-            best = tuple(smallest), sum(loss[k] for loss, k in zip(losses, smallest, strict=True)), 1.0
-        return best
+            room = found.cost - over if little is None else (little + enough) // 2
+        lost = [sum(loss[k] for loss, k in zip(losses, choice, strict=True)) for choice in fitting]
+        loss, choice = min(zip(lost, fitting, strict=True))
+        return choice, loss, max(0.0, (loss - bounds[0]) / max(loss, 1e-300))
 
     def _named(self, choice: Sequence[int]) -> dict[str, Option]:
         return {entry.parameter.name: OPTIONS[k] for entry, k in zip(self.entries, choice, strict=True)}
