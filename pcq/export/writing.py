@@ -50,9 +50,7 @@ def save(model: ir.Model, path: Path, external_above: int = EXTERNAL_ABOVE) -> P
         0 if value.const_value is None else value.const_value.nbytes for value in model.graph.initializers.values()
     )
     if sum(sizes) <= external_above:
-        ir.external_data.load_to_model(
-            model
-        )  # what lies beside the file that it was read from would be looked for here
+        ir.external_data.load_to_model(model)  # else it would be looked for beside the new file
         ir.save(model, path)
         return None
     first = path.with_name("data")
