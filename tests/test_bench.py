@@ -10,7 +10,6 @@ import pytest
 import torch
 from onnx import helper
 from safetensors.torch import load_file
-from torch import Tensor, nn
 
 from pcq import cli
 from pcq.commands import Spread, bench, export_onnx, quantize
@@ -20,6 +19,7 @@ from pcq.errors import CheckFailed, PcqError
 from pcq.plots import bench_figure
 from pcq.report.benching import _spread
 from tests.test_onnx_input import convolutions, images, normal, save, words
+from tests.test_tokens import Masked
 
 DIGITS = HERE / "digits-resnet8.safetensors"
 ARCH = "pcq.demo.nets:resnet8?num_classes=10&in_channels=1"
@@ -75,26 +75,14 @@ def test_models_of_several_inputs_and_fixed_batches(tmp_path: Path) -> None:
     assert bench([path], batches=(2,), threads=(1,), rounds=1, processes=1).rows[0].latencies[0].batch == 2
 
 
-class Two(nn.Module):
-    """An input of words and one of numbers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words, self.head = nn.Embedding(40, 16), nn.Linear(16, 3)
-
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        out: Tensor = self.head((self.words(ids) * mask[..., None]).sum(1))
-        return out
-
-
 def test_programs_say_what_they_take(tmp_path: Path) -> None:
     """Of several inputs, and of one number of samples, they run as ONNX files do."""
     example, batch = (torch.zeros(2, 6, dtype=torch.int64), torch.ones(2, 6)), {0: torch.export.Dim.AUTO}
     path = tmp_path / "two.pt2"
-    torch.export.save(torch.export.export(Two().eval(), example, dynamic_shapes=(batch, batch)), path)
+    torch.export.save(torch.export.export(Masked().eval(), example, dynamic_shapes=(batch, batch)), path)
     artifact = quantize(path, "w4", out=tmp_path / "two.safetensors").path
     fixed = tmp_path / "fixed.pt2"
-    torch.export.save(torch.export.export(Two().eval(), example), fixed)
+    torch.export.save(torch.export.export(Masked().eval(), example), fixed)
 
     def batches(*paths: Path, **given: Any) -> list[list[int]]:
         result = bench(paths, batches=(1, 2), threads=(1,), rounds=1, processes=1, **given)
@@ -108,10 +96,10 @@ def test_programs_say_what_they_take(tmp_path: Path) -> None:
 
 
 def test_networks_of_several_inputs_that_nobody_describes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.save(Two().state_dict(), tmp_path / "two.pt")
+    torch.save(Masked().state_dict(), tmp_path / "two.pt")
     by_name = {"ids": torch.zeros(2, 6, dtype=torch.int64), "mask": torch.ones(2, 6)}
-    torch.export.save(torch.export.export(Two().eval(), (), by_name), tmp_path / "named.pt2")
-    arch = "tests.test_bench:Two"
+    torch.export.save(torch.export.export(Masked().eval(), (), by_name), tmp_path / "named.pt2")
+    arch = "tests.test_tokens:Masked"
     told = r"the network takes 2 inputs, and the file does not say what they are: ids, mask. Allowed: .*\(.pt2\)"
     for name, given in (("two.pt", arch), ("named.pt2", None)):
         with pytest.raises(PcqError, match=told):

@@ -131,6 +131,8 @@ def test_what_a_network_takes_is_found_by_running_it() -> None:
 
 
 class Masked(nn.Module):
+    """An input of words and one of numbers."""
+
     def __init__(self) -> None:
         super().__init__()
         self.words, self.head = nn.Embedding(40, 16), nn.Linear(16, 3)
