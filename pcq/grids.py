@@ -55,7 +55,8 @@ class Affine:
             return 2 if self.zero_point.is_floating_point() else 1
         return 1 if self.zero_point == int(self.zero_point) else 2
 
-    def _zero(self) -> Tensor:
+    def zeros(self) -> Tensor:
+        """Each row's zero point: float32 ``[g, 1]``."""
         if isinstance(self.zero_point, Tensor):
             return self.zero_point.float()[:, None]
         return self.scale.new_full((1, 1), self.zero_point).expand(self.g, 1)
@@ -67,7 +68,7 @@ class Affine:
 
     def encode(self, rows: Tensor) -> Tensor:
         """Nearest level of each weight: ``[g, n] -> uint8 [g, n]``. Ties go to the even code."""
-        step, zero = torch.where(self.scale > 0, self.scale, 1.0)[:, None], self._zero()
+        step, zero = torch.where(self.scale > 0, self.scale, 1.0)[:, None], self.zeros()
         codes = torch.empty(rows.shape, dtype=torch.uint8, device=rows.device)
 
         def work(tile: tuple[slice, slice]) -> None:
@@ -79,7 +80,7 @@ class Affine:
 
     def decode(self, codes: Tensor) -> Tensor:
         """uint8 ``[g, n] -> float32 [g, n]``."""
-        return codes.to(torch.float32).sub_(self._zero()).mul_(self.scale[:, None])
+        return codes.to(torch.float32).sub_(self.zeros()).mul_(self.scale[:, None])
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Affine":
         """The grid with ``change`` applied to every per-row tensor (select, reorder or repeat rows)."""

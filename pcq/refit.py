@@ -74,9 +74,7 @@ def _ratio(above: Tensor, below: Tensor, before: Tensor) -> tuple[Tensor, Tensor
 
 def _affine_scale(rows: Tensor, grid: Affine) -> tuple[Tensor, Tensor]:
     step = torch.where(grid.scale > 0, grid.scale, 1.0)[:, None]
-    zero = grid.zero_point.float()[:, None] if isinstance(grid.zero_point, Tensor) else step.new_full((1, 1), 1.0)
-    zero = zero if isinstance(grid.zero_point, Tensor) else zero * grid.zero_point
-    zero = zero.expand(rows.shape[0], 1)
+    zero = grid.zeros()
     above, below = rows.new_zeros(2, rows.shape[0], dtype=torch.float64)
     size = min(CHUNK, rows.numel()) if rows.device.type == "cpu" else rows.numel()
     scratch = rows.new_empty(size)

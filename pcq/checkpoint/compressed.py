@@ -65,10 +65,8 @@ def integers(weight: QuantizedTensor) -> Integers | str:
     if rows.group is not None and rows.tail != rows.width:
         return f"groups of {rows.group} do not divide its {rows.length} columns"
     factor = grid.halves
-    zero = factor * (
-        grid.zero_point.double() if isinstance(grid.zero_point, Tensor) else torch.tensor([grid.zero_point])
-    )
-    q = rows.merge(rows.split(weight.codes.int() * factor) - zero.int()[:, None])
+    zero = (factor * grid.zeros()).int()
+    q = rows.merge(rows.split(weight.codes.int() * factor) - zero)
     low, high = int(-zero.max()), int(factor * (grid.count - 1) - zero.min())
     bits = next((b for b in BITS if low >= -(2 ** (b - 1)) and high < 2 ** (b - 1)), None)
     if bits is None:

@@ -141,8 +141,7 @@ def expected(weight: QuantizedTensor, form: Integers, channels: Channels) -> tup
     """What the function gives: q int8 in the weight's own shape, and s."""
     grid, rows = weight.grid, weight.rows
     assert isinstance(grid, Affine)
-    zero = grid.zero_point.double()[:, None] if isinstance(grid.zero_point, Tensor) else grid.zero_point
-    q = rows.merge((rows.split(weight.codes).double() - zero) * form.unit)
+    q = rows.merge((rows.split(weight.codes).double() - grid.zeros()) * form.unit)
     s = (grid.scale.numpy() * channels.gain).astype(np.float32)
     if channels.flip is not None and channels.floor is not None:
         q *= torch.from_numpy(channels.flip).double().reshape(-1, *[1] * (q.ndim - 1))
