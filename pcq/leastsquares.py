@@ -220,23 +220,24 @@ def _scanned_scale(
 
     error, scale, probe = rows.square, torch.zeros_like(start), start
 
-    def consider(at: Tensor) -> None:
+    def consider(at: Tensor, which: Tensor | bool = True) -> None:
         nonlocal error, scale, probe
         found, refit = _error(rows, table, at)
-        better = found < error
+        better = (found < error) & which
         error, scale, probe = found.where(better, error), refit.where(better, scale), at.where(better, probe)
 
     for at in (most,) if rule is None else (most, rule):
         consider(at)
+    open_ = torch.ones_like(start, dtype=torch.bool)  # no row is searched for longer because another one is
     for step in range(64):
         at = start * COARSE**step
-        consider(at)
+        consider(at, open_)
         counts, sums = rows.runs(rows.cuts(at[:, None] * torch.cat([low, high], 1)))
         below, above = at * low[:, 0] * counts[:, 0] - sums[:, 0], sums[:, 2] - at * high[:, 0] * counts[:, 2]
         clipped = below.square() / counts[:, 0].clamp_min(1) + above.square() / counts[:, 2].clamp_min(1)
-        if bool(
-            (clipped >= (error if limit is None else error.minimum(limit))).all()
-        ):  # clipping alone costs at least this, here and at every smaller scale
+        # clipping alone costs at least this, here and at every smaller scale
+        open_ &= clipped < (error if limit is None else error.minimum(limit))
+        if not bool(open_.any()):
             break
     around = probe
     for step in range(1 - FINE, FINE):
