@@ -46,6 +46,7 @@ def test_float_artifact_and_onnx_side_by_side(tmp_path: Path) -> None:
     dones, totals = [done for _, done, _ in seen], {total for *_, total in seen}
     assert dones == list(range(len(dones)))
     assert totals == {dones[-1]} == {3 + 2 * (4 + 2)}
+    assert {said for said, *_ in seen if said.startswith("batch")} == {"batch 1, 1 thread", "batch 3, 1 thread"}
 
 
 def test_memory_is_what_the_file_takes(tmp_path: Path) -> None:
@@ -174,6 +175,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert cli.run([*arguments, "--plot", str(tmp_path / "p.png")]) == 0
     shown = capsys.readouterr().out
     assert "batch 1, 1 thread" in shown
+    assert "3 rounds and 1 process, files in turn; " in shown
     assert "1.00x" in shown
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "p.png"]
 

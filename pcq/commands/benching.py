@@ -55,6 +55,11 @@ class Latency:
     seconds: Spread
     ratio: float
 
+    @property
+    def place(self) -> str:
+        """Where it was measured, in words."""
+        return f"batch {self.batch}, {counted(self.threads, 'thread')}"
+
 
 @dataclass(frozen=True)
 class BenchRow:
@@ -98,6 +103,11 @@ class BenchResult:
     machine: str
     plot: Path | None
     seconds: float
+
+
+def counted(number: int, noun: str, ending: str = "s") -> str:
+    """``1 thread``, ``2 threads``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}{ending}"
 
 
 @dataclass(frozen=True)
@@ -187,7 +197,8 @@ def bench(
             runners = [_runner(file, count) for file in files]
             for batch in batches:
                 feeds = [_feed(file, batch, shape) for file in files]
-                times = _take_turns(runners, feeds, rounds, f"batch {batch}, {count} threads", progress, done, total)
+                said = f"batch {batch}, {counted(count, 'thread')}"
+                times = _take_turns(runners, feeds, rounds, said, progress, done, total)
                 done += rounds + WARM
                 for mine, seconds in zip(latencies, times, strict=True):
                     if seconds:
@@ -219,7 +230,7 @@ def bench(
                 row.nbytes,
                 row.load.median,
                 row.peak.median,
-                {f"batch {each.batch}, threads {each.threads}": each.seconds.median for each in row.latencies},
+                {each.place: each.seconds.median for each in row.latencies},
             )
             for row in rows
         ]
@@ -394,4 +405,4 @@ def _machine(cores: int) -> str:
         name = found[0].split(":", 1)[1].strip() if found else name
     except OSError:
         pass
-    return f"{name}, {cores} cores; ONNX Runtime {onnxruntime.__version__}, torch {torch.__version__}"
+    return f"{name}, {counted(cores, 'core')}; ONNX Runtime {onnxruntime.__version__}, torch {torch.__version__}"

@@ -7,6 +7,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from pcq import commands
+from pcq.commands.benching import counted
 from pcq.report.forms import render, size, table, to_json
 
 
@@ -36,21 +37,20 @@ def _(result: commands.BenchResult) -> RenderableType:
             f"{_time(row.load.median)} {_ratio(row.load.median, first.load.median)}",
             f"{size(row.peak.median)} {_ratio(row.peak.median, first.peak.median)}", _time(row.first.median),
         )  # fmt: skip
-    places = list(dict.fromkeys((a.batch, a.threads) for row in result.rows for a in row.latencies))
-    titles = [f"batch {batch}, {threads} thread{'s' * (threads > 1)}" for batch, threads in places]
+    titles = list(dict.fromkeys(latency.place for row in result.rows for latency in row.latencies))
     runs = table("Latency: median (quartiles), and the median of the rounds' ratios to the first file", "file", *titles,
                  right=tuple(titles))  # fmt: skip
     for row in result.rows:
-        known = {(a.batch, a.threads): a for a in row.latencies}
+        known = {latency.place: latency for latency in row.latencies}
         cells = []
-        for place in places:
-            if (latency := known.get(place)) is None:
+        for title in titles:
+            if (latency := known.get(title)) is None:
                 cells.append("-")
                 continue
             cells.append(f"{_spread(latency.seconds)} {latency.ratio:.2f}x")
         runs.add_row(row.path.name, *cells)
-    turns = f"{result.rounds} rounds and {result.processes} processes, files in turn"
-    notes = [f"{turns}; {result.machine}; {result.seconds:.0f} s."]
+    turns = f"{counted(result.rounds, 'round')} and {counted(result.processes, 'process', 'es')}"
+    notes = [f"{turns}, files in turn; {result.machine}; {result.seconds:.0f} s."]
     if result.plot is not None:
         notes.append(f"Drawn: {result.plot}")
     return Group(made, runs, *[Text(note) for note in notes])
