@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,13 @@ from onnx import helper
 from safetensors.torch import load_file
 
 from pcq import cli
-from pcq.commands import Spread, bench, export_onnx, quantize
-from pcq.commands.fresh import measure
+from pcq.cli import frame
+from pcq.commands import Spread, bench, benching, export_onnx, quantize
+from pcq.commands.fresh import Fresh, measure
 from pcq.demo import HERE
 from pcq.errors import CheckFailed, PcqError
 from pcq.plots import bench_figure
+from pcq.progress import silent
 from pcq.report.benching import _spread
 from tests.test_onnx_input import convolutions, images, normal, save, words
 from tests.test_tokens import Masked
@@ -43,10 +46,12 @@ def test_float_artifact_and_onnx_side_by_side(tmp_path: Path) -> None:
             assert 0 < latency.seconds.low <= latency.seconds.median <= latency.seconds.high
     assert [latency.ratio for latency in result.rows[0].latencies] == [1.0, 1.0]
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
-    dones, totals = [done for _, done, _ in seen], {total for *_, total in seen}
-    assert dones == list(range(len(dones)))
-    assert totals == {dones[-1]} == {3 + 2 * (4 + 2)}
-    assert {said for said, *_ in seen if said.startswith("batch")} == {"batch 1, 1 thread", "batch 3, 1 thread"}
+    works = {word: [call for call in seen if call[0].startswith(word)] for word in ("open", "load", "batch", "done")}
+    assert [call for calls in works.values() for call in calls] == seen
+    assert [(done, total) for _, done, total in works["open"] + works["load"]] == [(0, 3), (1, 3), (2, 3)] * 2
+    one, three = "batch 1, 1 thread", "batch 3, 1 thread"
+    assert works["batch"] == [(one, done, 24) for done in range(6)] + [(three, done, 24) for done in range(6, 24, 3)]
+    assert works["done"] == [("done", 24, 24)]
 
 
 def test_memory_is_what_the_file_takes(tmp_path: Path) -> None:
@@ -180,11 +185,43 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "p.png"]
 
 
+def test_the_time_left_is_told_in_a_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the loading, 90 seconds a process, then of the runs, 6 seconds a sample, whatever loading took."""
+    now = 0.0
+    turn = benching._turn
+
+    def loaded(*_: object) -> Fresh:
+        nonlocal now
+        now += 90
+        return Fresh(1.0, 1.0, 1)
+
+    def slow(runners: Any, feeds: Any, said: str) -> list[float | None]:
+        nonlocal now
+        now += 6 * len(feeds[0]["x"])
+        return turn(runners, feeds, said)
+
+    monkeypatch.setattr(frame, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(benching, "measure", loaded)
+    monkeypatch.setattr(benching, "_turn", slow)
+    path = str(convolutions(tmp_path / "m.onnx"))
+    command = ["bench", path, path, "--batch", "1", "--batch", "8", "--threads", "1", "--rounds", "1"]
+    assert cli.run(command) == 0
+    loads = [(f"load m.onnx, process {1 + i // 2}", i, 6, 90 * (6 - i)) for i in range(1, 6)]
+    ones = [("batch 1, 1 thread", i, 27, 6 * (27 - i)) for i in (1, 2)]
+    eights = [("batch 8, 1 thread", i, 27, 6 * (27 - i)) for i in (3, 11, 19)]
+    lines = [f"{said} ({done} of {total}, about {frame.duration(left)} left)"
+             for said, done, total, left in loads + ones + eights]  # fmt: skip
+    lines.insert(len(loads), "batch 1, 1 thread (0 of 27)")
+    assert capsys.readouterr().err.splitlines() == [*lines, "done (27 of 27)"]
+
+
 def test_inputs_are_the_same_for_every_file(tmp_path: Path) -> None:
     from pcq.commands.benching import _feed, _files
 
     path = convolutions(tmp_path / "m.onnx")
-    files, shape = _files([path, path], [{}, {}], None)
+    files, shape = _files([path, path], [{}, {}], None, silent)
     a, b = (_feed(file, 4, shape) for file in files)
     assert a is not None
     assert b is not None

@@ -150,7 +150,7 @@ def bench(
         plot: a PNG to draw.
         key: which state dict to open, where a checkpoint holds several.
         allow_globals, unsafe_pickle: as for :func:`pcq.quantize`.
-        progress: called before each process and each round.
+        progress: called before each file is opened, each process and each round.
 
     Raises:
         PcqError: a file cannot be run, or its input's shape is not known.
@@ -172,43 +172,22 @@ def bench(
     opening = {"arch": arch, "allow_globals": tuple(allow_globals), "unsafe_pickle": unsafe_pickle}
     chosen = keys(named, key, allow_globals, unsafe_pickle)
     openings = [{**opening, "key": mine} for mine in chosen]
-    files, shape = _files(named, openings, tuple(input_shape) if input_shape else None)
+    files, shape = _files(named, openings, tuple(input_shape) if input_shape else None, progress)
     for file in files:
         if (lengths := _lengths(file)) and lengths.isdisjoint(batches):
             said = " or ".join(map(str, sorted(lengths)))
             raise PcqError(f"it takes {said} sample{'s' * (max(lengths) > 1)} at once, no other number",
                            where=str(file.path), todo=f"Give --batch {max(lengths)}")  # fmt: skip
-    total = len(files) * processes + len(counts) * len(batches) * (rounds + WARM)
-    done = 0
     fresh: list[list[Fresh]] = [[] for _ in files]
     for turn in range(processes):
-        for file, found in zip(files, fresh, strict=True):
-            progress(f"load {file.path.name}, process {turn + 1}", done, total)
+        for place, (file, found) in enumerate(zip(files, fresh, strict=True)):
+            done = turn * len(files) + place
+            progress(f"load {file.path.name}, process {turn + 1}", done, len(files) * processes)
             single = _feed(file, min(_lengths(file), default=1), shape)
             assert single is not None, file
             feed = {name: (array.shape, array.dtype.name) for name, array in single.items()}
             found.append(measure(file.path, file.runtime, file.opening, feed))
-            done += 1
-    latencies: list[list[Latency]] = [[] for _ in files]
-    before = torch.get_num_threads()
-    try:
-        for count in counts:
-            torch.set_num_threads(count)
-            runners = [_runner(file, count) for file in files]
-            for batch in batches:
-                feeds = [_feed(file, batch, shape) for file in files]
-                said = f"batch {batch}, {counted(count, 'thread')}"
-                times = _take_turns(runners, feeds, rounds, said, progress, done, total)
-                done += rounds + WARM
-                for mine, seconds in zip(latencies, times, strict=True):
-                    if seconds:
-                        first = times[0] or seconds
-                        ratio = statistics.median(a / b for a, b in zip(seconds, first, strict=True))
-                        mine.append(Latency(batch, count, Spread.of(seconds), ratio))
-            del runners
-    finally:
-        torch.set_num_threads(before)
-    progress("done", total, total)
+    latencies = _latencies(files, shape, batches, counts, rounds, progress)
     rows = tuple(
         BenchRow(
             file.path,
@@ -241,7 +220,7 @@ def bench(
 
 
 def _files(
-    paths: list[Path], openings: Sequence[Mapping[str, Any]], shape: tuple[int, ...] | None
+    paths: list[Path], openings: Sequence[Mapping[str, Any]], shape: tuple[int, ...] | None, progress: Progress
 ) -> tuple[list[_File], tuple[int, ...] | None]:
     """What runs each file, and one sample's shape if a file of one input says it."""
     from pcq.data.inputs import taken
@@ -249,7 +228,8 @@ def _files(
     given = shape
     files: list[_File] = []
     modules = []
-    for path, opening in zip(paths, openings, strict=True):
+    for done, (path, opening) in enumerate(zip(paths, openings, strict=True)):
+        progress(f"open {path.name}", done, len(paths))
         if path.suffix == ONNX_SUFFIX:
             from pcq.onnx_input.trials import KINDS, input_session
 
@@ -360,30 +340,57 @@ def _session(path: Path, threads: int) -> "onnxruntime.InferenceSession":
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def _take_turns(
-    runners: Sequence[Callable[[Mapping[str, Array]], object]],
-    feeds: Sequence[Mapping[str, Array] | None],
+def _latencies(
+    files: Sequence[_File],
+    shape: tuple[int, ...] | None,
+    batches: Sequence[int],
+    counts: Sequence[int],
     rounds: int,
-    said: str,
     progress: Progress,
-    done: int,
-    total: int,
-) -> list[list[float]]:
-    """Seconds of each runner in each round; none for those that have no feed."""
-    times: list[list[float]] = [[] for _ in runners]
-    for turn in range(rounds + WARM):
-        progress(said, done + turn, total)
-        for run, feed, mine in zip(runners, feeds, times, strict=True):
-            if feed is None:
-                continue
-            start = time.perf_counter()
-            try:
+) -> list[list[Latency]]:
+    """Those of each file, which take turns, at the batches that it takes; progress is counted in samples."""
+    found: list[list[Latency]] = [[] for _ in files]
+    done, total = 0, len(counts) * (rounds + WARM) * sum(batches)
+    before = torch.get_num_threads()
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            runners = [_runner(file, count) for file in files]
+            for batch in batches:
+                feeds = [_feed(file, batch, shape) for file in files]
+                said = f"batch {batch}, {counted(count, 'thread')}"
+                turns = []
+                for _ in range(rounds + WARM):
+                    progress(said, done, total)
+                    turns.append(_turn(runners, feeds, said))
+                    done += batch
+                times = [[seconds for seconds in column if seconds] for column in zip(*turns[WARM:], strict=True)]
+                for mine, seconds in zip(found, times, strict=True):
+                    if seconds:
+                        first = times[0] or seconds
+                        ratio = statistics.median(a / b for a, b in zip(seconds, first, strict=True))
+                        mine.append(Latency(batch, count, Spread.of(seconds), ratio))
+            del runners
+    finally:
+        torch.set_num_threads(before)
+    progress("done", total, total)
+    return found
+
+
+def _turn(
+    runners: Sequence[Callable[[Mapping[str, Array]], object]], feeds: Sequence[Mapping[str, Array] | None], said: str
+) -> list[float | None]:
+    """Seconds of a run of each; None for those that have no feed."""
+    times: list[float | None] = []
+    for run, feed in zip(runners, feeds, strict=True):
+        start = time.perf_counter()
+        try:
+            if feed is not None:
                 run(feed)
-            except Exception as error:  # torch's and onnxruntime's exceptions share no class
-                told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                raise PcqError(f"it does not run ({said}): {told}", where="bench", todo="Is --input right?") from error
-            if turn >= WARM:
-                mine.append(time.perf_counter() - start)
+        except Exception as error:  # torch's and onnxruntime's exceptions share no class
+            told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise PcqError(f"it does not run ({said}): {told}", where="bench", todo="Is --input right?") from error
+        times.append(None if feed is None else time.perf_counter() - start)
     return times
 
 
