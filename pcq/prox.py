@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pcq import prox_gpu
 from pcq.errors import PcqError
 from pcq.grids import Affine, Grid
 
@@ -135,11 +136,13 @@ def proximal(rows: Tensor, levels: Tensor | Grid, shifts: Shifts, *, out: Tensor
     ``levels`` is a grid of g rows or an ascending tensor ``[g, k]`` or ``[1, k]``; repeated levels and rows of equal
     levels are fine. In the exact middle of a gap the value is one of the two ends of the jump there. At strength 1
     the result is ``grid.decode(grid.encode(rows))``; at strength 0 it is the clipped input.
-    On a CPU evenly spaced levels cost three to four copies of ``rows``, a few listed levels one to two a gap.
+    On a CPU evenly spaced levels cost three to four copies of ``rows``, a few listed levels one to two a gap; on a GPU
+    all is one kernel (:mod:`pcq.prox_gpu`).
     """
     assert rows.ndim == 2, rows.shape
     out = torch.empty_like(rows) if out is None else out
     overhang = shifts.outside > 0
+    one_kernel = not shifts.identity and prox_gpu.fits(rows, out)
     if shifts.identity and shifts.outside == 1:
         return out.copy_(rows)
     if isinstance(levels, Affine) and shifts.unit != "weight" and not shifts.identity:
@@ -147,11 +150,17 @@ def proximal(rows: Tensor, levels: Tensor | Grid, shifts: Shifts, *, out: Tensor
         # Without clipping, the map of the outermost half gap goes on by itself, if each row has a gap.
         goes_on = shifts.rho == 0 and shifts.outside == 1 - shifts.varrho and levels.positive
         overhang = overhang and not goes_on
+        if one_kernel:
+            r, v, outside = min(1.0, shifts.rho), min(1.0, shifts.varrho), shifts.outside if overhang else 0.0
+            return prox_gpu.even(rows, levels, r, v, not goes_on, outside, out)
         kernel = _even(levels, shifts, clipped=not goes_on)
         clip = _clip(levels.levels()) if overhang else None
     else:
         table = levels if isinstance(levels, Tensor) else levels.levels()
         assert table.shape[0] in (1, rows.shape[0]), (rows.shape, table.shape)
+        if one_kernel:
+            how = shifts.rho, shifts.varrho, shifts.unit, shifts.hard, shifts.outside
+            return prox_gpu.listed(rows, table, *how, out)
         clip = _clip(table)
         if shifts.identity:
             kernel = clip

@@ -194,12 +194,7 @@ class ProxConnect:
                 latent = weight.rows.split(weight.whole(self._latent(weight)))
                 factor = self.method.backward.slope(latent, weight.grid.levels())
                 shards.local(weight.parameter.grad).mul_(weight.own(weight.rows.merge(factor)))
-            if weight.hidden is None:
-                continue
-            if self.method.updates == "latent" and swaps(weight.parameter):
-                weight.parameter.data = weight.hidden
-            else:
-                weight.shown.copy_(weight.hidden)
+        self._exchange(to_model=True)
 
     @torch.no_grad()
     def _after(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -208,13 +203,10 @@ class ProxConnect:
         self.step += 1
         rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
         refits = self.refit is not None and self.step % self.refit == 0 and not self.method.posttraining
+        if self.method.updates == "latent":
+            self._exchange(to_model=False)
         for weight in self._weights.values():
             weight.mu += rates[id(weight.parameter)]
-            if weight.hidden is not None and self.method.updates == "latent":
-                if swaps(weight.parameter):
-                    weight.parameter.data = weight.shown
-                else:
-                    weight.hidden.copy_(weight.shown)
             if refits:
                 latent = weight.whole(self._latent(weight))
                 weight.grid = refit_weight(weight.quantizer, latent, weight.grid, weight.rows)
@@ -222,6 +214,19 @@ class ProxConnect:
                 self._map_hidden(weight)
             elif not self.method.posttraining:
                 self._map(weight, weight.shown, weight.shown)
+
+    def _exchange(self, to_model: bool) -> None:
+        """The parameters get the hidden values for the optimizer to update, or their own again after that."""
+        copied: list[tuple[Tensor, Tensor]] = []
+        for weight in self._weights.values():
+            if weight.hidden is None:
+                continue
+            if self.method.updates == "latent" and swaps(weight.parameter):
+                weight.parameter.data = weight.hidden if to_model else weight.shown
+            else:
+                copied.append((weight.shown, weight.hidden) if to_model else (weight.hidden, weight.shown))
+        if copied:
+            torch._foreach_copy_([into for into, _ in copied], [source for _, source in copied])
 
     # -- the map ------------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """The optimizer step with ProxConnect attached against the plain SGD-momentum step, on ResNet-18's shapes.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/bench_step.py [--rounds N] [--torchao | --whole] [--out FILE.json]
+    OMP_NUM_THREADS=1 python tests/benchmarks/bench_step.py [--rounds N] [--torchao | --whole] [--device cuda]
+        [--out FILE.json]
 
 Each round times 20 plain steps and then 20 steps of every variant, refit included at its default period of 20 steps;
 reported is the median over the rounds of the ratio. The goal is at most 3. ``--torchao``, in an environment that has it
@@ -10,7 +11,8 @@ reported is the median over the rounds of the ratio. The goal is at most 3. ``--
 ResNet-20 (128 images of 32 pixels) and the optimizer's step, with ProxConnect against without; goal at most 1.02. The
 passes are the same in both, so they are timed once a round, and the steps as above.
 
-With one thread the clock is the thread's own processor time: waiting for other processes does not count.
+On a GPU the plain step is torch's fused one. With one thread on a CPU the clock is the thread's own processor time:
+waiting for other processes does not count.
 """
 
 import argparse
@@ -35,6 +37,7 @@ from pcq.rows import Rows
 from pcq.schedules import Linear
 
 STEPS = 20
+DEVICE = torch.device("cpu")
 
 
 def shapes() -> list[tuple[int, ...]]:
@@ -58,10 +61,12 @@ class Variant:
         self, method: str | None, quantizer: Quantizer | None, axis: int | None, of: list[tuple[int, ...]] | None = None
     ) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.parameters = [nn.Parameter(0.05 * torch.randn(shape, generator=generator)) for shape in of or shapes()]
+        some = [0.05 * torch.randn(shape, generator=generator) for shape in of or shapes()]
+        self.parameters = [nn.Parameter(values.to(DEVICE)) for values in some]
         for parameter in self.parameters:
-            parameter.grad = 0.01 * torch.randn(parameter.shape, generator=generator)
-        self.optimizer: Any = torch.optim.SGD(self.parameters, lr=1e-4, momentum=0.9)
+            parameter.grad = 0.01 * torch.randn(parameter.shape, generator=generator).to(DEVICE)
+        self.fused = True if DEVICE.type == "cuda" else None
+        self.optimizer: Any = torch.optim.SGD(self.parameters, lr=1e-4, momentum=0.9, fused=self.fused)
         if method is not None and quantizer is not None:
             chosen = {
                 str(i): Target(p, Rows(tuple(p.shape), axis), quantizer)
@@ -87,12 +92,16 @@ class Peer(Variant):
         super().__init__(None, None, None)
         weights = [p for p in self.parameters if p.ndim > 1]
         rest = [p for p in self.parameters if p.ndim == 1]
-        base = torch.optim.SGD([{"params": weights, "quant_bits": bits}, {"params": rest}], lr=1e-4, momentum=0.9)
+        groups = [{"params": weights, "quant_bits": bits}, {"params": rest}]
+        base = torch.optim.SGD(groups, lr=1e-4, momentum=0.9, fused=self.fused)
         prox = ProxPARQ(-(10**6), 10**6)
         self.optimizer = QuantOptimizer(base, LSBQuantizer(), prox, quant_period=period, quant_per_channel=per_channel)
 
 
 def clock() -> float:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
     return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
@@ -130,8 +139,10 @@ def whole(rounds: int) -> dict[str, Any]:
         ("ResNet-18, 32 of 224 px", "torchvision:resnet18", (32, 3, 224, 224)),
     )
     for name, arch, size in networks:
-        network = build(arch).to(memory_format=torch.channels_last)
-        x, y = torch.randn(size).to(memory_format=torch.channels_last), torch.zeros(size[0], dtype=torch.long)
+        network = build(arch).to(DEVICE, memory_format=torch.channels_last)
+        x, y = torch.randn(size).to(DEVICE, memory_format=torch.channels_last), torch.zeros(size[0], dtype=torch.long)
+        y = y.to(DEVICE)
+        cross_entropy(network(x), y).backward()
         of = [tuple(p.shape) for p in network.parameters()]
         plain = Variant(None, None, None, of)
         variants = {
@@ -149,18 +160,21 @@ def whole(rounds: int) -> dict[str, Any]:
             for each, variant in variants.items():
                 ratios[each].append((passes[-1] + variant.seconds()) / (passes[-1] + before))
         medians = {each: round(statistics.median(values), 4) for each, values in ratios.items()}
-        found[name] = {"passes_ms": round(statistics.median(passes) * 1e3), "ratio": medians}
+        found[name] = {"passes_ms": round(statistics.median(passes) * 1e3, 2), "ratio": medians}
         print(name, found[name], flush=True)
     return found
 
 
 def main() -> None:
+    global DEVICE
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--torchao", action="store_true", help="torchao's PARQ instead")
     parser.add_argument("--whole", action="store_true", help="whole training steps")
+    parser.add_argument("--device", type=torch.device, default="cpu")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    DEVICE = args.device
     begun = os.getloadavg()[0]
     layouts: tuple[tuple[str, int | None], ...] = (("per tensor", None), ("per channel", 0))
     cells = {
@@ -187,12 +201,13 @@ def main() -> None:
             what = what.replace("ProxConnect", "torchao's PARQ").replace(", refit every 20 steps", "")
             found["torchao"] = torchao.__version__
         found |= measured(peers() if args.torchao else cells, args.rounds, plain)
+    cpu = DEVICE.type == "cpu"
     result = {
         "what": what,
         "rounds": args.rounds,
         **found,
-        "clock": "processor time of the thread" if torch.get_num_threads() == 1 else "wall",
-        "hardware": processor(),
+        "clock": "processor time of the thread" if cpu and torch.get_num_threads() == 1 else "wall",
+        "hardware": processor() if cpu else torch.cuda.get_device_name(DEVICE),
         "platform": platform.system(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),

@@ -127,7 +127,7 @@ def run_pcq(
 def run_peer(
     cell: dict[str, Any], data: str, float_: Path, arch: str, shape: tuple[int, ...], out: Path, torchao: str | None
 ) -> dict[str, Any]:
-    """By ``torchao_parq.py`` in a process of its own; what it leaves is scored as pcq's networks are."""
+    """By ``torchao_parq.py`` in a process of its own, which scores as pcq does."""
     if cell["method"] != "control" and (reason := missing(torchao)):
         raise Missing(reason)
     if cell["sets"] != "refitted":
@@ -146,11 +146,7 @@ def run_peer(
     peer = json.loads(out.with_suffix(".json").read_text())
     if cell["method"] != "control" and peer["levels_a_row"] > COUNT[cell["levels"]]:
         raise RuntimeError(f"{name(cell)} has {peer['levels_a_row']} levels in a row, not {COUNT[cell['levels']]}")
-    rows = {
-        label: {split: pcq.evaluate(path, data, arch=arch, split=split).scores.top1 for split in ("val", "test")}
-        for label, path in (("float", float_), ("fine-tuned", out))
-    }
-    return {"rows": rows, "ort_test": None, "peer": peer, "seconds": peer["seconds"]}
+    return {"rows": peer.pop("rows"), "ort_test": None, "peer": peer, "seconds": peer["seconds"]}
 
 
 class Missing(Exception):

@@ -22,6 +22,7 @@ from torch import nn
 
 from pcq import models
 from pcq.atomic import atomic
+from pcq.data import Data
 from pcq.scores import evaluate, module_predictor
 from pcq.settings import EPOCHS, Finetune
 from pcq.train import augment, batchnorm, loop
@@ -70,33 +71,34 @@ def levels_a_row(module: nn.Module) -> int:
     return max(len(row.unique()) for p in weights for row in p.flatten(1))
 
 
+def score(module: nn.Module, data: Data) -> float:
+    """Top-1 in percent, as pcq scores networks, where the network is."""
+    found = evaluate(module_predictor(module), data).top1
+    assert found is not None
+    return found
+
+
 def settle_batchnorm(module: nn.Module, splits: Splits, settings: Finetune, batches: Batches) -> dict[str, Any] | None:
     """As ``pcq.finetune`` does: statistics estimated anew, kept if they are better on the samples held out."""
     if not (settings.batchnorm and (kept := batchnorm.statistics(module))):
         return None
-
-    def score() -> float:
-        found = evaluate(module_predictor(module), splits.val).top1
-        assert found is not None
-        return found
-
     calm = Batches(splits.plain, batches.size, settings.seed)
     device = next(module.parameters()).device
-    before = score()
+    before = score(module, splits.val)
     steps = range(min(settings.batchnorm, calm.an_epoch))
     batchnorm.reestimate(module, (loop.placed(calm.make(step)[0], device) for step in steps))
-    after = score()
+    after = score(module, splits.val)
     if after <= before:
         batchnorm.put(module, kept)
     return {"before": before, "after": after, "kept": after > before}
 
 
-def start(job: dict[str, Any], seed: int) -> nn.Module:
+def start(job: dict[str, Any], seed: int, scratch: bool) -> nn.Module:
     """The float checkpoint's network; or, from scratch, the random one that ``pcq.finetune`` starts from."""
     with torch.random.fork_rng():
-        torch.manual_seed(seed if job["scratch"] else 0)
+        torch.manual_seed(seed if scratch else 0)
         module = models.build(job["arch"]).float()
-    if not job["scratch"]:
+    if not scratch:
         module.load_state_dict(load_file(job["float"]))
     return module.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -106,7 +108,7 @@ def train(job: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = loop.settled(Finetune(**job["settings"], seed=job["seed"]), job["data"], device)
     splits = open_splits(job["data"]).on(device)
-    module = start(job, settings.seed)
+    module = start(job, settings.seed, job["scratch"])
     batches = Batches(
         splits.train,
         min(settings.batch, splits.train.n),
@@ -131,7 +133,11 @@ def train(job: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
                 print(f"step {step + 1} of {total}, loss {float(loss):.3f}", flush=True)
         module.eval()
         settled_as = settle_batchnorm(module, splits, settings, batches)
+    assert splits.test is not None
+    networks = {"float": start(job, 0, False), "fine-tuned": module}
+    sets = {"val": splits.val, "test": splits.test}
     return module, {
+        "rows": {name: {s: score(net, data) for s, data in sets.items()} for name, net in networks.items()},
         "levels_a_row": levels_a_row(module),
         "batchnorm": settled_as,
         "seconds": round(time.perf_counter() - begun),
