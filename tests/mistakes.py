@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import onnx
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 from torch import nn
 
@@ -157,6 +159,15 @@ def both(*steps: Callable[[], None]) -> Callable[[], None]:
             step()
 
     return prepare
+
+
+def small_onnx() -> None:
+    """``net.onnx``: a 1x1 convolution of images of 3x8x8."""
+    weight = numpy_helper.from_array(np.ones((4, 3, 1, 1), np.float32), "w")
+    images, out = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", size, 8, 8])
+                   for name, size in (("x", 3), ("y", 4)))  # fmt: skip
+    graph = helper.make_graph([helper.make_node("Conv", ["x", "w"], ["y"])], "g", [images], [out], [weight])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), "net.onnx")
 
 
 def nothing() -> None:
@@ -381,6 +392,7 @@ MISTAKES = (
     ),
     Mistake("a file to measure that is not there", "bench net.onnx", nothing, "no such file"),
     Mistake("no rounds to measure", "bench net.onnx --rounds 0", nothing, "1 or more"),
+    Mistake("an input that an ONNX file does not take", "bench net.onnx --input 1x8x8", small_onnx, "Allowed: x 3x8x8"),
     Mistake("a damaged ONNX file", "inspect net.onnx", written("net.onnx", b"\xff\xfe" * 40), r"net\.onnx"),
     # --- the data
     Mistake("unknown data", "eval net.safetensors --data digitz", artifact(), r"Did you mean 'digits'"),

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from pcq import cli
 from pcq.cli import frame
 from pcq.commands import Spread, bench, benching, export_onnx, quantize
+from pcq.commands.benched import open_files
 from pcq.commands.fresh import Fresh, measure
 from pcq.demo import HERE
 from pcq.errors import CheckFailed, PcqError
@@ -66,8 +67,11 @@ def test_memory_is_what_the_file_takes(tmp_path: Path) -> None:
     )
     assert small.peak < 20e6
     assert 64e6 <= large.peak < 400e6
-    with pytest.raises(CheckFailed, match="could not load and run it: .*INVALID_ARGUMENT"):
+    with pytest.raises(PcqError, match="it does not run on x 1x17: .*INVALID_ARGUMENT.*Is --input right"):
         measure(paths[0], "ONNX Runtime", {}, {"x": ((1, 17), "float32")})
+    paths[0].write_bytes(paths[0].read_bytes()[:-100])
+    with pytest.raises(CheckFailed, match="could not load and run it: .*INVALID_PROTOBUF"):
+        measure(paths[0], "ONNX Runtime", {}, {"x": ((1, 16), "float32")})
 
 
 def test_models_of_several_inputs_and_fixed_batches(tmp_path: Path) -> None:
@@ -95,8 +99,20 @@ def test_programs_say_what_they_take(tmp_path: Path) -> None:
         return [[latency.batch for latency in row.latencies] for row in result.rows]
 
     assert batches(artifact, fixed, input_shape=(6,)) == [[1, 2], [2]]
-    with pytest.raises(PcqError, match="--input: no input has this shape: the files take several, and say which"):
+    told = (
+        "--input: no input takes samples of 7. Allowed: two.pt2: ids 6, mask 6. Give one input's shape, or leave it out"
+    )
+    with pytest.raises(PcqError, match=told):
         batches(path, input_shape=(7,))
+    every = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    torch.export.save(
+        torch.export.export(Masked().eval(), example, dynamic_shapes=(every, every)), tmp_path / "any.pt2"
+    )
+    for shape, taken in ((None, (3, 6)), ((7,), (3, 7))):
+        (file,), found = open_files([tmp_path / "any.pt2"], [{}], shape, silent)
+        assert {name: array.shape for name, array in (file.feed(3, found) or {}).items()} == dict.fromkeys(
+            ("ids", "mask"), taken
+        )
     with pytest.raises(PcqError, match=r"fixed.pt2: it takes 2 samples at once, no other number. Give --batch 2"):
         bench([path, fixed], batches=(1, 8), rounds=1)
 
@@ -155,6 +171,35 @@ def test_mistakes(tmp_path: Path) -> None:
         bench([path], batches=[0])
     with pytest.raises(PcqError, match="nothing to measure"):
         bench([])
+
+
+def test_shapes_that_a_file_does_not_take(tmp_path: Path) -> None:
+    """Said from what the file declares, before anything runs; what only a run shows, with the shapes that it had."""
+    small, large = convolutions(tmp_path / "small.onnx"), tmp_path / "large.onnx"
+    model = onnx.load(small)
+    for axis in (2, 3):
+        model.graph.input[0].type.tensor_type.shape.dim[axis].dim_value = 16
+    onnx.save(model, large)
+    for wrong in ((1, 8, 8), (3, 8), (3, 9, 9)):
+        said = "x".join(map(str, wrong))
+        told = rf"small.onnx: it does not take samples of {said}. Allowed: x 3x8x8. Give such a shape as --input"
+        with pytest.raises(PcqError, match=told):
+            bench([small], input_shape=wrong)
+    with pytest.raises(
+        PcqError, match=r"large.onnx: it does not take samples of 3x8x8, as another file does.*x 3x16x16"
+    ):
+        bench([small, large])
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
+    inner = save(tmp_path / "inner.onnx", nodes, {"w": normal(5, 2)}, [images("n", "h", "w")], ["y"])
+    assert bench([inner], input_shape=(4, 5), batches=(1,), threads=(1,), rounds=1, processes=1).rows[0].latencies
+    with pytest.raises(PcqError, match=r"samples of 4. Allowed: x \?x\? \(\? is any size\)"):
+        bench([inner], input_shape=(4,))
+    with pytest.raises(PcqError, match=r"inner.onnx: it does not run on x 1x4x6: .*Is --input right\?"):
+        bench([inner], input_shape=(4, 6))
+    without = onnx.load(inner)
+    without.graph.input[0].type.tensor_type.ClearField("shape")
+    onnx.save(without, inner)
+    assert bench([inner], input_shape=(4, 5), batches=(1,), threads=(1,), rounds=1, processes=1).rows[0].latencies
 
 
 def test_quartiles() -> None:
@@ -218,11 +263,9 @@ def test_the_time_left_is_told_in_a_log(
 
 
 def test_inputs_are_the_same_for_every_file(tmp_path: Path) -> None:
-    from pcq.commands.benching import _feed, _files
-
     path = convolutions(tmp_path / "m.onnx")
-    files, shape = _files([path, path], [{}, {}], None, silent)
-    a, b = (_feed(file, 4, shape) for file in files)
+    files, shape = open_files([path, path], [{}, {}], None, silent)
+    a, b = (file.feed(4, shape) for file in files)
     assert a is not None
     assert b is not None
     np.testing.assert_array_equal(a["x"], b["x"])

@@ -5,28 +5,23 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from pcq import checkpoint
+from pcq.commands.benched import Array, Benched, open_files
 from pcq.commands.fresh import Fresh, measure
-from pcq.commands.networks import ONNX_SUFFIX, Network, keys, open_network
+from pcq.commands.networks import keys, open_network
 from pcq.errors import PcqError
 from pcq.progress import Progress, silent
 
 if TYPE_CHECKING:
     import onnxruntime
 
-Array = npt.NDArray[np.generic]
-Input = tuple[str, tuple[int | None, ...], str]
-"""Its name, its sizes, None where they are open, and its type in NumPy's words."""
-UNKNOWN = (None, None)
-"""The batch, and who knows what."""
 WARM = 2
 """Rounds that are run and not counted."""
 
@@ -110,14 +105,6 @@ def counted(number: int, noun: str, ending: str = "s") -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}{ending}"
 
 
-@dataclass(frozen=True)
-class _File:
-    path: Path
-    runtime: str
-    opening: Mapping[str, Any]
-    inputs: tuple[Input, ...]
-
-
 def bench(
     paths: Sequence[str | Path],
     *,
@@ -172,18 +159,15 @@ def bench(
     opening = {"arch": arch, "allow_globals": tuple(allow_globals), "unsafe_pickle": unsafe_pickle}
     chosen = keys(named, key, allow_globals, unsafe_pickle)
     openings = [{**opening, "key": mine} for mine in chosen]
-    files, shape = _files(named, openings, tuple(input_shape) if input_shape else None, progress)
+    files, shape = open_files(named, openings, tuple(input_shape) if input_shape else None, progress)
     for file in files:
-        if (lengths := _lengths(file)) and lengths.isdisjoint(batches):
-            said = " or ".join(map(str, sorted(lengths)))
-            raise PcqError(f"it takes {said} sample{'s' * (max(lengths) > 1)} at once, no other number",
-                           where=str(file.path), todo=f"Give --batch {max(lengths)}")  # fmt: skip
+        file.refuse(batches)
     fresh: list[list[Fresh]] = [[] for _ in files]
     for turn in range(processes):
         for place, (file, found) in enumerate(zip(files, fresh, strict=True)):
             done = turn * len(files) + place
             progress(f"load {file.path.name}, process {turn + 1}", done, len(files) * processes)
-            single = _feed(file, min(_lengths(file), default=1), shape)
+            single = file.feed(min(file.lengths, default=1), shape)
             assert single is not None, file
             feed = {name: (array.shape, array.dtype.name) for name, array in single.items()}
             found.append(measure(file.path, file.runtime, file.opening, feed))
@@ -219,104 +203,7 @@ def bench(
     return BenchResult(rows, rounds, processes, _machine(cores), plotted, time.perf_counter() - begun)
 
 
-def _files(
-    paths: list[Path], openings: Sequence[Mapping[str, Any]], shape: tuple[int, ...] | None, progress: Progress
-) -> tuple[list[_File], tuple[int, ...] | None]:
-    """What runs each file, and one sample's shape if a file of one input says it."""
-    from pcq.data.inputs import taken
-
-    given = shape
-    files: list[_File] = []
-    modules = []
-    for done, (path, opening) in enumerate(zip(paths, openings, strict=True)):
-        progress(f"open {path.name}", done, len(paths))
-        if path.suffix == ONNX_SUFFIX:
-            from pcq.onnx_input.trials import KINDS, input_session
-
-            if not path.is_file():
-                raise PcqError("there is no such file", where=str(path))
-            values = input_session(path).get_inputs()
-            if strange := [value.type for value in values if value.type not in KINDS]:
-                raise PcqError(f"it takes a {strange[0]}", where=str(path), allowed=", ".join(KINDS))
-            inputs = tuple(
-                (value.name, tuple(d if isinstance(d, int) and d > 0 else None for d in value.shape),
-                 np.dtype(KINDS[value.type]).name)
-                for value in values
-            )  # fmt: skip
-            files.append(_File(path, "ONNX Runtime", {}, inputs))
-            if shape is None and len(inputs) == 1 and all(inputs[0][1][1:]):
-                shape = tuple(size or 1 for size in inputs[0][1][1:])
-        else:
-            network = open_network(path, **opening)
-            shape = shape or network.input_shape
-            if network.inputs:
-                files.append(_File(path, "torch", opening, _of_program(network, path)))
-                continue
-            network.refuse_several(path)
-            modules.append((len(files), network.module))
-            files.append(_File(path, "torch", opening, (("x", UNKNOWN, "float32"),)))
-    if given is not None and not any(_fits(given, file, sizes) for file in files for _, sizes, _ in file.inputs):
-        raise PcqError("no input has this shape: the files take several, and say which", where="--input",
-                       todo="Leave it out")  # fmt: skip
-    for place, module in modules:
-        if shape is not None and taken(module, shape).ids is not None:
-            files[place] = replace(files[place], inputs=(("x", UNKNOWN, "int64"),))
-    return files, shape
-
-
-def _of_program(network: Network, path: Path) -> tuple[Input, ...]:
-    """What an exported program takes: sizes as it was made with, samples as many as there are, where that is open."""
-    from pcq.onnx_input.trials import KINDS
-
-    assert isinstance(network.module, torch.fx.GraphModule), path
-    taken = [node.meta["val"].shape[:1] for node in network.module.graph.nodes if node.op == "placeholder"]
-    open_ = [not all(isinstance(size, int) for size in first) and str(first) == str(taken[0]) for first in taken]
-    kinds = [str(x.dtype).removeprefix("torch.") for x in network.inputs]
-    known = [np.dtype(kind).name for kind in KINDS.values()]
-    if strange := [kind for kind in kinds if kind not in known]:
-        raise PcqError(f"it takes a {strange[0]}", where=str(path), allowed=", ".join(known))
-    return tuple(
-        (f"{i}", (None, *x.shape[1:]) if free else tuple(x.shape), kind)
-        for i, (x, free, kind) in enumerate(zip(network.inputs, open_, kinds, strict=True))
-    )
-
-
-def _lengths(file: _File) -> set[int]:
-    """How many samples it takes at once; empty: any number."""
-    lengths = {sizes[0] for _, sizes, _ in file.inputs if sizes}
-    return set() if None in lengths else {length for length in lengths if length}
-
-
-def _fits(shape: tuple[int, ...], file: _File, sizes: tuple[int | None, ...]) -> bool:
-    """Whether one sample's shape can be this input's."""
-    fits = len(sizes) == 1 + len(shape) and all(a in (None, b) for a, b in zip(sizes[1:], shape, strict=True))
-    return fits or len(file.inputs) == 1
-
-
-def _feed(file: _File, batch: int, shape: tuple[int, ...] | None) -> dict[str, Array] | None:
-    """Inputs of that many samples; None where the file allows only another number.
-
-    Raises:
-        PcqError: a shape is not known.
-    """
-    feed = {}
-    generator = np.random.default_rng(0)
-    if (lengths := _lengths(file)) and batch not in lengths:
-        return None
-    for name, sizes, kind in file.inputs:
-        whole = (*(sizes[:1] or (None,)), *shape) if shape and _fits(shape, file, sizes) else sizes
-        known = [size for axis, each in enumerate(whole) if (size := batch if axis == 0 and each is None else each)]
-        if len(known) != len(whole):
-            said = "its input" if file.runtime == "torch" else f"its input '{name}'"
-            such = "128, if it is that of each input" if len(file.inputs) > 1 else "3x224x224"
-            raise PcqError(f"the shape of {said} is not known", where=str(file.path),
-                           todo=f"Give one sample's shape without the batch, such as --input {such}")  # fmt: skip
-        made = generator.normal(size=known) if np.issubdtype(np.dtype(kind), np.floating) else np.zeros(known)
-        feed[name] = np.asarray(made).astype(kind)
-    return feed
-
-
-def _runner(file: _File, threads: int) -> Callable[[Mapping[str, Array]], object]:
+def _runner(file: Benched, threads: int) -> Callable[[Mapping[str, Array]], object]:
     """The file, ready to run with that many threads."""
     if file.runtime == "ONNX Runtime":
         session = _session(file.path, threads)
@@ -341,7 +228,7 @@ def _session(path: Path, threads: int) -> "onnxruntime.InferenceSession":
 
 
 def _latencies(
-    files: Sequence[_File],
+    files: Sequence[Benched],
     shape: tuple[int, ...] | None,
     batches: Sequence[int],
     counts: Sequence[int],
@@ -357,7 +244,7 @@ def _latencies(
             torch.set_num_threads(count)
             runners = [_runner(file, count) for file in files]
             for batch in batches:
-                feeds = [_feed(file, batch, shape) for file in files]
+                feeds = [file.feed(batch, shape) for file in files]
                 said = f"batch {batch}, {counted(count, 'thread')}"
                 turns = []
                 for _ in range(rounds + WARM):
@@ -394,7 +281,7 @@ def _turn(
     return times
 
 
-def _size(file: _File) -> int:
+def _size(file: Benched) -> int:
     if file.runtime != "ONNX Runtime":
         parts = [file.path] if file.path.is_file() else [part for part in file.path.rglob("*") if part.is_file()]
         return sum(part.stat().st_size for part in parts)

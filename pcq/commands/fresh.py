@@ -1,7 +1,8 @@
 """What loading a file costs, measured in a process of its own: code for ``python -c``, free of everything else.
 
 The process prints seconds to load, seconds of the first run, and bytes: the peak of the resident memory during both
-over what was resident before. Where the kernel cannot reset the peak, it is that since the process began.
+over what was resident before. Where the kernel cannot reset the peak, it is that since the process began. Of a run that
+fails it prints the reason.
 """
 
 import json
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pcq.errors import CheckFailed
+from pcq.errors import CheckFailed, PcqError
 
 MEMORY = """
 import json, sys, time
@@ -30,7 +31,12 @@ def begin():
     except OSError:
         pass
     return field("VmRSS"), time.perf_counter()
-def end(before, start, loaded):
+def end(before, start, loaded, run):
+    try:
+        run()
+    except Exception as error:
+        print(json.dumps((str(error).strip() or type(error).__name__).splitlines()[0]))
+        return
     print(json.dumps([loaded - start, time.perf_counter() - loaded, max(0, field("VmHWM") - before)]))
 given = json.loads(sys.argv[1])
 """
@@ -45,8 +51,7 @@ feed = {name: np.zeros(shape, kind) for name, (shape, kind) in given["feed"].ite
 before, start = begin()
 session = ort.InferenceSession(given["path"], options, providers=["CPUExecutionProvider"])
 loaded = time.perf_counter()
-session.run(None, feed)
-end(before, start, loaded)
+end(before, start, loaded, lambda: session.run(None, feed))
 """
 )
 
@@ -61,8 +66,7 @@ before, start = begin()
 network = open_network(given["path"], **given["opening"]).module
 loaded = time.perf_counter()
 with torch.no_grad():
-    network(*inputs)
-end(before, start, loaded)
+    end(before, start, loaded, lambda: network(*inputs))
 """
 )
 
@@ -88,6 +92,7 @@ def measure(
         feed: input -> shape and NumPy dtype, in the order of the network's arguments.
 
     Raises:
+        PcqError: it does not run on inputs of these shapes.
         CheckFailed: the process ended badly.
     """
     given = json.dumps({"path": str(path), "opening": dict(opening), "feed": feed})
@@ -97,5 +102,9 @@ def measure(
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
         last = next((line for line in reversed(lines) if "Error" in line or "Exception" in line), lines[-1])
         raise CheckFailed(f"a process of its own could not load and run it: {last}", where=str(path))
-    load, first, peak = json.loads(done.stdout.strip().splitlines()[-1])
+    answer = json.loads(done.stdout.strip().splitlines()[-1])
+    if isinstance(answer, str):
+        shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, (shape, _) in feed.items())
+        raise PcqError(f"it does not run on {shapes}: {answer}", where=str(path), todo="Is --input right?")
+    load, first, peak = answer
     return Fresh(load, first, int(peak))

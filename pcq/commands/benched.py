@@ -1,0 +1,220 @@
+"""A file to be measured: what runs it, and inputs of the shapes that it takes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pcq.commands.networks import ONNX_SUFFIX, Network, open_network
+from pcq.errors import PcqError, raise_all
+from pcq.progress import Progress
+
+Array = npt.NDArray[np.generic]
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input.
+
+    Attributes:
+        name: what the file calls it.
+        sizes: with the samples first, None where one is open; None: nothing is known of them.
+        kind: its type in NumPy's words.
+        usual: the sizes that an exported program was made with; empty otherwise.
+    """
+
+    name: str
+    sizes: tuple[int | None, ...] | None
+    kind: str
+    usual: tuple[int, ...] = ()
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether one sample's shape can be this input's."""
+        if self.sizes is None:
+            return True
+        return len(self.sizes) == 1 + len(shape) and all(
+            taken in (None, size) for taken, size in zip(self.sizes[1:], shape, strict=True)
+        )
+
+    def whole(self, batch: int, shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        """Its sizes for that many samples of ``shape``, where that fits; None: they are not known."""
+        if shape and self.fits(shape):
+            sizes = (*(self.sizes or (None,))[:1], *shape)
+        elif self.sizes is None:
+            return None
+        else:
+            sizes = (*self.sizes[:1], *(self.usual or self.sizes)[1:])
+        if sizes[:1] == (None,):
+            sizes = (batch, *sizes[1:])
+        known = tuple(size for size in sizes if size is not None)
+        return known if len(known) == len(sizes) else None
+
+    @property
+    def said(self) -> str:
+        """One sample's shape in words."""
+        return f"{self.name} {times((self.sizes or ())[1:])}"
+
+
+def times(shape: Sequence[int | None]) -> str:
+    """``3x?x?``, with ``?`` for any size."""
+    return "x".join("?" if size is None else str(size) for size in shape) or "a number"
+
+
+@dataclass(frozen=True)
+class Benched:
+    """A file.
+
+    Attributes:
+        path: where it is.
+        runtime: ``ONNX Runtime`` or ``torch``.
+        opening: how ``open_network`` opens it, for torch.
+        inputs: what it takes, in order.
+    """
+
+    path: Path
+    runtime: str
+    opening: Mapping[str, Any]
+    inputs: tuple[Input, ...]
+
+    @property
+    def lengths(self) -> set[int]:
+        """How many samples it takes at once; empty: any number."""
+        lengths = {one.sizes[0] for one in self.inputs if one.sizes}
+        return set() if None in lengths else {length for length in lengths if length}
+
+    def refuse(self, batches: Sequence[int]) -> None:
+        """Raise PcqError if it takes none of these numbers of samples."""
+        if self.lengths and self.lengths.isdisjoint(batches):
+            said = " or ".join(map(str, sorted(self.lengths)))
+            raise PcqError(f"it takes {said} sample{'s' * (max(self.lengths) > 1)} at once, no other number",
+                           where=str(self.path), todo=f"Give --batch {max(self.lengths)}")  # fmt: skip
+
+    def feed(self, batch: int, shape: tuple[int, ...] | None) -> dict[str, Array] | None:
+        """Inputs of that many samples; None where the file allows only another number.
+
+        ``shape`` is one sample's, for those inputs that it fits.
+
+        Raises:
+            PcqError: a shape is not known.
+        """
+        if self.lengths and batch not in self.lengths:
+            return None
+        feed = {}
+        generator = np.random.default_rng(0)
+        for one in self.inputs:
+            sizes = one.whole(batch, shape)
+            if sizes is None:
+                said = "its input" if self.runtime == "torch" else f"its input '{one.name}'"
+                such = "128, if it is that of each input" if len(self.inputs) > 1 else "3x224x224"
+                raise PcqError(f"the shape of {said} is not known", where=str(self.path),
+                               todo=f"Give one sample's shape without the batch, such as --input {such}")  # fmt: skip
+            made = generator.normal(size=sizes) if np.issubdtype(np.dtype(one.kind), np.floating) else np.zeros(sizes)
+            feed[one.name] = np.asarray(made).astype(one.kind)
+        return feed
+
+
+def open_files(
+    paths: Sequence[Path], openings: Sequence[Mapping[str, Any]], given: tuple[int, ...] | None, progress: Progress
+) -> tuple[list[Benched], tuple[int, ...] | None]:
+    """What runs each file, and one sample's shape: the one given, else what a file of one input says.
+
+    Raises:
+        PcqError: a file cannot be opened, or its inputs cannot be of the shape given, or of the other files'.
+    """
+    from pcq.data.inputs import taken
+
+    files: list[Benched] = []
+    modules: dict[int, torch.nn.Module] = {}
+    said: list[tuple[int, ...]] = []
+    usual: list[tuple[int, ...]] = []
+    for done, (path, opening) in enumerate(zip(paths, openings, strict=True)):
+        progress(f"open {path.name}", done, len(paths))
+        if path.suffix == ONNX_SUFFIX:
+            files.append(Benched(path, "ONNX Runtime", {}, _of_onnx(path, given is not None)))
+        else:
+            network = open_network(path, **opening)
+            usual += [network.input_shape] if network.input_shape else []
+            if network.inputs:
+                files.append(Benched(path, "torch", opening, _of_program(network, path)))
+            else:
+                network.refuse_several(path)
+                modules[done] = network.module
+                files.append(Benched(path, "torch", opening, (Input("x", None, "float32"),)))
+        inputs = files[-1].inputs
+        if len(inputs) == 1 and inputs[0].sizes and None not in inputs[0].sizes[1:]:
+            said.append(tuple(size for size in inputs[0].sizes[1:] if size is not None))
+    shape = given or next(iter(said + usual), None)
+    if shape is not None:
+        _refuse(files, shape, given is not None)
+    for place, module in modules.items():
+        if shape is not None and taken(module, shape).ids is not None:
+            files[place] = replace(files[place], inputs=(Input("x", None, "int64"),))
+    return files, shape
+
+
+def _refuse(files: Sequence[Benched], shape: tuple[int, ...], given: bool) -> None:
+    """Raise PcqError if a file of one input does not take that shape, or, of one that was given, no input at all."""
+    problems = []
+    for file in files:
+        if len(file.inputs) == 1 and not file.inputs[0].fits(shape):
+            what = f"it does not take samples of {times(shape)}" + ("" if given else ", as another file does")
+            problems.append(PcqError(what, where=str(file.path), allowed=_allowed(file),
+                                     todo="Give such a shape as --input" if given else "Measure it apart"))  # fmt: skip
+    if given and not problems and not any(one.fits(shape) for file in files for one in file.inputs):
+        several = "; ".join(f"{file.path.name}: {_allowed(file)}" for file in files)
+        problems.append(PcqError(f"no input takes samples of {times(shape)}", where="--input", allowed=several,
+                                 todo="Give one input's shape, or leave it out"))  # fmt: skip
+    raise_all(problems)
+
+
+def _allowed(file: Benched) -> str:
+    said = ", ".join(one.said for one in file.inputs)
+    return f"{said} (? is any size)" if "?" in said else said
+
+
+def _of_onnx(path: Path, given: bool) -> tuple[Input, ...]:
+    """What an ONNX file takes. No sizes are none, or those of a single number: where a shape is ``given``, the former.
+
+    Raises:
+        PcqError: there is no such file, ONNX Runtime does not load it, or it takes what is no number.
+    """
+    from pcq.onnx_input.trials import KINDS, input_session
+
+    if not path.is_file():
+        raise PcqError("there is no such file", where=str(path))
+    values = input_session(path).get_inputs()
+    if strange := [value.type for value in values if value.type not in KINDS]:
+        raise PcqError(f"it takes a {strange[0]}", where=str(path), allowed=", ".join(KINDS))
+    unknown = given and len(values) == 1 and not values[0].shape
+    return tuple(
+        Input(
+            value.name,
+            None if unknown else tuple(d if isinstance(d, int) and d > 0 else None for d in value.shape),
+            np.dtype(KINDS[value.type]).name,
+        )
+        for value in values
+    )
+
+
+def _of_program(network: Network, path: Path) -> tuple[Input, ...]:
+    """What an exported program takes: samples as many as there are, where that is open."""
+    from pcq.onnx_input.trials import KINDS
+
+    assert isinstance(network.module, torch.fx.GraphModule), path
+    nodes = [node for node in network.module.graph.nodes if node.op == "placeholder"]
+    kinds = [str(x.dtype).removeprefix("torch.") for x in network.inputs]
+    known = [np.dtype(kind).name for kind in KINDS.values()]
+    if strange := [kind for kind in kinds if kind not in known]:
+        raise PcqError(f"it takes a {strange[0]}", where=str(path), allowed=", ".join(known))
+    first = str(nodes[0].meta["val"].shape[:1])
+    inputs = []
+    for node, x, kind in zip(nodes, network.inputs, kinds, strict=True):
+        sizes = [size if isinstance(size, int) else None for size in node.meta["val"].shape]
+        if sizes and str(node.meta["val"].shape[:1]) != first:  # open, and not the number of samples
+            sizes[0] = x.shape[0]
+        inputs.append(Input(node.name, tuple(sizes), kind, tuple(x.shape)))
+    return tuple(inputs)
