@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import pcq
@@ -161,6 +163,52 @@ def test_what_a_target_cannot_run_is_refused(ort_version: str, layout: layouts.L
         plan([given], target(ort_version), layout, level=1)
     assert says in str(error.value)
     assert error.value.exit_code == 2
+
+
+@given(all_needs(), st.sampled_from(TARGETS), st.sampled_from(["native", "low-memory", "matmulnbits"]),
+       st.sampled_from([1, 4]))  # fmt: skip
+@settings(max_examples=150, deadline=None)
+def test_nothing_is_refused_beforehand_that_could_be_laid_out(
+    needs: list[Need], ort_version: str, layout: layouts.Layout, level: layouts.Level
+) -> None:
+    weights = {one.name: QuantizedTensor(torch.zeros(one.rows.shape, dtype=torch.uint8), one.grid, one.rows)
+               for one in needs}  # fmt: skip
+    goal = target(ort_version)
+    try:
+        plan(needs, goal, layout, level=level)
+    except PcqError:
+        return
+    layouts.refuse(weights, goal, layout, level)
+
+
+@pytest.mark.parametrize(
+    ("ort_version", "layout", "says"),
+    [
+        ("1.17", "native", "cannot have the layout 'native' on ONNX Runtime 1.17. Allowed: 1.23 and later"),
+        (
+            "1.32",
+            "matmulnbits",
+            "no weight of this network can have the layout 'matmulnbits' (c.weight: not matmulnbits: it",
+        ),
+        ("1.16", "exact", "are not known to run on ONNX Runtime 1.16"),
+        ("one", "exact", "'one' is not an ONNX Runtime version. Allowed: 1.17 to 1.32, such as 1.23"),
+    ],
+)
+def test_refused_before_the_network_is_looked_at(
+    ort_version: str, layout: layouts.Layout, says: str, tmp_path: Path
+) -> None:
+    """It is not even built, as its architecture cannot be: so it is not traced."""
+    save_file({"c.weight": torch.randn(8, 4, 3, 3)}, tmp_path / "c.safetensors")
+    made = pcq.quantize(tmp_path / "c.safetensors", "ternary-all", out=tmp_path / "q.safetensors").path
+    with pytest.raises(PcqError, match=re.escape(says)):
+        pcq.export_onnx(made, arch="no.such:network", layout=layout, target_ort=ort_version)
+    weight = pcq.read_artifact(made).quantized["c.weight"]
+    network = nn.Module()
+    network.c = nn.Conv2d(4, 8, 3, bias=False)
+    network.load_state_dict({"c.weight": weight.dequantize()})
+    with pytest.raises(PcqError, match=re.escape(says)):
+        write_onnx(network.eval(), {"c.weight": weight}, None, tmp_path / "m.onnx", layout=layout,
+                   target_ort=ort_version)  # fmt: skip
 
 
 def test_level_4_is_said() -> None:

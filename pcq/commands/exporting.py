@@ -109,7 +109,10 @@ def export_onnx(
     """
     from pcq.data.inputs import taken, varied
     from pcq.export import write_int8, write_onnx, writing
+    from pcq.export.facts import target
+    from pcq.export.layouts import refuse
 
+    goal = target(target_ort)
     if int8 is not None and (layout != "exact" or aim is not None):
         raise PcqError(
             "int8 activations take the layout exact", where="export", todo="Leave out the layout and the aim"
@@ -121,6 +124,7 @@ def export_onnx(
         raise PcqError("this is not an artifact of pcq", where=str(source), todo="Make one first with `pcq quantize`")
     checkpoint.refuse_overwrite(path, ".onnx", inputs=[source], force=force)
     stored = checkpoint.read_artifact(source)
+    refuse(stored.quantized, goal, layout, level)
     network = load_network(stored, source, arch)
     shape = tuple(input_shape) if input_shape else network.input_shape
     if len(network.inputs) > 1 and input_shape:

@@ -11,16 +11,16 @@ pcq.export.facts says.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from pcq.errors import PcqError
 from pcq.export.facts import EXACT, IR_VERSIONS, RUNTIMES, Target, target
-from pcq.export.frame import Frame
+from pcq.export.frame import Frame, can_transpose
 from pcq.export.stored import BLOCKS, Stored, blocked_bytes, castable, dequantizable, multipliable, typed_bytes
 from pcq.grids import Affine, Grid
-from pcq.qtensor import stored_bytes
+from pcq.qtensor import QuantizedTensor, stored_bytes
 from pcq.rows import Rows
 
 Layout = Literal["exact", "native", "low-memory", "matmulnbits"]
@@ -147,6 +147,24 @@ def plan(
     if aim is None and layout != "exact" and all(choice.layout == "exact" for choice in best.choices):
         raise _refusal(needs, goal, layout, level, best)
     return best
+
+
+def refuse(weights: Mapping[str, QuantizedTensor], goal: Target, layout: Layout, level: Level) -> None:
+    """What :func:`plan` raises, raised before the network is traced: no weight can have the layout, whatever reads it.
+
+    Raises:
+        PcqError: as for :func:`plan`.
+    """
+    if layout != "exact" and weights:
+        plan([need for name, weight in weights.items() for need in _possible(name, weight)], goal, layout, level=level)
+
+
+def _possible(name: str, weight: QuantizedTensor) -> Iterator[Need]:
+    """A weight with everything that may read it as a layer does."""
+    grid, rows = weight.grid, weight.rows
+    for reader in ("Gemm",) if len(rows.shape) == 2 else ("Conv", "ConvTranspose"):
+        yield Need(name, grid, rows, False, (reader,))
+    yield Need(name, grid, rows, can_transpose(rows), ("MatMul",))
 
 
 def _cost(made: Plan, layout: Layout, aim: Aim | None) -> tuple[float, ...]:
@@ -285,6 +303,7 @@ def _refusal(needs: Sequence[Need], goal: Target, layout: Layout, level: Level, 
                 f"these weights cannot have the layout '{layout}' on ONNX Runtime {goal.ort}", where="target ORT",
                 allowed=f"{runtime.name} and later", todo=f"Give --target-ort {runtime.name}, or take another layout",
             )  # fmt: skip
-    reasons = "; ".join(f"{choice.name}: {choice.reason}" for choice in tried.choices[:3])
+    why = {choice.name: choice.reason for choice in reversed(tried.choices)}  # of several readers the first
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in [*reversed(why.items())][:3])
     return PcqError(f"no weight of this network can have the layout '{layout}' ({reasons})", where="export",
                     allowed="exact", todo="Take another layout")  # fmt: skip

@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from pcq.errors import PcqError, did_you_mean, raise_all
 from pcq.export import passes, scheme, verify, writing
 from pcq.export.facts import Target, target
-from pcq.export.layouts import Aim, Choice, Layout, Level, Plan, plan
+from pcq.export.layouts import Aim, Choice, Layout, Level, Plan, plan, refuse
 from pcq.export.nbits import OPERATOR
 from pcq.export.tracing import Example, Traced, tensors_of, trace
 from pcq.progress import Progress, silent
@@ -137,6 +137,7 @@ def write_onnx(
     with writing.draft(out):  # to say so now rather than after the work
         pass
     _check_weights(tensors_of(network), weights)
+    refuse(weights, goal, layout, level)
     progress("trace", 0, 1)
     traced = trace(network, example, goal.opset)
     wanted = _Wanted(goal, layout, aim, level)
