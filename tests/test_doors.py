@@ -1,6 +1,7 @@
 """Other ways out of an artifact: what is read back is the dequantized network, bit by bit."""
 
 import json
+import math
 import os
 import stat
 from pathlib import Path
@@ -12,14 +13,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pcq import cli
+from pcq import cli, read_artifact
 from pcq.checkpoint import compressed
 from pcq.commands import export_compressed, export_pt2, export_state_dict, quantize
+from pcq.commands.programs import _apart
 from pcq.demo import HERE
-from pcq.errors import PcqError
+from pcq.errors import CheckFailed, PcqError
 from pcq.grids import Affine, Codebook
 from pcq.qtensor import QuantizedTensor
 from pcq.rows import Rows
+from tests.test_tokens import Masked
 
 DIGITS = HERE / "digits-resnet8.safetensors"
 ARCH = "pcq.demo.nets:resnet8?num_classes=10&in_channels=1"
@@ -31,8 +34,6 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_state_dict_is_the_dequantized_one(artifact: Path, tmp_path: Path) -> None:
-    from pcq import read_artifact
-
     result = export_state_dict(artifact, tmp_path / "f.safetensors")
     read, right = load_file(result.path), read_artifact(artifact).state_dict()
     assert read.keys() == right.keys()
@@ -69,6 +70,61 @@ def test_the_program_puts_out_the_same_bits(artifact: Path, tmp_path: Path) -> N
         export_pt2(artifact, tmp_path / "o.pt2")
 
 
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("open_", [False, True])
+def test_a_program_of_several_inputs_is_given_back(tmp_path: Path, by_name: bool, open_: bool) -> None:
+    """With its dequantized weights, by position or by name, for every size that it left open."""
+    example = {"ids": torch.zeros(2, 6, dtype=torch.int64), "mask": torch.ones(2, 6)}
+    sizes = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO} if open_ else {}
+    given = ((), example, dict.fromkeys(example, sizes)) if by_name else ((*example.values(),), {}, (sizes, sizes))
+    program = torch.export.export(Masked().eval(), given[0], given[1], dynamic_shapes=given[2] if open_ else None)
+    torch.export.save(program, tmp_path / "in.pt2")
+    made = quantize(tmp_path / "in.pt2", "w4", out=tmp_path / "q.safetensors").path
+    result = export_pt2(made, tmp_path / "out.pt2")
+    assert result.proof.endswith("at batch 2 and 4" if open_ else "at batch 2")
+    read, right = torch.export.load(result.path), read_artifact(made)
+    state = right.state_dict()
+    assert read.state_dict.keys() == state.keys()
+    assert all(torch.equal(read.state_dict[name], state[name]) for name in state)
+    shape = (3, 9) if open_ else (2, 6)
+    inputs = {"ids": torch.randint(40, shape), "mask": torch.rand(shape)}
+    args, named = ((), inputs) if by_name else ((*inputs.values(),), {})
+    wanted = Masked()
+    wanted.load_state_dict(state)
+    with torch.no_grad():
+        torch.testing.assert_close(read.module()(*args, **named), wanted(**inputs), rtol=1e-6, atol=1e-6)
+
+
+def test_a_program_that_puts_out_something_else_is_noticed(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = torch.export.load
+
+    def spoilt(path: Path) -> torch.export.ExportedProgram:
+        program = load(path)
+        next(iter(program.state_dict.values())).data.view(-1)[0] += 1
+        return program
+
+    monkeypatch.setattr(torch.export, "load", spoilt)
+    with pytest.raises(CheckFailed, match="was written and reads differently"):
+        export_pt2(artifact, tmp_path / "n.pt2", input_shape=(1, 8, 8))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("theirs", "off"),
+    [
+        ([1.0, math.nan, 4.0], 0.0),
+        ([1.0, 2.0, 4.0], math.inf),
+        ([1.0, math.nan, 4.5], math.inf),
+        ([1.0, math.nan], math.inf),
+    ],
+)
+def test_numbers_that_are_none_have_to_be_the_same_ones(theirs: list[float], off: float) -> None:
+    ours = torch.tensor([1.0, math.nan, 4.0])
+    assert _apart(lambda: ours, lambda: torch.tensor(theirs), (), {}) == off
+
+
 class Words(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -82,8 +138,6 @@ class Words(nn.Module):
 
 @pytest.mark.parametrize(("recipe", "bits"), [("ternary-all", 2), ("binary-all", 2), ("w4", 8), ("w8", 8)])
 def test_compressed_folders_unpack_to_the_weights(tmp_path: Path, recipe: str, bits: int) -> None:
-    from pcq import read_artifact
-
     torch.manual_seed(0)
     save_file(Words().state_dict(), tmp_path / "m.safetensors")
     made = quantize(tmp_path / "m.safetensors", recipe, out=tmp_path / "q.safetensors").path

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,12 @@ from pcq.packing import planes, unpack
 from pcq.qtensor import QuantizedTensor
 from pcq.rows import Rows
 from pcq.sources import ARTIFACT_KEY
-from pcq.sources.pt2 import example_inputs, runnable
+from pcq.sources.pt2 import example_inputs, revive, runnable
 from pcq.sources.safetensors import DTYPES, Header, read_header, read_slot
 from pcq.sources.source import unreadable
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 PARTS = {
     "codes": ((torch.uint8,), 1),
@@ -75,8 +78,8 @@ class Artifact:
             stored[name] = quantized.dequantize().to(getattr(torch, self.dtypes[name]))
         return {name: stored[self.tied.get(name, name)] for name in self.names}
 
-    def program_module(self) -> nn.Module:
-        """The exported program with the dequantized weights, as a module; needs no source code.
+    def exported_program(self) -> "ExportedProgram":
+        """The exported program with the dequantized weights; needs no source code.
 
         Raises:
             PcqError: the artifact holds no program.
@@ -84,7 +87,11 @@ class Artifact:
         """
         if self.program is None:
             raise PcqError("the artifact holds no exported program", todo="Give the architecture with --arch")
-        return runnable(self.program, self.state_dict())
+        return revive(self.program, self.state_dict())
+
+    def program_module(self) -> nn.Module:
+        """That program as a module; raises what :meth:`exported_program` does."""
+        return runnable(self.exported_program())
 
     def example_inputs(self) -> tuple[Tensor, ...]:
         """The exported program's inputs, as zeros of the shapes it was exported with; empty without a program."""

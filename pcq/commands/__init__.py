@@ -4,7 +4,7 @@ from pcq.commands.analyzing import AnalyzedWeight, AnalyzeResult, analyze
 from pcq.commands.benching import BenchResult, BenchRow, Latency, Spread, bench
 from pcq.commands.budgeting import Allocation, allocate, everything
 from pcq.commands.calibrating import Calibrated, Calibration, calibrated
-from pcq.commands.doors import DoorResult, export_compressed, export_pt2, export_state_dict
+from pcq.commands.doors import DoorResult, export_compressed, export_state_dict
 from pcq.commands.exporting import ExportResult, Int8, export_onnx
 from pcq.commands.finetuning import FinetuneResult, FinetuneRow, finetune
 from pcq.commands.inspecting import (
@@ -19,6 +19,7 @@ from pcq.commands.inspecting import (
 from pcq.commands.networks import Network, load_network, open_network
 from pcq.commands.onnx_calibrating import OnnxCalibrated
 from pcq.commands.onnx_quantizing import OnnxQuantizeResult, plan_onnx, quantize_onnx, run_onnx
+from pcq.commands.programs import export_pt2
 from pcq.commands.quantizing import LedgerRow, Planned, QuantizeResult, plan, quantize, run
 from pcq.commands.scoring import EvalResult, evaluate
 from pcq.commands.views import FileView, TensorView

@@ -1,22 +1,18 @@
-"""Other ways out of an artifact: a float state dict, an exported program, a folder for compressed-tensors."""
+"""Other ways out of an artifact: a float state dict, a folder for compressed-tensors."""
 
 import json
-import math
 import os
 import secrets
 import shutil
 import stat
-import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor
 
 from pcq import checkpoint
 from pcq.atomic import unwritable
@@ -25,13 +21,8 @@ from pcq.commands.networks import load_network
 from pcq.errors import CheckFailed, PcqError
 from pcq.progress import Progress, silent
 
-if TYPE_CHECKING:
-    from pcq.data.inputs import Random
-
 WRITTEN = b'{\n "quantization_config": {\n  "quant_method": "compressed-tensors"'
 """How ``config.json`` begins in a folder of :func:`export_compressed`, and in no model's own."""
-TOLERANCE = 1e-5
-"""Largest difference of a program's outputs, relative to their scale; nearly all have none."""
 Door = Literal["state-dict", "pt2", "compressed-tensors"]
 
 
@@ -73,7 +64,7 @@ def export_state_dict(artifact: str | Path, out: str | Path | None = None, *, fo
         PcqError: the artifact is not usable, or nothing can be written there.
         CheckFailed: what was written reads differently.
     """
-    source, stored = _opened(artifact)
+    source, stored = opened(artifact)
     path = Path(out) if out is not None else source.with_suffix(".float.safetensors")
     checkpoint.refuse_overwrite(path, ".safetensors", inputs=[source], force=force)
     state = {name: tensor.contiguous().clone() for name, tensor in stored.state_dict().items()}
@@ -85,91 +76,6 @@ def export_state_dict(artifact: str | Path, out: str | Path | None = None, *, fo
                     raise CheckFailed("was written and reads differently", where=name)
     proof = "every tensor was read back and is the dequantized one, bit by bit"
     return DoorResult(path, source, "state-dict", len(state), 0, (), path.stat().st_size, proof)
-
-
-def export_pt2(
-    artifact: str | Path,
-    out: str | Path | None = None,
-    *,
-    arch: str | None = None,
-    input_shape: Sequence[int] | None = None,
-    force: bool = False,
-) -> DoorResult:
-    """Write the dequantized network as an exported program: ``torch.export.load`` runs it without its source code.
-
-    Args:
-        artifact: a file that ``quantize`` or ``finetune`` wrote.
-        out: the file; default: the artifact's name with ``.pt2``.
-        arch: the architecture, where the artifact does not record it.
-        input_shape: one sample's shape without the batch; default: what the architecture is made for.
-        force: replace a file at ``out``.
-
-    Raises:
-        PcqError: the artifact or the architecture is not usable, or torch cannot export it.
-        CheckFailed: the program that was read back computes something else.
-    """
-    from pcq.data.inputs import taken
-
-    source, stored = _opened(artifact)
-    path = Path(out) if out is not None else source.with_suffix(".pt2")
-    checkpoint.refuse_overwrite(path, ".pt2", inputs=[source], force=force)
-    network = load_network(stored, source, arch)
-    shape = tuple(input_shape) if input_shape else network.input_shape
-    if shape is None and stored.program is not None and arch is None:
-        raise PcqError("the exported program has several inputs", where=str(source), allowed="networks of one input")
-    if shape is None:
-        raise PcqError(f"the input shape of {network.arch} is not known", where=str(source),
-                       todo="Give one sample's shape without the batch, such as --input 3x224x224")  # fmt: skip
-    samples = taken(network.module, shape)
-    program, batches = _exported(network.module, samples, str(source))
-    with checkpoint.atomic(path) as draft:
-        with tempfile.TemporaryDirectory() as folder:  # torch insists on the suffix
-            place = Path(folder) / "program.pt2"
-            torch.export.save(program, place)
-            shutil.copyfile(place, draft)
-            read = torch.export.load(place).module()
-        off = max(_apart(network.module, read, samples(batch, seed=batch)) for batch in batches)
-        if not off <= TOLERANCE:
-            what = f"the program puts out something else: {off:.2g} of the outputs' scale away from the network's"
-            raise CheckFailed(what, where=str(path), allowed=f"up to {TOLERANCE:g}")
-    said = " and ".join(map(str, batches))
-    exactly = "the very bits of the network" if off == 0 else f"the network's numbers within {off:.1e} of their scale"
-    proof = f"loaded again, it puts out {exactly} at batch {said}"
-    return DoorResult(path, source, "pt2", len(program.state_dict), 0, (), path.stat().st_size, proof)
-
-
-def _apart(network: nn.Module, program: nn.Module, x: Tensor) -> float:
-    """The largest difference of their outputs, relative to that output's largest value.
-
-    Not zero where torch has another way for eval mode, as for nn.TransformerEncoderLayer, that a program has not.
-    """
-    with torch.no_grad():
-        ours, theirs = (pytree.tree_leaves(each(x)) for each in (network, program))
-    worst = 0.0
-    for a, b in zip(ours, theirs, strict=True):
-        if isinstance(a, Tensor) and not torch.equal(a, b):
-            off, scale = (float(value.double().abs().max()) for value in (a.double() - b.double(), a))
-            worst = max(worst, off / scale) if scale and math.isfinite(off) else math.inf
-    return worst
-
-
-def _exported(module: nn.Module, samples: "Random", where: str) -> tuple[torch.export.ExportedProgram, tuple[int, ...]]:
-    """The program, for any batch if torch manages it, and the batches it takes."""
-    example = (torch.cat([samples.example, samples.example]),)
-    try:
-        moving = torch.export.export(module, example, dynamic_shapes=({0: torch.export.Dim.AUTO},), strict=False)
-        if any(isinstance(size, torch.SymInt) for size in _first_shape(moving)):
-            return moving, (1, 3)
-        return torch.export.export(module, (example[0][:1],), strict=False), (1,)
-    except Exception as error:  # torch.export raises many kinds
-        told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise PcqError(f"torch cannot export the network: {told}", where=where) from error
-
-
-def _first_shape(program: torch.export.ExportedProgram) -> Sequence[object]:
-    names = program.graph_signature.user_inputs
-    node = next(node for node in program.graph.nodes if node.name in names)
-    return tuple(node.meta["val"].shape)
 
 
 def export_compressed(
@@ -196,7 +102,7 @@ def export_compressed(
         PcqError: the artifact is not usable, nothing in it fits the format, or nothing can be written there.
         CheckFailed: what was packed unpacks differently.
     """
-    source, stored = _opened(artifact)
+    source, stored = opened(artifact)
     path = Path(out) if out is not None else source.with_suffix(".compressed")
     refuse_folder(path, force)
     kinds = _kinds(stored, source, arch)
@@ -278,7 +184,12 @@ def _kinds(stored: checkpoint.Artifact, source: Path, arch: str | None) -> dict[
     return {f"{name}.weight": type(child).__name__ for name, child in module.named_modules()}
 
 
-def _opened(artifact: str | Path) -> tuple[Path, checkpoint.Artifact]:
+def opened(artifact: str | Path) -> tuple[Path, checkpoint.Artifact]:
+    """Where it is, and what is in it.
+
+    Raises:
+        PcqError: it is no artifact.
+    """
     source = Path(artifact)
     if source.is_file() and not checkpoint.is_artifact(source):
         raise PcqError("this is not an artifact of pcq", where=str(source), todo="Make one first with `pcq quantize`")

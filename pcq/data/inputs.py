@@ -1,7 +1,7 @@
 """Samples of networks with several inputs, an array for each by the name of the argument; and invented ones of one."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +99,7 @@ def taken(module: nn.Module, shape: tuple[int, ...]) -> Random:
     return Random(shape)
 
 
-def varied(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def varied(module: Callable[..., object], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The inputs, whole numbers replaced by any from below the size of the table that they are looked up in."""
     sizes, _ = _lookups(module, inputs)
     generator = torch.Generator().manual_seed(0)
@@ -109,14 +109,14 @@ def varied(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     )
 
 
-def _lookups(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[list[int], str | None]:
+def _lookups(module: Callable[..., object], inputs: tuple[Tensor, ...]) -> tuple[list[int], str | None]:
     """For each input the size of the smallest table it is looked up in, 1 without any; and why the network refuses."""
     with _Lookups(inputs) as lookups:
         refused = _refused(module, *inputs)
     return lookups.sizes, refused
 
 
-def _refused(module: nn.Module, *inputs: Tensor) -> str | None:
+def _refused(module: Callable[..., object], *inputs: Tensor) -> str | None:
     try:
         with torch.no_grad():
             module(*inputs)

@@ -158,7 +158,7 @@ def from_zip(path: Path, names: Sequence[str], inner: set[str]) -> Source:
         source = Source(path, entries, tuple(notes), program=program)
         if program is None:
             return source
-        return replace(source, make_module=lambda: pt2.runnable(program, source.state_dict()))
+        return replace(source, make_module=lambda: pt2.runnable(pt2.revive(program, source.state_dict())))
     if "constants.pkl" in inner and any(name.startswith("code/") for name in inner):
         found = torchscript_entries(path)
         return Source(path, found, ("Read the parameters and buffers of a TorchScript archive without running it.",))

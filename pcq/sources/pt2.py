@@ -285,13 +285,9 @@ def revive(program: bytes, state: Mapping[str, Tensor]) -> "ExportedProgram":
         raise CheckFailed(what, todo="Export it again with this torch, or give the architecture with --arch") from error
 
 
-def runnable(program: bytes, state: Mapping[str, Tensor]) -> nn.Module:
-    """A stripped program with weights as a module; ``eval()`` does nothing, for the mode was fixed by the export.
-
-    Raises:
-        CheckFailed, PcqError: as :func:`revive`.
-    """
-    module: nn.Module = revive(program, state).module()
+def runnable(program: "ExportedProgram") -> nn.Module:
+    """A program as a module; ``eval()`` does nothing, for the mode was fixed by the export."""
+    module: nn.Module = program.module()
     module.eval = lambda: module  # type: ignore[method-assign]
     return module
 

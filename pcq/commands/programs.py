@@ -1,0 +1,166 @@
+"""From an artifact to an exported program: the one that it was made from, or its network traced."""
+
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from pcq import checkpoint
+from pcq.commands.doors import DoorResult, opened
+from pcq.commands.networks import Network, load_network
+from pcq.errors import CheckFailed, PcqError
+
+if TYPE_CHECKING:
+    from pcq.data.inputs import Random
+
+TOLERANCE = 1e-5
+"""Largest difference of a program's outputs, relative to their scale; nearly all have none."""
+
+
+def export_pt2(
+    artifact: str | Path,
+    out: str | Path | None = None,
+    *,
+    arch: str | None = None,
+    input_shape: Sequence[int] | None = None,
+    force: bool = False,
+) -> DoorResult:
+    """Write the dequantized network as an exported program: ``torch.export.load`` runs it without its source code.
+
+    An artifact made from such a program gives that program back, with its inputs and the sizes that it leaves open.
+
+    Args:
+        artifact: a file that ``quantize`` or ``finetune`` wrote.
+        out: the file; default: the artifact's name with ``.pt2``.
+        arch: the architecture, where the artifact does not record it.
+        input_shape: one sample's shape without the batch; default: what the architecture is made for.
+        force: replace a file at ``out``.
+
+    Raises:
+        PcqError: the artifact or the architecture is not usable, or torch cannot export it.
+        CheckFailed: the program that was read back computes something else.
+    """
+    source, stored = opened(artifact)
+    path = Path(out) if out is not None else source.with_suffix(".pt2")
+    checkpoint.refuse_overwrite(path, ".pt2", inputs=[source], force=force)
+    if arch is None and stored.program is not None:
+        if input_shape:
+            raise PcqError("the exported program says the shapes of its inputs", where="--input", todo="Leave it out")
+        made = _of_program(stored.exported_program(), source)
+    else:
+        made = _of_network(load_network(stored, source, arch), source, input_shape)
+    with checkpoint.atomic(path) as draft:
+        with tempfile.TemporaryDirectory() as folder:  # torch insists on the suffix
+            place = Path(folder) / "program.pt2"
+            torch.export.save(made.program, place)
+            shutil.copyfile(place, draft)
+            read = torch.export.load(place)
+        for name, tensor in made.program.state_dict.items():
+            if not torch.equal(read.state_dict[name], tensor):
+                raise CheckFailed("was written and reads differently", where=name)
+        off = max(_apart(made.network, read.module(), *inputs) for inputs in made.trials.values())
+        if not off <= TOLERANCE:
+            what = f"the program puts out something else: {off:.2g} of the outputs' scale away from the network's"
+            raise CheckFailed(what, where=str(path), allowed=f"up to {TOLERANCE:g}")
+    said = " and ".join(map(str, made.trials))
+    exactly = "the very bits of the network" if off == 0 else f"the network's numbers within {off:.1e} of their scale"
+    proof = f"loaded again, it puts out {exactly} at batch {said}"
+    return DoorResult(path, source, "pt2", len(made.program.state_dict), 0, (), path.stat().st_size, proof)
+
+
+@dataclass(frozen=True)
+class _Program:
+    """To be written: the program, what it has to compute, and inputs by batch, positional and by name."""
+
+    program: torch.export.ExportedProgram
+    network: nn.Module
+    trials: dict[int, tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+def _of_network(network: Network, source: Path, input_shape: Sequence[int] | None) -> _Program:
+    """Traced, for any batch if torch manages it."""
+    from pcq.data.inputs import taken
+
+    shape = tuple(input_shape) if input_shape else network.input_shape
+    if shape is None:
+        raise PcqError(f"the input shape of {network.arch} is not known", where=str(source),
+                       todo="Give one sample's shape without the batch, such as --input 3x224x224")  # fmt: skip
+    network.refuse_several(source)
+    samples = taken(network.module, shape)
+    program, batches = _exported(network.module, samples, str(source))
+    return _Program(program, network.module, {batch: ((samples(batch, seed=batch),), {}) for batch in batches})
+
+
+def _of_program(program: torch.export.ExportedProgram, source: Path) -> _Program:
+    """As it is; tried on as many samples as it was made with, and on twice as many where their number is open."""
+    from pcq.data.inputs import varied
+
+    module = program.module()
+    leaves, tree = pytree.tree_flatten(program.example_inputs)
+    if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
+        raise PcqError("the exported program says no tensors that it takes", where=str(source))
+    users = program.graph_signature.user_inputs
+    sizes = [node.meta["val"].shape for node in program.graph.nodes if node.name in users]
+    open_ = [len(each) > 0 and str(each[0]) == str(sizes[0][0]) and not isinstance(each[0], int) for each in sizes]
+
+    def call(*values: Tensor) -> object:
+        args, named = pytree.tree_unflatten(list(values), tree)
+        return module(*args, **named)
+
+    trials = {}
+    for times in (1, 2) if any(open_) else (1,):
+        zeros = tuple(torch.cat([x] * times) if free else x for x, free in zip(leaves, open_, strict=True))
+        generator = torch.Generator().manual_seed(times)
+        trials[len(zeros[0]) if zeros[0].ndim else 1] = pytree.tree_unflatten(
+            [torch.randn(x.shape, generator=generator).to(x.dtype) if x.is_floating_point() else x
+             for x in varied(call, zeros)], tree,
+        )  # fmt: skip
+    return _Program(program, module, trials)
+
+
+def _apart(
+    network: Callable[..., object], program: Callable[..., object], args: tuple[Any, ...], named: dict[str, Any]
+) -> float:
+    """The largest difference of their outputs, relative to that output's largest value.
+
+    Not zero where torch has another way for eval mode, as for nn.TransformerEncoderLayer, that a program has not.
+    """
+    with torch.no_grad():
+        ours, theirs = (pytree.tree_leaves(each(*args, **named)) for each in (network, program))
+    worst = 0.0
+    for a, b in zip(ours, theirs, strict=True):
+        if not isinstance(a, Tensor):
+            continue
+        if a.shape != b.shape:
+            return math.inf
+        other = ~((a == b) | (a.isnan() & b.isnan()))
+        if other.any():
+            off, scale = (float(value.double().abs().max()) for value in ((a.double() - b.double())[other], a))
+            worst = max(worst, off / scale) if scale and math.isfinite(off / scale) else math.inf
+    return worst
+
+
+def _exported(module: nn.Module, samples: "Random", where: str) -> tuple[torch.export.ExportedProgram, tuple[int, ...]]:
+    """The program, for any batch if torch manages it, and the batches it takes."""
+    example = (torch.cat([samples.example, samples.example]),)
+    try:
+        moving = torch.export.export(module, example, dynamic_shapes=({0: torch.export.Dim.AUTO},), strict=False)
+        if any(isinstance(size, torch.SymInt) for size in _first_shape(moving)):
+            return moving, (1, 3)
+        return torch.export.export(module, (example[0][:1],), strict=False), (1,)
+    except Exception as error:  # torch.export raises many kinds
+        told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise PcqError(f"torch cannot export the network: {told}", where=where) from error
+
+
+def _first_shape(program: torch.export.ExportedProgram) -> Sequence[object]:
+    names = program.graph_signature.user_inputs
+    node = next(node for node in program.graph.nodes if node.name in names)
+    return tuple(node.meta["val"].shape)
