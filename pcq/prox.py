@@ -50,6 +50,11 @@ class Shifts:
         assert min(self.rho, self.varrho, self.outside) >= 0, self
 
     @property
+    def numbers(self) -> tuple[float, float, str, float]:
+        """Its fields."""
+        return self.rho, self.varrho, self.unit, self.outside
+
+    @property
     def identity(self) -> bool:
         """Whether it moves no weight within the levels."""
         return self.rho == self.varrho == 0
@@ -142,25 +147,21 @@ def proximal(rows: Tensor, levels: Tensor | Grid, shifts: Shifts, *, out: Tensor
     assert rows.ndim == 2, rows.shape
     out = torch.empty_like(rows) if out is None else out
     overhang = shifts.outside > 0
-    one_kernel = not shifts.identity and prox_gpu.fits(rows, out)
     if shifts.identity and shifts.outside == 1:
         return out.copy_(rows)
+    if prox_gpu.fits(rows, out):
+        prox_gpu.Batch([(rows, levels, out)], shifts.unit == "weight")(*shifts.numbers)
+        return out
     if isinstance(levels, Affine) and shifts.unit != "weight" and not shifts.identity:
         assert levels.g in (1, rows.shape[0]), (rows.shape, levels.g)
         # Without clipping, the map of the outermost half gap goes on by itself, if each row has a gap.
         goes_on = shifts.rho == 0 and shifts.outside == 1 - shifts.varrho and levels.positive
         overhang = overhang and not goes_on
-        if one_kernel:
-            r, v, outside = min(1.0, shifts.rho), min(1.0, shifts.varrho), shifts.outside if overhang else 0.0
-            return prox_gpu.even(rows, levels, r, v, not goes_on, outside, out)
         kernel = _even(levels, shifts, clipped=not goes_on)
         clip = _clip(levels.levels()) if overhang else None
     else:
         table = levels if isinstance(levels, Tensor) else levels.levels()
         assert table.shape[0] in (1, rows.shape[0]), (rows.shape, table.shape)
-        if one_kernel:
-            how = shifts.rho, shifts.varrho, shifts.unit, shifts.hard, shifts.outside
-            return prox_gpu.listed(rows, table, *how, out)
         clip = _clip(table)
         if shifts.identity:
             kernel = clip

@@ -1,26 +1,30 @@
-"""The map of :mod:`pcq.prox` on a GPU: one kernel (``prox.cu``) that reads and writes each weight once.
+"""The map of :mod:`pcq.prox` on a GPU: one kernel (``prox.cu``) for the weights of a whole network.
 
-Operation by operation it is what :mod:`pcq.prox` does with several passes, which is what a GPU does where the kernel
-cannot be built: torch compiles it when it is first needed, with the NVRTC that comes with torch; nothing else is asked.
+Operation by operation it is what :mod:`pcq.prox` does with several passes a weight, which is what a GPU does where the
+kernel cannot be built: torch compiles it when it is first needed, with the NVRTC that comes with torch; no CUDA
+toolkit is asked.
 """
 
+import ctypes
 import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.resources import files
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pcq.grids import Affine
+from pcq.grids import Affine, Grid
 
 THREADS = 256
-
-Kernel = Callable[..., None]
+WEIGHTS = 48
+"""Tensors of a launch: as many as the 4 KiB of a kernel's arguments hold."""
 
 UNITS = ("gap", "row", "weight")
+
+_WEIGHT = struct.Struct("QQQQ7if")
+_MAP = struct.Struct("6f5ii")
 
 
 def fits(rows: Tensor, out: Tensor) -> bool:
@@ -32,67 +36,98 @@ def fits(rows: Tensor, out: Tensor) -> bool:
         and out.is_contiguous()
         and rows.numel() > 0
         and max(rows.shape) < 2**31
-        and _kernel("even", _vector(rows, out), rows.device.index) is not None
+        and _kernel(rows.device.index) is not None
     )
 
 
-def even(rows: Tensor, grid: Affine, r: float, v: float, clipped: bool, outside: float, out: Tensor) -> Tensor:
-    """Evenly spaced levels, as ``prox._even``; ``r`` and ``v`` in half gaps, ``outside`` added beyond the levels."""
-    hard = max(r, v) == 1
-    slope = 0.0 if hard else (1 - v) / (1 - r)
-    apart = isinstance(grid.zero_point, Tensor)
-    zeros = grid.zero_point.float() if isinstance(grid.zero_point, Tensor) else grid.scale
-    zero = 0.0 if isinstance(grid.zero_point, Tensor) else grid.zero_point
-    _launch("even", rows, out, grid.g > 1, grid.scale, zeros, _bits(zero), grid.count, _bits(slope), _bits(r / 2),
-            _bits((1 - v) / 2), hard, v == 0 and not hard, clipped, _bits(outside), apart)  # fmt: skip
-    return out
+class Batch:
+    """Maps of ``rows [g, n]`` to ``out [g, n]``, all on one GPU, in one launch for each WEIGHTS of them.
+
+    The tensors have to stay where they are. ``weights`` are (rows, grid, out), as :func:`pcq.prox.proximal` takes them;
+    ``listed``: take evenly spaced levels as listed ones, for shifts in the unit of the weights.
+    """
+
+    def __init__(self, weights: Sequence[tuple[Tensor, Tensor | Grid, Tensor]], listed: bool = False) -> None:
+        self.device = weights[0][0].device
+        self.kept: list[Tensor] = []
+        self.launches: list[tuple[ctypes.Array[ctypes.c_char], int, int]] = []
+        for begin in range(0, len(weights), WEIGHTS):
+            some, blocks = weights[begin : begin + WEIGHTS], 0
+            memory = ctypes.create_string_buffer(WEIGHTS * _WEIGHT.size + _MAP.size)
+            for i, (rows, grid, out) in enumerate(some):
+                _WEIGHT.pack_into(memory, i * _WEIGHT.size, *self._described(rows, grid, out, blocks, listed))
+                blocks += -(-rows.numel() // (4 * THREADS))
+            self.launches.append((memory, len(some), blocks))
+
+    def _described(
+        self, rows: Tensor, grid: Tensor | Grid, out: Tensor, first: int, listed: bool
+    ) -> tuple[int | float, ...]:
+        even = isinstance(grid, Affine) and not listed
+        zero, zeros = 0.0, 0
+        if isinstance(grid, Affine) and even:
+            levels, count = grid.scale.contiguous(), grid.count
+            if isinstance(grid.zero_point, Tensor):
+                self.kept.append(grid.zero_point.float().contiguous())
+                zeros = self.kept[-1].data_ptr()
+            else:
+                zero = grid.zero_point
+        else:
+            levels = (grid if isinstance(grid, Tensor) else grid.levels()).contiguous()
+            count = levels.shape[1]
+        self.kept += [rows, out, levels]
+        (g, n), pointers = rows.shape, (rows.data_ptr(), out.data_ptr(), levels.data_ptr(), zeros)
+        vector = n % 4 == 0 and pointers[0] % 16 == pointers[1] % 16 == 0
+        return *pointers, g, n, count, levels.shape[0] > 1, first, vector, even, zero
+
+    def __call__(self, rho: float, varrho: float, unit: str, outside: float) -> None:
+        """Map them, by the member of the family with these shifts (:class:`pcq.prox.Shifts`)."""
+        r, v = min(1.0, rho), min(1.0, varrho)
+        hard, identity = max(r, v) == 1, rho == varrho == 0
+        slope = 0.0 if hard else (1 - v) / (1 - r)
+        goes_on = rho == 0 and outside > 0 and outside == 1 - varrho and not identity
+        flags = (hard, v == 0 and not hard, goes_on, identity, UNITS.index(unit))
+        for memory, count, blocks in self.launches:
+            at = WEIGHTS * _WEIGHT.size
+            _MAP.pack_into(memory, at, slope, r / 2, (1 - v) / 2, rho, varrho, outside, *flags, count)
+            _launch(self.device, memory, blocks)
 
 
-def listed(
-    rows: Tensor, table: Tensor, rho: float, varrho: float, unit: str, hard: bool, outside: float, out: Tensor
-) -> Tensor:
-    """Listed levels ``[g, k]`` or ``[1, k]``, as ``prox._search``, or ``prox._nearest`` if ``hard``."""
-    _launch("listed", rows, out, table.shape[0] > 1, table.contiguous(), table.shape[1], _bits(rho), _bits(varrho),
-            UNITS.index(unit), hard, _bits(outside))  # fmt: skip
-    return out
-
-
-def _launch(name: str, rows: Tensor, out: Tensor, apart: bool, *rest: Any) -> None:
-    g, n = rows.shape
-    vector = _vector(rows, out)
-    kernel = _kernel(name, vector, rows.device.index)
+def _launch(device: torch.device, memory: "ctypes.Array[ctypes.c_char]", blocks: int) -> None:
+    kernel = _kernel(device.index)
     assert kernel is not None
-    arguments = [rows, out, g, n, apart, *rest]
-    grid = (-(-rows.numel() // (THREADS * vector)), 1, 1)
-    with torch.cuda.device(rows.device):
-        kernel(grid, (THREADS, 1, 1), [int(a) if isinstance(a, bool) else a for a in arguments])
-
-
-def _vector(rows: Tensor, out: Tensor) -> int:
-    """How many weights a thread takes: those of a row, 16 bytes at once where they lie so."""
-    return 4 if rows.shape[1] % 4 == 0 and rows.data_ptr() % 16 == out.data_ptr() % 16 == 0 else 1
-
-
-def _bits(number: float) -> int:
-    return int(struct.unpack("i", struct.pack("f", number))[0])
+    if torch.cuda.current_device() == device.index:
+        kernel(memory, blocks)
+        return
+    with torch.cuda.device(device):
+        kernel(memory, blocks)
 
 
 @cache
-def _kernel(name: str, vector: int, device: int) -> Kernel | None:
-    """None, and a warning, where it cannot be built."""
+def _kernel(device: int) -> Callable[["ctypes.Array[ctypes.c_char]", int], None] | None:
+    """What launches it with these arguments on so many blocks; None, and a warning, where it cannot be built."""
     from torch.utils import cpp_extension
 
-    source = f"#define VECTOR {vector}\n" + files("pcq").joinpath("prox.cu").read_text()
+    source = f"#define THREADS {THREADS}\n#define WEIGHTS {WEIGHTS}\n" + files("pcq").joinpath("prox.cu").read_text()
     home = cpp_extension.CUDA_HOME
     try:
+        from torch.cuda import _utils
+
         # torch asks for the CUDA toolkit's headers, of which the kernel needs none.
         cpp_extension.CUDA_HOME = home or "/usr"
         with torch.cuda.device(device):
-            kernel: Kernel = torch.cuda._compile_kernel(source, name)
+            built = torch.cuda._compile_kernel(source, "proximal")
+        start, check = _utils._get_gpu_runtime_library().cuLaunchKernel, _utils._check_cuda
+        function = built.func
     except Exception as error:  # private to torch: whatever it is, there is another way
         told = str(error).strip().partition("\n")[0]
         warnings.warn(f"proximal maps take several passes on this GPU, for want of a kernel: {told}", stacklevel=2)
         return None
     finally:
         cpp_extension.CUDA_HOME = home
-    return kernel
+
+    def launch(memory: "ctypes.Array[ctypes.c_char]", blocks: int) -> None:
+        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(memory))
+        stream = torch.cuda.current_stream(device)._as_parameter_
+        check(start(function, blocks, 1, 1, THREADS, 1, 1, 0, stream, arguments, None))
+
+    return launch

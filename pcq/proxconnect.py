@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pcq import qtensor, shards
+from pcq import prox_gpu, qtensor, shards
 from pcq.errors import CheckFailed, PcqError, raise_all
 from pcq.grids import Affine, Codebook, Grid
 from pcq.methods import METHODS, Method, SignSwish
 from pcq.plan import Plan
-from pcq.prox import Hard, proximal
+from pcq.prox import Hard, Prox, proximal
 from pcq.qtensor import QuantizedTensor
 from pcq.refit import following, refit_weight
 from pcq.rows import Rows
@@ -166,6 +166,7 @@ class ProxConnect:
         self.hardened = False
         self._skips = False
         self._asked = 0
+        self._batch: tuple[list[Grid], prox_gpu.Batch | None, list[_Tracked]] | None = None
         self._weights = {name: _Tracked(target, method, refit is not None) for name, target in weights.items()}
         for weight in self._weights.values():
             self._map_hidden(weight)
@@ -210,10 +211,7 @@ class ProxConnect:
             if refits:
                 latent = weight.whole(self._latent(weight))
                 weight.grid = refit_weight(weight.quantizer, latent, weight.grid, weight.rows)
-            if weight.hidden is not None:
-                self._map_hidden(weight)
-            elif not self.method.posttraining:
-                self._map(weight, weight.shown, weight.shown)
+        self._map_all()
 
     def _exchange(self, to_model: bool) -> None:
         """The parameters get the hidden values for the optimizer to update, or their own again after that."""
@@ -242,8 +240,49 @@ class ProxConnect:
     def _map_hidden(self, weight: _Tracked) -> None:
         """Make the weight anew from the latent, whichever of the two is hidden."""
         if weight.hidden is not None:
-            latent = self._latent(weight)
-            self._map(weight, latent, weight.shown if latent is weight.hidden else weight.hidden)
+            self._map(weight, *self._move(weight))
+
+    def _move(self, weight: _Tracked) -> tuple[Tensor, Tensor]:
+        """What is mapped, and where its value goes."""
+        latent = self._latent(weight)
+        return latent, weight.hidden if weight.hidden is not None and latent is weight.shown else weight.shown
+
+    @torch.no_grad()
+    def _map_all(self) -> None:
+        """Make every weight anew from its latent; on a GPU, all at once."""
+        if self.method.posttraining:
+            return
+        weights = list(self._weights.values())
+        strengths = {self.strength(weight.mu) for weight in weights}
+        soft = isinstance(self.method.prox, SignSwish) and min(strengths) < 1
+        if len(strengths) == 1 and not soft and not swaps(weights[0].parameter):
+            shifts = self._prox().shifts(strengths.pop())
+            if not (shifts.identity and shifts.outside == 1):
+                batch, weights = self._batched(weights)
+                if batch is not None:
+                    batch(*shifts.numbers)
+        for weight in weights:
+            self._map(weight, *self._move(weight))
+
+    def _batched(self, weights: list[_Tracked]) -> tuple[prox_gpu.Batch | None, list[_Tracked]]:
+        """The maps that are done together, kept until levels change; and the weights that are not among them."""
+        grids = [weight.grid for weight in weights]
+        if self._batch is None or any(a is not b for a, b in zip(self._batch[0], grids, strict=True)):
+            together, rest = [], []
+            for weight in weights:
+                source, out = self._move(weight)
+                if not shards.sharded(weight.parameter.data):
+                    rows, into = weight.rows.split(source), weight.rows.split(out)
+                    views = rows.data_ptr() == source.data_ptr() and into.data_ptr() == out.data_ptr()
+                    if views and prox_gpu.fits(rows, into) and rows.device == weights[0].parameter.device:
+                        together.append((rows, weight.grid, into))
+                        continue
+                rest.append(weight)
+            self._batch = grids, prox_gpu.Batch(together) if together else None, rest
+        return self._batch[1:]
+
+    def _prox(self) -> Prox:
+        return Hard() if isinstance(self.method.prox, SignSwish) else self.method.prox
 
     @torch.no_grad()
     def _map(self, weight: _Tracked, source: Tensor, out: Tensor) -> None:
@@ -254,8 +293,7 @@ class ProxConnect:
             return
         into = None if shards.sharded(weight.parameter.data) else weight.rows.split(out)
         direct = into is not None and into.data_ptr() == out.data_ptr() and into.is_contiguous()
-        prox = Hard() if isinstance(self.method.prox, SignSwish) else self.method.prox
-        mapped = proximal(rows, weight.grid, prox.shifts(strength), out=into if direct else None)
+        mapped = proximal(rows, weight.grid, self._prox().shifts(strength), out=into if direct else None)
         if not direct:
             out.copy_(weight.own(weight.rows.merge(mapped)))
 
@@ -312,11 +350,7 @@ class ProxConnect:
     def harden(self) -> None:
         """Take the nearest level from now on, whatever the schedule says: for training that ends early."""
         self.hardened = True
-        for weight in self._weights.values():
-            if weight.hidden is not None:
-                self._map_hidden(weight)
-            elif not self.method.posttraining:
-                self._map(weight, weight.shown, weight.shown)
+        self._map_all()
 
     def finish(self) -> dict[str, QuantizedTensor]:
         """Check that every weight lies on its levels, bit by bit; detach; the quantized tensors by name.

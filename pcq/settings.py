@@ -51,6 +51,8 @@ class Finetune:
         ranges: of these activations: `observed`, moving averages of each batch's least and greatest number; or
             `learned`, trained from there.
         precision: `bf16` computes in bfloat16 where it is safe; `auto`: where the machine is quick at it.
+        graphs: record the passes of a training step as CUDA graphs, so that a small network's GPU does not wait for
+            Python; for networks whose computation does not depend on the numbers in it.
         batchnorm: batches from which the statistics of BatchNorm are estimated anew at the end; 0: never.
         seed: of everything random.
     """
@@ -77,6 +79,7 @@ class Finetune:
     activations: Literal[8] | None = None
     ranges: Literal["observed", "learned"] = "observed"
     precision: Literal["auto", "bf16", "float32"] = "auto"
+    graphs: bool = False
     batchnorm: int = 50
     seed: int = 0
 
@@ -107,6 +110,7 @@ class Finetune:
                 self.activations is None or self.precision != "bf16",
                 "float32 where activations have 8 bits",
             ),
+            ("graphs", self.activations is None or not self.graphs, "false where activations have 8 bits"),
             ("batchnorm", self.batchnorm >= 0, "0 or a number of batches"),
             ("seed", 0 <= self.seed < 2**31, "0 to 2147483647"),
         )

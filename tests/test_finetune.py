@@ -35,7 +35,7 @@ from pcq.models import build
 from pcq.proxconnect import Telemetry
 from pcq.recipe import Recipe, load_recipe, parse_recipe
 from pcq.settings import Finetune, MethodName, changed, method_of, schedule_of
-from pcq.train import augment, batchnorm, loop, report, saving
+from pcq.train import augment, batchnorm, graphs, loop, report, saving
 from pcq.train.batches import Batches, generator, own_randomness
 from pcq.train.splits import open_splits
 from pcq.train.step import TEMPERATURE, logits, loss_of, make_optimizer, rate
@@ -808,6 +808,43 @@ def test_warnings_in_words(changes: dict[str, Any], says: str | None) -> None:
     found = report.warnings(trained(**changes), Finetune())
     assert len(found) == (says is not None)
     assert says is None or says in found[0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_graphs_need_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(PcqError, match="NVIDIA GPU only") as caught:
+        tune(tmp_path / "x.safetensors", overrides=["finetune.graphs=true"])
+    assert caught.value.where == "finetune.graphs"
+    assert not (tmp_path / "x.safetensors").exists()
+    with pytest.raises(ValueError, match="false where activations have 8 bits"):
+        Finetune(graphs=True, activations=8)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_recorded_passes_are_the_passes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = Small().cuda()
+    plain = Small().cuda()
+    plain.load_state_dict(net.state_dict())
+    batches = [torch.randn(16, 1, 8, 8, device="cuda") for _ in range(4)]
+    before = batchnorm.statistics(net)
+    with graphs.recorded(net, batches[0], False):
+        assert all(torch.equal(a, b) for a, b in zip(before, batchnorm.statistics(net), strict=True))
+        for x in batches[1:]:
+            for module in (net, plain):
+                module.train()
+                module.zero_grad(set_to_none=True)
+                module(x).square().mean().backward()
+                with torch.no_grad():
+                    for p in module.parameters():
+                        p -= 0.1 * p.grad
+            for a, b in zip(net.parameters(), plain.parameters(), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+        net.eval()
+        assert net(batches[0][:3]).shape == (3, 10)
+    assert "forward" not in vars(net)
+    result = tune(tmp_path / "x.safetensors", overrides=["finetune.graphs=true"])
+    assert result.telemetry.on_levels == 1
 
 
 def test_precision_is_settled() -> None:

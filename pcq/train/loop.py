@@ -26,7 +26,7 @@ from pcq.proxconnect import ProxConnect, Target, Telemetry
 from pcq.qtensor import QuantizedTensor
 from pcq.scores import Scores, module_predictor
 from pcq.settings import EPOCHS, Finetune, method_of, schedule_of
-from pcq.train import augment, batchnorm, saving
+from pcq.train import augment, batchnorm, graphs, saving
 from pcq.train.activations import Simulation, Weight8
 from pcq.train.batches import Batches, own_randomness
 from pcq.train.board import Board
@@ -214,7 +214,8 @@ def train(job: Job, *, resume: bool = False, progress: Progress = silent) -> Tra
             _restore(run, saved)
         measured = _metrics(job, saved)
         try:
-            _steps(job, run, batches, measured, stop, progress)
+            with _recorded(job, batches):
+                _steps(job, run, batches, measured, stop, progress)
             return _finished(job, run, batches, measured, stop, saved["step"] if saved else None)
         except _ScoringStopped:
             raise _interrupted(job, run, stop) from None
@@ -223,6 +224,14 @@ def train(job: Job, *, resume: bool = False, progress: Progress = silent) -> Tra
             measured.close()
             if run.simulation is not None:
                 run.simulation.detach()
+
+
+def _recorded(job: Job, batches: Batches) -> AbstractContextManager[None]:
+    """Within it the passes are CUDA graphs, if the recipe wants that."""
+    if not job.settings.graphs:
+        return nullcontext()
+    x = placed(batches.make(0)[0], next(job.module.parameters()).device)
+    return graphs.recorded(job.module, x, job.settings.precision == "bf16")
 
 
 def _metrics(job: Job, saved: Mapping[str, Any] | None) -> saving.Metrics:

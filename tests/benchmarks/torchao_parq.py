@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from pcq.atomic import atomic
 from pcq.data import Data
 from pcq.scores import evaluate, module_predictor
 from pcq.settings import EPOCHS, Finetune
-from pcq.train import augment, batchnorm, loop
+from pcq.train import augment, batchnorm, graphs, loop
 from pcq.train.batches import Batches, own_randomness
 from pcq.train.splits import Splits, open_splits
 from pcq.train.step import logits, loss_of, make_optimizer, rate, update
@@ -119,7 +120,10 @@ def train(job: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     optimizer = attach(job["method"], make_optimizer(settings, module.parameters()), settings, job["levels"], total)
     whole, inside = [], []
     begun = time.perf_counter()
-    with own_randomness():
+    with own_randomness(), ExitStack() as stack:
+        if settings.graphs:
+            first = loop.placed(batches.make(0)[0], device)
+            stack.enter_context(graphs.recorded(module, first, settings.precision == "bf16"))
         for step, (x, y) in enumerate(batches.run(0, total)):
             at = time.perf_counter()
             module.train()

@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from safetensors.torch import save_file
 
 from pcq.data import open_data
 from pcq.demo import nets
+from pcq.train import graphs
 from pcq.train.loop import quick_in_bf16
 from tests.benchmarks import record, vit
 
@@ -86,10 +88,10 @@ def main() -> None:
         optimizer, lambda t: min(1, (t + 1) / steps) * 0.5 * (1 + math.cos(math.pi * min(1, t / total)))
     )
     bf16 = quick_in_bf16(device)
-    if device.type == "cuda":  # kernels of such small networks take no longer than their launch
+    stack = ExitStack()
+    if device.type == "cuda":
         like = x[: args.batch].to(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
-            torch.cuda.make_graphed_callables(model.train(), (like,))
+        stack.enter_context(graphs.recorded(model, like, bf16))
     start = time.time()
     for epoch in range(args.epochs):
         model.train()
@@ -110,6 +112,7 @@ def main() -> None:
             f"{time.time() - start:.0f} s",
             flush=True,
         )
+    stack.close()
     scores = {"held_out": accuracy(model, *held), "test": accuracy(model, *test)}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.cpu().contiguous() for k, v in model.state_dict().items()}, args.out)

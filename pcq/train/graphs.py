@@ -1,0 +1,38 @@
+"""A training step's passes recorded as CUDA graphs: kernels of small networks take no longer than Python to launch."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from pcq.errors import PcqError
+from pcq.train import batchnorm
+
+WHERE = "finetune.graphs"
+
+
+@contextmanager
+def recorded(module: nn.Module, x: Tensor, bf16: bool) -> Iterator[None]:
+    """Within it the forward and backward passes of ``module`` in training mode replay those of ``x``, a batch.
+
+    What a pass does must not depend on the numbers in it, and every batch has the shape of ``x``. Parameters are read
+    where they are, so they may change in place. In eval mode nothing is replayed.
+
+    Raises:
+        PcqError: there is no GPU, or the passes cannot be recorded.
+    """
+    if x.device.type != "cuda":
+        raise PcqError("passes are recorded on an NVIDIA GPU only", where=WHERE, todo="Leave it out.")
+    kept = batchnorm.statistics(module)
+    try:
+        with torch.autocast("cuda", torch.bfloat16, enabled=bf16, cache_enabled=False):
+            torch.cuda.make_graphed_callables(module.train(), (x,))
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        told = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise PcqError(f"the network's passes cannot be recorded: {told}", where=WHERE, todo="Leave it out.") from error
+    batchnorm.put(module, kept)
+    try:
+        yield
+    finally:
+        del module.forward
