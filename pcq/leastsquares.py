@@ -34,6 +34,11 @@ MOST = 2**21
 """Weights that are worked on at a time where each row is tried at every zero point."""
 
 
+def zero_steps(count: int) -> int:
+    """Steps of the zero point to a level: 2 up to 16 levels, where a close fit is worth more than a level on zero."""
+    return 2 if count <= 16 else 1
+
+
 @dataclass(frozen=True)
 class SortedRows:
     """Rows whose weights are in ascending order, with what makes runs of them cheap to sum.
@@ -111,10 +116,10 @@ def best_scale(rows: SortedRows, table: Tensor, rule: Tensor | None = None) -> T
 def best_affine(rows: SortedRows, count: int, rules: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Scale and zero point of the levels ``scale * (code - zero_point)``, code 0 .. count - 1, for least squares.
 
-    Zero points are multiples of 1/2 up to 16 levels, where a level on zero matters less than a close fit, else
-    integers, in 0 .. count - 1. ``FEW`` levels, or no more weights than levels: a scan of scales at every zero point.
-    Else a scan at that of the row's range; from the best so far a pattern search goes on, over zero points and over
-    scales a little smaller and larger, each refitted. Never worse than that range itself, nor than one of ``rules``.
+    Zero points are multiples of 1/2 or integers (:func:`zero_steps`), in 0 .. count - 1. ``FEW`` levels, or no more
+    weights than levels: a scan of scales at every zero point. Else a scan at that of the row's range; from the best so
+    far a pattern search goes on, over zero points and over scales a little smaller and larger, each refitted. Never
+    worse than that range itself, nor than one of ``rules``.
 
     Args:
         rows: g rows.
@@ -124,7 +129,7 @@ def best_affine(rows: SortedRows, count: int, rules: Sequence[tuple[Tensor, Tens
     Returns:
         float64 ``[g]`` each.
     """
-    unit = 2 if count <= 16 else 1
+    unit = zero_steps(count)
     codes = torch.arange(count, dtype=torch.float64, device=rows.values.device)
     low, high = rows.values[:, 0].double().clamp(max=0), rows.values[:, -1].double().clamp(min=0)
     span = (high - low) / (count - 1)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pcq.grids import Affine, Codebook
 from pcq.kmeans import kmeans
-from pcq.leastsquares import PIECE, SortedRows, best_affine, best_scale, power_sum, sort_rows
+from pcq.leastsquares import PIECE, SortedRows, best_affine, best_scale, power_sum, sort_rows, zero_steps
 from pcq.threads import each
 
 NF4 = (
@@ -158,7 +158,7 @@ class Uniform:
     def _around_zero(self, rows: Tensor) -> tuple[float, Tensor]:
         """The zero point of symmetric levels, and these in units of the scale: float64 ``[k]``."""
         count = 2**self.bits
-        middle = (count - 1) / 2 if self.bits <= 4 else count / 2
+        middle = (count - 1) / 2 if zero_steps(count) == 2 else count / 2
         return middle, torch.arange(count, dtype=torch.float64, device=rows.device) - middle
 
     def _step(self, rows: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ class Uniform:
         symmetric = _least_squares_scale(rows.clone(), table, self._step(rows))
         rules = (scale, zero), (symmetric, torch.full_like(zero, middle))
         scale, zero = best_affine(sort_rows(rows), top + 1, rules)
-        return scale, zero.to(torch.float16 if self.bits <= 4 else torch.uint8)
+        return scale, zero.to(torch.float16 if zero_steps(top + 1) == 2 else torch.uint8)
 
 
 @dataclass(frozen=True)

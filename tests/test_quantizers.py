@@ -418,6 +418,18 @@ def test_from_five_bits_on_zero_is_a_level(bits: int) -> None:
     assert symmetric.zero_point == ((2**bits - 1) / 2 if bits < 5 else 2 ** (bits - 1))
 
 
+def test_where_zero_is_a_level_is_settled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (leastsquares, quantizers):
+        monkeypatch.setattr(module, "zero_steps", lambda count: 1 if count > 4 else 2)
+    rows = normal(50, 40)
+    for bits in (2, 3):
+        for grid in (Uniform(bits).fit(rows), Uniform(bits, symmetric=False).fit(rows)):
+            assert grid.halves == (2 if bits == 2 else 1)
+            assert bool((grid.levels() == 0).any(1).all()) is (bits == 3)
+        _, zero = leastsquares.best_affine(leastsquares.sort_rows(rows.clone()), 2**bits, ())
+        assert torch.equal(zero, zero.round()) is (bits == 3)
+
+
 # ---- least-squares binary, powers of two
 
 
