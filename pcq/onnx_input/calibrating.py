@@ -10,7 +10,7 @@ quadratic is that of the moments about zero, so that means count as errors.
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -76,63 +76,161 @@ def calibrate(
     nearest = {name: qtensor.quantize(q, inventory.weights[name].read(), rows) for name, (rows, q) in plan.items()}
     seconds = time.perf_counter() - start
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        aim = _outputs(_session(path, {}, {}, None, place), held_out, path)
-        plain = _compared("nearest levels", path, nearest, {}, held_out, aim, place, seconds)
-        steps, best = [plain], plain
-        kept: Mapping[str, QuantizedTensor] = nearest
-        changed: Mapping[str, Tensor] = {}
+        work = _Work(path, opened, inventory, plan, nearest, samples, Path(folder))
+        aim = work.outputs(FLOAT, held_out)
+        best = work.compared("nearest levels", _Tensors(nearest), held_out, aim, seconds)
+        steps, kept = [best], _Tensors(nearest)
         layers: tuple[LayerReport, ...] = ()
-        real: Real = {}
         for each in (replace(settings, corrected=False), settings) if settings.corrected else (settings,):
             start = time.perf_counter()
-            trial = _reconstruct(path, opened, inventory, sites, samples, plan, nearest, each, place, real, progress)
+            tensors, reports = work.reconstruct(sites, each, progress)
             seconds = time.perf_counter() - start
             aimed = "errors before in view" if each.corrected else "each layer alone"
-            said = f"reconstruction ({each.method}), {aimed}"
-            step = _compared(said, path, trial[0], trial[1], held_out, aim, place, seconds)
+            step = work.compared(f"reconstruction ({each.method}), {aimed}", tensors, held_out, aim, seconds)
             if better(step, best):
-                best, (kept, changed, layers) = step, trial
-                steps = [plain, *map(_beaten, steps[1:]), step]
+                best, kept, layers = step, tensors, reports
+                steps = [steps[0], *map(_beaten, steps[1:]), step]
             else:
                 steps.append(replace(step, reason="not kept: the error is not lower"))
-    return Outcome(kept, changed, {}, tuple(steps), layers, refused, samples.n, held_out.n)
+    return Outcome(kept.weights, kept.biases, {}, tuple(steps), layers, refused, samples.n, held_out.n)
 
 
 def _beaten(step: Step) -> Step:
     return step if step.reason else replace(step, reason="not kept: the next one is better")
 
 
-def _reconstruct(
-    path: Path,
-    opened: Opened,
-    inventory: Inventory,
-    sites: Sequence[Site],
-    samples: Feeds,
-    plan: Mapping[str, tuple[Rows, Quantizer]],
-    nearest: Mapping[str, QuantizedTensor],
-    settings: Settings,
-    place: Path,
-    real: Real,
-    progress: Progress,
-) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor], tuple[LayerReport, ...]]:
-    """Every layer in turn: codes and levels of all weights, new biases, and what each layer loses."""
-    quantized = {name: nearest[name] for name in plan.keys() - {site.layer.weight for site in sites}}
-    changed: dict[str, Tensor] = {}
-    reports: list[LayerReport] = []
-    portions = list(_stages(sites, inventory))
-    for done, stage in enumerate(portions):
-        progress("calibrating", done, len(portions))
-        found = _moments(path, inventory, stage, samples, quantized, changed, settings, place, real)
-        for site, moments in zip(stage, found, strict=True):
-            name = site.layer.weight
-            weight, bias = inventory.weights[name].read(), _bias(opened.model, site)
-            fitted, report, fresh = _layer(site, weight, bias, moments, nearest[name], plan[name], settings)
-            quantized[name] = fitted
-            changed |= fresh
-            reports.append(report)
-    progress("calibrating", len(portions), len(portions))
-    return {name: quantized[name] for name in plan}, changed, tuple(reports)
+@dataclass(frozen=True)
+class _Tensors:
+    """What stands for the float model's own: its weights, quantized, and its biases."""
+
+    weights: Mapping[str, QuantizedTensor]
+    biases: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+FLOAT = _Tensors({})
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A model that is calibrated.
+
+    Attributes:
+        path: the float model.
+        opened, inventory: its graph and its weights.
+        plan: name of a weight -> its rows and quantizer.
+        nearest: each at its nearest levels.
+        samples: what moments are taken from.
+        folder: for drafts.
+        real: filled as batches are seen.
+    """
+
+    path: Path
+    opened: Opened
+    inventory: Inventory
+    plan: Mapping[str, tuple[Rows, Quantizer]]
+    nearest: Mapping[str, QuantizedTensor]
+    samples: Feeds
+    folder: Path
+    real: Real = field(default_factory=dict)
+
+    def reconstruct(
+        self, sites: Sequence[Site], settings: Settings, progress: Progress
+    ) -> tuple[_Tensors, tuple[LayerReport, ...]]:
+        """Every layer in turn: codes and levels of all weights, new biases, and what each layer loses."""
+        weights = {name: self.nearest[name] for name in self.plan.keys() - {site.layer.weight for site in sites}}
+        biases: dict[str, Tensor] = {}
+        reports: list[LayerReport] = []
+        portions = list(_stages(sites, self.inventory))
+        for done, stage in enumerate(portions):
+            progress("calibrating", done, len(portions))
+            found = self.moments(stage, _Tensors(weights, biases), settings)
+            for site, moments in zip(stage, found, strict=True):
+                name = site.layer.weight
+                weight, bias = self.inventory.weights[name].read(), _bias(self.opened.model, site)
+                fitted, report, fresh = _layer(
+                    site, weight, bias, moments, self.nearest[name], self.plan[name], settings
+                )
+                weights[name] = fitted
+                biases |= fresh
+                reports.append(report)
+        progress("calibrating", len(portions), len(portions))
+        return _Tensors({name: weights[name] for name in self.plan}, biases), tuple(reports)
+
+    def moments(self, stage: Sequence[Site], tensors: _Tensors, settings: Settings) -> list[Moments]:
+        """Second moments of what enters each layer of the stage, in the float model and in the one of ``tensors``."""
+        inputs = {value.name for value in open_graph(self.path).model.graph.inputs}
+        weights = self.inventory.weights
+        wanted = {site.x: weights[site.layer.weight].operands[0].chain.dtype for site in stage if site.x not in inputs}
+        pair = [self.session(each, wanted) for each in (FLOAT, tensors)] if wanted else []
+        sums = [_Entering(site, self.inventory, self.samples, settings) for site in stage]
+        for index, batch in enumerate(self.samples.batches):
+            seen = [{**batch, **dict(zip(wanted, run(session, batch, self.path), strict=True))} for session in pair]
+            seen = seen or [dict(batch)] * 2
+            if any((site.layer.weight, index) not in self.real for site in stage):
+                other, padded = _otherwise(batch)
+                if padded and pair:
+                    other = {**other, **dict(zip(wanted, run(pair[0], other, self.path), strict=True))}
+                for one in sums:
+                    rows = one.counted(seen[0][one.site.x], other[one.site.x], padded) if padded else None
+                    self.real[one.site.layer.weight, index] = rows
+            for one in sums:
+                x, name = one.site.x, one.site.layer.weight
+                one.add(seen[0][x], seen[1][x], index, self.real[name, index])
+        return [one.sums.moments() for one in sums]
+
+    def session(self, tensors: _Tensors, wanted: Mapping[str, ir.DataType] | None = None) -> ort.InferenceSession:
+        """The model with these tensors, cut off at the values ``wanted`` (None: its own outputs)."""
+        model = reference(open_graph(self.path), tensors.weights, tensors.biases, lazy=wanted is None)
+        if wanted is not None:
+            known = {value.name: value for node in model.graph for value in node.outputs}
+            known |= {value.name: value for value in model.graph.inputs}
+            model.graph.outputs.clear()
+            for name, dtype in wanted.items():
+                value = known[name]
+                value.type = ir.TensorType(dtype)
+                model.graph.outputs.append(value)
+            common.RemoveUnusedNodesPass()(model)
+        cut = self.folder / "cut.onnx"
+        data = writing.save(model, cut, 1_500_000_000)
+        session = verify.open_session(str(cut), optimised=True)
+        cut.unlink()
+        if data is not None:
+            data.unlink()
+        return session
+
+    def outputs(self, tensors: _Tensors, feeds: Feeds) -> list[list[Array]]:
+        """Batch by batch; of what is put out for each token only those that count."""
+        session, found = self.session(tensors), []
+        for batch in feeds.batches:
+            put_out = run(session, batch, self.path)
+            inputs, at = _mask(batch)
+            if at is not None:
+                put_out = [of_tokens(torch.from_numpy(np.array(y)), inputs, at).numpy() for y in put_out]
+            found.append(put_out)
+        return found
+
+    def compared(
+        self, name: str, tensors: _Tensors, held_out: Feeds, aim: Sequence[Sequence[Array]], seconds: float
+    ) -> Step:
+        """``E ||y_q - y||^2 / E ||y - E y||^2`` over all float outputs, each about its mean; and the share of equal
+        argmax over the last axis of the first one."""
+        ours = self.outputs(tensors, held_out)
+        floats = [i for i, array in enumerate(aim[0]) if np.issubdtype(array.dtype, np.floating)]
+        if not floats:
+            raise PcqError("it has no float output to judge by", where=str(self.path))
+        error = variance = 0.0
+        for i in floats:
+            want, got = (torch.from_numpy(np.concatenate([_flat(part[i]) for part in parts])) for parts in (aim, ours))
+            if want.shape != got.shape:
+                return Step(name, float("inf"), None, "", seconds)
+            each = (want - want.mean(0)).square().sum() if len(want) > 1 else (want - want.mean()).square().sum()
+            error, variance = error + float((got - want).square().sum()), variance + float(each)
+        i = floats[0]
+        agreement = None
+        if aim[0][i].ndim > 1 and aim[0][i].shape[-1] > 1:
+            equal = [(a[i].argmax(-1) == b[i].argmax(-1)).reshape(-1) for a, b in zip(ours, aim, strict=True)]
+            agreement = 100 * float(np.concatenate(equal).mean())
+        return Step(name, error / max(variance, 1e-30), agreement, "", seconds)
 
 
 def run(session: ort.InferenceSession, batch: Mapping[str, Array], path: Path) -> list[Array]:
@@ -167,67 +265,6 @@ def _stages(sites: Sequence[Site], inventory: Inventory) -> Iterator[list[Site]]
         size += need
     if stage:
         yield stage
-
-
-def _session(
-    path: Path,
-    quantized: Mapping[str, QuantizedTensor],
-    changed: Mapping[str, Tensor],
-    wanted: Mapping[str, ir.DataType] | None,
-    folder: Path,
-) -> ort.InferenceSession:
-    """The model with dequantized weights, cut off at the values ``wanted`` (None: its own outputs)."""
-    model = reference(open_graph(path), quantized, changed, lazy=wanted is None)
-    if wanted is not None:
-        known = {value.name: value for node in model.graph for value in node.outputs}
-        known |= {value.name: value for value in model.graph.inputs}
-        model.graph.outputs.clear()
-        for name, dtype in wanted.items():
-            value = known[name]
-            value.type = ir.TensorType(dtype)
-            model.graph.outputs.append(value)
-        common.RemoveUnusedNodesPass()(model)
-    cut = folder / "cut.onnx"
-    data = writing.save(model, cut, 1_500_000_000)
-    session = verify.open_session(str(cut), optimised=True)
-    cut.unlink()
-    if data is not None:
-        data.unlink()
-    return session
-
-
-def _moments(
-    path: Path,
-    inventory: Inventory,
-    stage: Sequence[Site],
-    samples: Feeds,
-    quantized: Mapping[str, QuantizedTensor],
-    changed: Mapping[str, Tensor],
-    settings: Settings,
-    folder: Path,
-    real: Real,
-) -> list[Moments]:
-    """Second moments of what enters each layer of the stage; ``real`` gets what is not known yet."""
-    inputs = {value.name for value in open_graph(path).model.graph.inputs}
-    wanted = {
-        site.x: inventory.weights[site.layer.weight].operands[0].chain.dtype for site in stage if site.x not in inputs
-    }
-    pair = [_session(path, q, c, wanted, folder) for q, c in (({}, {}), (quantized, changed))] if wanted else []
-    sums = [_Entering(site, inventory, samples, settings) for site in stage]
-    for index, batch in enumerate(samples.batches):
-        seen = [{**batch, **dict(zip(wanted, run(session, batch, path), strict=True))} for session in pair]
-        seen = seen or [dict(batch)] * 2
-        if any((site.layer.weight, index) not in real for site in stage):
-            other, padded = _otherwise(batch)
-            if padded and pair:
-                other = {**other, **dict(zip(wanted, run(pair[0], other, path), strict=True))}
-            for one in sums:
-                rows = one.counted(seen[0][one.site.x], other[one.site.x], padded) if padded else None
-                real[one.site.layer.weight, index] = rows
-        for one in sums:
-            x, name = one.site.x, one.site.layer.weight
-            one.add(seen[0][x], seen[1][x], index, real[name, index])
-    return [one.sums.moments() for one in sums]
 
 
 def _mask(batch: Mapping[str, Array]) -> tuple[list[Tensor], int | None]:
@@ -301,50 +338,6 @@ def _layer(
     result = QuantizedTensor(view.weight(codes.codes), codes.grid, rows)
     fresh = match(site.layer, bias, found, new, settings)
     return result, LayerReport(site.layer.weight, *lost), fresh
-
-
-def _compared(
-    name: str,
-    path: Path,
-    quantized: Mapping[str, QuantizedTensor],
-    changed: Mapping[str, Tensor],
-    held_out: Feeds,
-    aim: Sequence[Sequence[Array]],
-    folder: Path,
-    seconds: float,
-) -> Step:
-    """``E ||y_q - y||^2 / E ||y - E y||^2`` over all float outputs, each about its mean; and the share of equal argmax
-    over the last axis of the first one."""
-    ours = _outputs(_session(path, quantized, changed, None, folder), held_out, path)
-    error = 0.0
-    floats = [i for i, array in enumerate(aim[0]) if np.issubdtype(array.dtype, np.floating)]
-    if not floats:
-        raise PcqError("it has no float output to judge by", where=str(path))
-    variance = 0.0
-    for i in floats:
-        want, got = (torch.from_numpy(np.concatenate([_flat(part[i]) for part in parts])) for parts in (aim, ours))
-        if want.shape != got.shape:
-            return Step(name, float("inf"), None, "", seconds)
-        each = (want - want.mean(0)).square().sum() if len(want) > 1 else (want - want.mean()).square().sum()
-        error, variance = error + float((got - want).square().sum()), variance + float(each)
-    i = floats[0]
-    agreement = None
-    if aim[0][i].ndim > 1 and aim[0][i].shape[-1] > 1:
-        equal = [(a[i].argmax(-1) == b[i].argmax(-1)).reshape(-1) for a, b in zip(ours, aim, strict=True)]
-        agreement = 100 * float(np.concatenate(equal).mean())
-    return Step(name, error / max(variance, 1e-30), agreement, "", seconds)
-
-
-def _outputs(session: ort.InferenceSession, feeds: Feeds, path: Path) -> list[list[Array]]:
-    """Batch by batch; of what is put out for each token only those that count."""
-    found = []
-    for batch in feeds.batches:
-        put_out = run(session, batch, path)
-        tensors, at = _mask(batch)
-        if at is not None:
-            put_out = [of_tokens(torch.from_numpy(np.array(y)), tensors, at).numpy() for y in put_out]
-        found.append(put_out)
-    return found
 
 
 def _flat(array: Array) -> Array:
