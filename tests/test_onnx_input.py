@@ -1,6 +1,7 @@
 """ONNX in, ONNX out: weights wherever other tools put them are found, packed and proved; what is not is refused."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from pcq import cli
 from pcq.commands import plan_onnx, quantize_onnx
 from pcq.errors import CheckFailed, PcqError
 from pcq.export import read_packed
-from pcq.onnx_input import detect, packing, trials
+from pcq.onnx_input import detect, open_graph, packing, trials
 from pcq.plan import Kept
 
 
@@ -142,12 +143,24 @@ def test_weights_are_found_packed_and_proved(
 
 def test_every_branch_is_run(tmp_path: Path) -> None:
     result = quantize_onnx(branches(tmp_path / "m.onnx"), "w8")
-    from pcq.onnx_input import open_graph
-
     found = trials.find_trials(tmp_path / "m.onnx", open_graph(tmp_path / "m.onnx").model)
     assert {int(trial.feed["rate"]) for trial in found} == {16000, 8000}
     assert {trial.batch for trial in found} == {1, 3}
     assert len(result.proof.agreements) == 2 * len(found)
+
+
+def test_shapes_that_would_fill_a_memory_are_not_tried(tmp_path: Path) -> None:
+    """Of pictures of any size, of which those of 64 points alone run."""
+    nodes = [helper.make_node("Flatten", ["x"], ["f"]), helper.make_node("MatMul", ["f", "w"], ["y"])]
+    path = save(tmp_path / "m.onnx", nodes, {"w": normal(192, 40)}, [images("n", 3, "h", "w")], ["y"])
+    for batch in (1, 3):
+        tried = [math.prod(shapes["x"]) for shapes in trials._shapes(trials.input_session(path), batch)]
+        assert max(tried) == batch * 3 * 640 * 640
+    found = trials.find_trials(path, open_graph(path).model)
+    assert {math.prod(trial.feed["x"].shape[2:]) for trial in found} == {64}
+    sound = save(tmp_path / "s.onnx", [helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": normal(16000, 3)},
+                 [images("n", "t")], ["y"])  # fmt: skip
+    assert quantize_onnx(sound, "w8").ledger[0].name == "w"
 
 
 def test_half_precision_stays(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ Dimensions without a size are tried in turn until the model runs; integers that 
 integers that are compared with constants take these constants in turn, so that every branch is seen.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -22,6 +23,9 @@ Array = npt.NDArray[np.generic]
 
 SIZES = (64, 224, 512, 48, 32, 320, 128, 16, 1, 640, 400, 1600, 16000, 2, 8)
 """What unknown dimensions are tried with, all alike; the first is mostly a batch, and is 1 or 2."""
+
+MOST = 2**21
+"""What the sizes tried for an input's open dimensions may multiply to: pictures of 16000 by 16000 fill a memory."""
 
 FREE = 3
 """Dimensions without a name that may be a batch or not; further ones are long."""
@@ -132,13 +136,15 @@ def _shapes(session: ort.InferenceSession, batch: int) -> Iterator[dict[str, lis
         for chosen in product((size, batch), repeat=len(first)):
             sizes: dict[object, int] = dict(zip(first, chosen, strict=True))
             sizes |= {group: batch for group in groups if _is_batch(group)}
-            yield {
+            shapes = {
                 value.name: [
                     sizes.get(_group(value.name, axis, length), size) if axis in _open(value.shape) else int(length)
                     for axis, length in enumerate(value.shape)
                 ]
                 for value in inputs
             }
+            if all(math.prod(shapes[value.name][axis] for axis in _open(value.shape)) <= MOST for value in inputs):
+                yield shapes
 
 
 def _open(shape: list[object]) -> list[int]:
