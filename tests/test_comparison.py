@@ -1,8 +1,11 @@
 """The driver of the comparison of methods (tests/benchmarks/cifar10.py): cells, resuming, peers, the table."""
 
 import json
+import multiprocessing
 import subprocess
 import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from pcq.demo.nets import lenet
 from pcq.models import build
 from pcq.settings import Finetune
 from pcq.train.step import make_optimizer
+from pcq.train.stopping import Interrupted, listening
 from tests.benchmarks import cifar10, torchao_parq
 
 FILES = sorted(Path(cifar10.__file__).parent.glob("*.yaml"))
@@ -123,6 +127,29 @@ def test_two_cells_side_by_side_resume_and_a_missing_peer(
     cifar10.main()
     assert cifar10.read(work / "results.jsonl") == lines
     assert "binaryconnect" in capsys.readouterr().out
+
+
+def test_all_that_run_save_themselves_when_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first to end does not take the others with it, and none begins the cell that waits for it."""
+
+    def saving(number: int) -> dict[str, Any]:
+        with listening() as told:
+            (tmp_path / f"begun{number}").touch()
+            while not told.wanted:
+                time.sleep(0.02)
+            time.sleep(0.3 * number)
+            (tmp_path / f"saved{number}").touch()
+        raise Interrupted("saved")
+
+    monkeypatch.setattr(cifar10, "run", saving)
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(2, context, cifar10._prepare, (1,)) as pool:
+        futures = [pool.submit(cifar10._until_stopped, number) for number in range(6)]
+        while not all((tmp_path / f"begun{number}").exists() for number in range(2)):
+            time.sleep(0.02)
+        cifar10.stop(pool)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["begun0", "begun1", "saved0", "saved1"]
+    assert all(future.cancelled() or isinstance(future.exception(), KeyboardInterrupt) for future in futures)
 
 
 def test_the_control_is_float_training_from_the_same_start_in_the_same_order(tmp_path: Path) -> None:

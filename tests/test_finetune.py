@@ -332,7 +332,7 @@ def _child(path: str) -> None:
 
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     """kill -9, whatever the run is doing: it goes on, and the file is that of a run that was left alone."""
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")  # CUDA is not forked
     chance = random.Random(7)
     wanted, path = tmp_path / "wanted.safetensors", tmp_path / "x.safetensors"
     start = time.perf_counter()

@@ -1,5 +1,6 @@
 """A training step's passes recorded as CUDA graphs: kernels of small networks take no longer than Python to launch."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +11,12 @@ from pcq.errors import PcqError
 from pcq.train import batchnorm
 
 WHERE = "finetune.graphs"
+
+HARMLESS = (
+    "The AccumulateGrad node's stream does not match",
+    "Attempting to run cuBLAS, but there was no current CUDA",
+)
+"""What torch warns of once when a recorded pass is replayed."""
 
 
 @contextmanager
@@ -33,6 +40,9 @@ def recorded(module: nn.Module, x: Tensor, bf16: bool) -> Iterator[None]:
         raise PcqError(f"the network's passes cannot be recorded: {told}", where=WHERE, todo="Leave it out.") from error
     batchnorm.put(module, kept)
     try:
-        yield
+        with warnings.catch_warnings():
+            for beginning in HARMLESS:
+                warnings.filterwarnings("ignore", beginning)
+            yield
     finally:
         del module.forward

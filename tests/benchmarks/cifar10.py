@@ -247,9 +247,7 @@ def run_all(todo: list[dict[str, Any]], args: argparse.Namespace, data: str, res
             except KeyboardInterrupt:
                 finished = set()
             if not finished:
-                pool.shutdown(wait=False, cancel_futures=True)
-                for child in multiprocessing.active_children():
-                    child.terminate()
+                stop(pool)
                 left_out.append(f"{len(waiting)} cells, for want of time; the same command goes on")
                 break
             for future in finished:
@@ -272,16 +270,33 @@ def run_all(todo: list[dict[str, Any]], args: argparse.Namespace, data: str, res
     return left_out, failed
 
 
+def stop(pool: ProcessPoolExecutor) -> None:
+    """Each process gets one SIGTERM, on which it saves what it is at; all are waited for."""
+    for child in multiprocessing.active_children():
+        child.terminate()
+    pool.shutdown(wait=True, cancel_futures=True)
+
+
+_stopped = False
+"""Whether this process was told to stop: the pool has handed it the next cell already."""
+
+
 def _until_stopped(*job: Any) -> dict[str, Any]:
-    """:func:`run`, in a process that ends when it is stopped: the pool has handed it the next cell already."""
+    """:func:`run`, in a process of the pool. One that ended by itself would have the others killed while they save."""
+    global _stopped
+    if _stopped:
+        raise KeyboardInterrupt
     try:
         return run(*job)
     except KeyboardInterrupt:
-        os._exit(1)
+        _stopped = True
+        raise
 
 
 def _prepare(threads: int) -> None:
-    """Of a process that runs cells: its threads, and that SIGTERM ends what it has started, too."""
+    """Of a process that runs cells: its threads, that a terminal's Ctrl-C is left to the process that started it, and
+    that SIGTERM ends what it has started, too."""
+    os.setsid()
     torch.set_num_threads(threads)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
