@@ -6,7 +6,8 @@
 Float networks that are not in ``--float`` yet are trained first, for the file's ``floats: {epochs: N}``. Then the cells
 of the YAML file run in its order, ``--jobs`` of them side by side; each adds a line to ``WORK/results.jsonl``. A cell
 that has its line is not run again, and one of pcq's that was interrupted goes on where it was; ``--minutes`` interrupts
-all that is still running then. pcq's artifacts of seed 0 are exported and scored in ONNX Runtime as well.
+all that is still running then, as Ctrl-C and SIGTERM do. pcq's artifacts of seed 0 are exported and scored in ONNX
+Runtime as well.
 
 All weights get levels, the first and last layer too. ``sets: refitted`` (the default) are levels of each
 channel refitted during training, least-squares ones and for ternary 1.1 times the mean magnitude, pcq's and torchao's
@@ -369,6 +370,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="only print the table of these results")
     args = parser.parse_args()
     args.started = time.time()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if args.table:
         print(table(read(args.table)))
         return
