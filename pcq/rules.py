@@ -32,6 +32,7 @@ class Parameter:
             for weights that can be quantized, ``norm bias buffer other`` for the rest.
         groups: groups of a convolution, 1 otherwise.
         tied_to: the name of the parameter whose storage it shares, if it is not the first of its kind.
+        why: why it cannot be quantized, where more is known than these say.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Parameter:
     kind: str
     groups: int = 1
     tied_to: str | None = None
+    why: str = ""
 
     @property
     def numel(self) -> int:
@@ -53,6 +55,8 @@ class Parameter:
     @property
     def unfit(self) -> str | None:
         """Why it cannot be quantized, or None."""
+        if self.why:
+            return self.why
         if self.tied_to is not None:
             return f"tied to {self.tied_to}"
         if not self.numel:

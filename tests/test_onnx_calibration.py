@@ -148,7 +148,10 @@ def test_too_few_and_wrong_samples(tmp_path: Path, capsys: pytest.CaptureFixture
     path = layers(tmp_path / "m.onnx", True)
     np.savez(tmp_path / "few.npz", x=correlated(6, 3, 12, 12))
     np.savez(tmp_path / "other.npz", x=correlated(40, 2, 12, 12))
-    for file, says in (("few", "too few"), ("other", "does not take the samples")):
+    for file, says in (
+        ("few", "too few"),
+        ("other", r"does not take the samples \(x 8x2x12x12\): .*. Allowed: x nx3x12x12. Give an array for each input"),
+    ):
         with pytest.raises(PcqError, match=says):
             quantize_onnx(path, "w4", calibration=f"npz:{tmp_path / file}.npz")
     assert cli.run(["quantize", str(path), "--detect", "--calib", "random"]) == 2
@@ -156,6 +159,42 @@ def test_too_few_and_wrong_samples(tmp_path: Path, capsys: pytest.CaptureFixture
     assert cli.run(["quantize", str(path), "-r", "w4", "--calib", "random", "--samples", "8", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert next(step["name"] for step in answer["calibration"]["steps"]) == "nearest levels"
+
+
+def test_files_that_are_no_samples_of_several_inputs(tmp_path: Path) -> None:
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Mul", ["h", "s"], ["y"])]
+    tensors = {"w": normal(64, 64)}
+    path = save(tmp_path / "m.onnx", nodes, tensors, [images("n", 64), images("n", 1, name="s")], ["y"])
+    np.savez(tmp_path / "less.npz", x=normal(40, 64))
+    np.savez(tmp_path / "words.npz", x=normal(40, 64), s=np.array([["a"]] * 40))
+    np.save(tmp_path / "one.npz", normal(40, 64))
+    (tmp_path / "one.npz.npy").rename(tmp_path / "one.npz")
+    (tmp_path / "text.npz").write_text("text")
+    for file, says in (
+        ("less", "it has no array 's'. Allowed: an array for each input: x, s"),
+        ("words", "its array 's' is not made of numbers"),
+        ("one", "it is not an .npz of arrays of numbers"),
+        ("text", "it is not an .npz of arrays of numbers"),
+        ("none", "there is no such file"),
+    ):
+        with pytest.raises(PcqError, match=says):
+            quantize_onnx(path, "w4", calibration=f"npz:{tmp_path / file}.npz")
+    np.savez(tmp_path / "more.npz", x=normal(40, 64), s=normal(40, 1), label=np.array(["a"] * 40))
+    assert quantize_onnx(path, "w4", calibration=f"npz:{tmp_path / 'more.npz'}").calibrated is not None
+
+
+def test_models_that_cannot_be_calibrated(tmp_path: Path) -> None:
+    """Of no inputs, which is packed all the same; and of ones so large that random samples would fill a memory."""
+    nodes = [helper.make_node("MatMul", ["a", "w"], ["y"])]
+    alone = save(tmp_path / "a.onnx", nodes, {"a": normal(8, 64), "w": normal(64, 64)}, [], ["y"])
+    assert [row.name for row in quantize_onnx(alone, "w4").ledger] == ["a", "w"]
+    with pytest.raises(PcqError, match="it takes no inputs, so there is nothing to calibrate on. Leave --calib out"):
+        quantize_onnx(alone, "w4", calibration="random")
+    nodes = [helper.make_node("Slice", ["x", "zero", "some"], ["s"]), helper.make_node("MatMul", ["s", "w"], ["y"])]
+    tensors = {"zero": np.array([0, 0]), "some": np.array([1, 64]), "w": normal(64, 64)}
+    large = save(tmp_path / "l.onnx", nodes, tensors, [images(1, 2**24)], ["y"])
+    with pytest.raises(PcqError, match="80 samples of the model's inputs take 5.4 GB. Allowed: up to 4.3 GB"):
+        quantize_onnx(large, "w4", calibration="random")
 
 
 def test_loop_bodies_are_packed_too(tmp_path: Path) -> None:

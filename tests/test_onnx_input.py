@@ -163,6 +163,14 @@ def test_shapes_that_would_fill_a_memory_are_not_tried(tmp_path: Path) -> None:
     assert quantize_onnx(sound, "w8").ledger[0].name == "w"
 
 
+def test_a_refusal_says_what_the_graph_says(tmp_path: Path) -> None:
+    """Of weights that no rule can quantize, why, as `inspect` does."""
+    nodes = [helper.make_node("Einsum", ["x", "w"], ["y"], equation="ij,jk->ik")]
+    path = save(tmp_path / "m.onnx", nodes, {"w": normal(64, 64)}, [images("n", 64)], ["y"])
+    with pytest.raises(PcqError, match=r"matches only what cannot be quantized \(w: an operand of Einsum\)"):
+        quantize_onnx(path, "w4")
+
+
 def test_half_precision_stays(tmp_path: Path) -> None:
     result = quantize_onnx(convolutions(tmp_path / "m.onnx", dtype=np.float16), "w8")
     assert {row.name for row in result.ledger} == {"c", "t", "w"}

@@ -181,9 +181,8 @@ def _plain(path: Path) -> FileView:
         ("outputs", ", ".join(f"{value.name} {value.shape}" for value in graph.outputs)),
         *((f"note {i + 1}", f"`pcq quantize` would do this: {note}") for i, note in enumerate(opened.notes)),
     ]
-    rows = [(weight.parameter, weight.parameter.kind) for weight in inventory.weights.values()]
-    views = [float_view(each.name, each.shape, each.dtype) for each, _ in (*rows, *inventory.others)]
-    words = [words for _, words in (*rows, *inventory.others)]
+    views = [float_view(each.name, each.shape, each.dtype) for each in inventory.parameters]
+    words = [each.why or each.kind for each in inventory.parameters]
     named = tuple(
         TensorView(view.name, view.shape, f"{view.form}, {said}", view.bits, view.nbytes)
         for view, said in zip(views, words, strict=True)

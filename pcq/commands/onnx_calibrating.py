@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 INVENTED = 64
 """Random samples, where nothing else is said."""
 
+LARGEST = 2**32
+"""Bytes of random samples, all of which are held at once."""
+
 
 @dataclass(frozen=True)
 class OnnxCalibrated:
@@ -66,9 +69,13 @@ def feeds(model: Path, asked: Calibration) -> "tuple[Feeds, Feeds, str]":
     """
     from pcq.onnx_input import open_graph
     from pcq.onnx_input.feeds import invented, named
-    from pcq.onnx_input.trials import KINDS, find_trials, input_session
+    from pcq.onnx_input.trials import KINDS, find_trials, input_session, listed, read_arrays
 
     inputs = input_session(model).get_inputs()
+    if not inputs:
+        raise PcqError(
+            "it takes no inputs, so there is nothing to calibrate on", where=str(model), todo="Leave --calib out"
+        )
     first = inputs[0].shape[0] if inputs[0].shape else None
     batch = first if isinstance(first, int) and first > 0 else None
     most = asked.samples or (INVENTED if asked.data == RANDOM else SAMPLES)
@@ -76,11 +83,14 @@ def feeds(model: Path, asked: Calibration) -> "tuple[Feeds, Feeds, str]":
     names = [value.name for value in inputs]
     file = Path(asked.data.removeprefix("npz:")).expanduser()
     if asked.data == RANDOM:
-        everything = invented(find_trials(model, open_graph(model).model)[0].feed, count, asked.seed)
+        feed = find_trials(model, open_graph(model).model)[0].feed
+        if (nbytes := count * sum(array.nbytes for array in feed.values())) > LARGEST:
+            raise PcqError(f"{count} samples of the model's inputs take {nbytes / 1e9:.1f} GB", where=asked.data,
+                           allowed=f"up to {LARGEST / 1e9:.1f} GB", todo="Give fewer: --samples N")  # fmt: skip
+        everything = invented(feed, count, asked.seed)
         return _divided(everything, most, "random numbers: no real data was seen", asked.data)
-    if asked.data.startswith("npz:") and file.is_file() and set(names) <= set(np.load(file).files):
-        with np.load(file, allow_pickle=False) as opened:
-            arrays, said = {name: opened[name] for name in names}, f"npz {file}"
+    if asked.data.startswith("npz:") and (len(inputs) > 1 or names[0] in listed(file)):
+        arrays, said = read_arrays(file, names), f"npz {file}"
     elif len(inputs) == 1:
         x, held, said = draw(asked)
         arrays = {names[0]: np.concatenate([x.numpy(), held.numpy()])}

@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,13 +77,12 @@ def plan_onnx(
         raise PcqError(what, where="--recipe", todo="Give one of --recipe and --detect")
     opened = onnx_input.open_graph(Path(model))
     inventory = onnx_input.take_inventory(opened)
-    reasons = {parameter.name: reason for parameter, reason in inventory.others}
     if recipe is None:
         loaded, made = Recipe(DETECTED, "", ()), _detected(inventory)
     else:
         loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
         made = make_plan(loaded, inventory.parameters)
-    entries = tuple(_settled(entry, reasons) for entry in made.entries)
+    entries = tuple(_settled(entry) for entry in made.entries)
     notes = list(opened.notes)
     if not any(isinstance(entry, Quantized) for entry in entries):
         why = "no weight has few enough different values" if detect else "no weight of a layer is left to quantize"
@@ -91,12 +90,9 @@ def plan_onnx(
     return Planned(Path(model), inventory.source, loaded, Plan(entries, made.notes), None, tuple(notes))
 
 
-def _settled(entry: Quantized | Kept, reasons: dict[str, str]) -> Quantized | Kept:
-    """An entry with the graph's reason, and without weights too small to gain."""
-    if isinstance(entry, Kept):
-        reason = reasons.get(entry.parameter.name)
-        return replace(entry, reason=reason) if reason and entry.parameter.unfit else entry
-    if entry.nbytes + OVERHEAD >= entry.parameter.nbytes:
+def _settled(entry: Quantized | Kept) -> Quantized | Kept:
+    """An entry, without weights too small to gain."""
+    if isinstance(entry, Quantized) and entry.nbytes + OVERHEAD >= entry.parameter.nbytes:
         return Kept(entry.parameter, "too small to gain by packing")
     return entry
 
@@ -114,7 +110,7 @@ def _detected(inventory: "Inventory") -> Plan:
             entries.append(Kept(parameter, "more than 256 different values a channel"))
         else:
             entries.append(Quantized(parameter, found[1], found[0], 0))  # type: ignore[arg-type]
-    return Plan((*entries, *(Kept(parameter, reason) for parameter, reason in inventory.others)))
+    return Plan((*entries, *(Kept(parameter, parameter.why) for parameter in inventory.others)))
 
 
 def run_onnx(

@@ -239,14 +239,17 @@ def run(session: ort.InferenceSession, batch: Mapping[str, Array], path: Path) -
     Raises:
         PcqError: the model does not take the samples.
     """
-    names = {value.name for value in session.get_inputs()}
+    inputs = session.get_inputs()
+    names = {value.name for value in inputs}
     try:
         found: list[Array] = session.run(None, {name: batch[name] for name in batch if name in names}, QUIET)
     except Exception as error:  # onnxruntime's exceptions share no class of their own
         shapes = ", ".join(f"{name} {'x'.join(map(str, array.shape))}" for name, array in batch.items())
         told = str(error).strip().splitlines()[0]
         todo = "Give an array for each input as the model wants it: --calib npz:FILE"
-        raise PcqError(f"the model does not take the samples ({shapes}): {told}", where=str(path), todo=todo) from error
+        allowed = ", ".join(f"{value.name} {'x'.join(map(str, value.shape))}" for value in inputs)
+        raise PcqError(f"the model does not take the samples ({shapes}): {told}", where=str(path), allowed=allowed,
+                       todo=todo) from error  # fmt: skip
     return found
 
 

@@ -62,18 +62,18 @@ class Weight:
 class Inventory:
     """Attributes:
     weights: by name, in the order in which the graph computes.
-    others: every other tensor of some size, and why it stays float.
+    others: every other tensor of some size, with the reason why it stays float.
     source: all of them, to be read one at a time.
     """
 
     weights: dict[str, Weight]
-    others: tuple[tuple[Parameter, str], ...]
+    others: tuple[Parameter, ...]
     source: Source
 
     @property
     def parameters(self) -> list[Parameter]:
         """What a plan is made of."""
-        return [*(weight.parameter for weight in self.weights.values()), *(parameter for parameter, _ in self.others)]
+        return [*(weight.parameter for weight in self.weights.values()), *self.others]
 
 
 def take_inventory(opened: Opened) -> Inventory:
@@ -217,7 +217,7 @@ def _torch_dtype(dtype: ir.DataType) -> str:
     return names.get(dtype, dtype.name.lower())
 
 
-def _others(model: ir.Model, taken: set[ir.Value], reasons: dict[ir.Value, str]) -> Iterator[tuple[Parameter, str]]:
+def _others(model: ir.Model, taken: set[ir.Value], reasons: dict[ir.Value, str]) -> Iterator[Parameter]:
     """Every tensor that is no weight, under a name of its own, and why."""
     seen: set[str] = set()
     for value, tensor in constants(model):
@@ -229,17 +229,17 @@ def _others(model: ir.Model, taken: set[ir.Value], reasons: dict[ir.Value, str])
         floats = tensor.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
         reason = reasons.get(value, "no layer reads it") if floats else "integers"
         kind = reason if reason in ("bias", "norm") else "other" if floats else "buffer"
-        yield Parameter(name, shape, dtype, kind), reason
+        yield Parameter(name, shape, dtype, kind, why=reason)
     for function in model.functions.values():
         for node in function:
             if node.op_type == "Constant" and "value" in node.attributes:
                 tensor = node.attributes["value"].as_tensor()
                 name, dtype = f"{function.name}/{node.outputs[0].name}", _torch_dtype(tensor.dtype)
                 if tensor.size >= SMALL and hasattr(torch, dtype):
-                    yield Parameter(name, tuple(tensor.shape.numpy()), dtype, "other"), "in the body of a function"
+                    yield Parameter(name, tuple(tensor.shape.numpy()), dtype, "other", why="in the body of a function")
 
 
-def _source(opened: Opened, weights: dict[str, Weight], others: tuple[tuple[Parameter, str], ...]) -> Source:
+def _source(opened: Opened, weights: dict[str, Weight], others: tuple[Parameter, ...]) -> Source:
     """The weights as torch would hold them, in their own dtype."""
 
     def reader(weight: Weight) -> Tensor:
@@ -256,6 +256,6 @@ def _source(opened: Opened, weights: dict[str, Weight], others: tuple[tuple[Para
     }
     entries |= {
         p.name: Entry(p.shape, p.dtype, lambda name=p.name: other(name))  # type: ignore[misc]
-        for p, _ in others
+        for p in others
     }
     return Source(opened.path, entries, opened.notes)

@@ -50,8 +50,8 @@ class Trial:
 
     @property
     def batch(self) -> int:
-        first = next(iter(self.feed.values()))
-        return int(first.shape[0]) if first.ndim else 1
+        first = next(iter(self.feed.values()), None)
+        return 1 if first is None or not first.ndim else int(first.shape[0])
 
 
 def find_trials(path: Path, model: ir.Model) -> list[Trial]:
@@ -92,23 +92,49 @@ SAMPLE = "Give real inputs with --sample FILE.npz, an array for each input's nam
 
 
 def read_sample(path: Path, inputs: Sequence[str]) -> Trial:
-    """An ``.npz`` with an array for each of the model's ``inputs``.
+    """An ``.npz`` with an array for each of the model's ``inputs``, and no others.
 
     Raises:
         PcqError: it cannot be read, or its arrays are not named like the inputs.
+    """
+    if others := [name for name in listed(path) if name not in inputs]:
+        raise PcqError(f"the model has no input '{others[0]}'", where=str(path), allowed=_each(inputs))
+    return Trial("sample", read_arrays(path, inputs))
+
+
+def read_arrays(path: Path, inputs: Sequence[str]) -> dict[str, Array]:
+    """Of an ``.npz`` the arrays that are named like the model's ``inputs``.
+
+    Raises:
+        PcqError: it cannot be read, or one is missing.
     """
     if not path.is_file():
         raise PcqError("there is no such file", where=str(path))
     try:
         with np.load(path, allow_pickle=False) as file:
-            feed = {name: file[name] for name in file.files}
+            found = {name: file[name] for name in inputs if name in file.files}
     except Exception as error:  # zip, npy header and zlib errors are of many kinds, and a single array is no archive
         what = "it is not an .npz of arrays of numbers"
         raise PcqError(what, where=str(path), todo="Write it with `np.savez`") from error
-    if wrong := [*(name for name in feed if name not in inputs), *(name for name in inputs if name not in feed)]:
-        what = f"the model has no input '{wrong[0]}'" if wrong[0] in feed else f"it has no array '{wrong[0]}'"
-        raise PcqError(what, where=str(path), allowed=f"an array for each input: {', '.join(inputs)}")
-    return Trial("sample", feed)
+    for name in inputs:
+        if name not in found:
+            raise PcqError(f"it has no array '{name}'", where=str(path), allowed=_each(inputs))
+        if found[name].dtype.kind not in "biuf":
+            raise PcqError(f"its array '{name}' is not made of numbers", where=str(path))
+    return found
+
+
+def listed(path: Path) -> list[str]:
+    """The names of an ``.npz``'s arrays; none where it is no such file."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return list(file.files)
+    except Exception:  # as above
+        return []
+
+
+def _each(inputs: Sequence[str]) -> str:
+    return f"an array for each input: {', '.join(inputs)}"
 
 
 def input_session(path: Path) -> ort.InferenceSession:
