@@ -165,7 +165,8 @@ def test_a_program_of_several_inputs_brings_their_shapes_along(
 
     for place in (reading, commands.networks):
         monkeypatch.setattr(place, "example_inputs", counted)
-    run(capsys, "export", tmp_path / "net.safetensors")
+    _, err = run(capsys, "export", tmp_path / "net.safetensors")
+    assert f"Next: pcq bench {tmp_path / 'net.onnx'}" in err.splitlines()  # as eval takes one input
     assert len(read) == 1
     session = ort.InferenceSession(str(tmp_path / "net.onnx"), providers=["CPUExecutionProvider"])
     feed = {"ids": np.full((5, 6), 39), "mask": np.ones((5, 6), np.float32)}

@@ -166,4 +166,5 @@ def export(
         )
     emit(result, as_json)
     if not as_json:
-        say(f"Next: {shlex.join(['pcq', 'eval', str(result.path), '--data', 'SPEC'])}")
+        words = ["eval", str(result.path), "--data", "SPEC"] if result.inputs == 1 else ["bench", str(result.path)]
+        say(f"Next: {shlex.join(['pcq', *words])}")

@@ -32,6 +32,7 @@ class ExportResult:
         int8: what became of it with int8 activations; None in mode ``exact``.
         data: the samples of int8 in words.
         mode: ``int8``, the layout that was asked for, or ``optimized for`` an aim.
+        inputs: how many the network takes.
     """
 
     path: Path
@@ -41,6 +42,7 @@ class ExportResult:
     int8: "Int8Report | None" = None
     data: str = ""
     mode: str = "exact"
+    inputs: int = 1
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ def export_onnx(
 
     if int8 is None:
         mode = layout if aim is None else f"optimized for {aim}"
-        return ExportResult(path, source, network.arch, write(path), mode=mode)
+        return ExportResult(path, source, network.arch, write(path), mode=mode, inputs=max(1, len(own)))
     with writing.draft(path) as exact:
         report = write(exact)
         made = write_int8(
