@@ -28,6 +28,9 @@ CHUNK = 1 << 19
 FEW = 8
 """Codebooks of up to this many levels are mapped as a sum of clamped ramps, larger ones by searching the gap."""
 
+UNITS = ("gap", "row", "weight")
+"""Of shifts, in the kernel's order."""
+
 
 @dataclass(frozen=True)
 class Shifts:
@@ -50,11 +53,6 @@ class Shifts:
         assert min(self.rho, self.varrho, self.outside) >= 0, self
 
     @property
-    def numbers(self) -> tuple[float, float, str, float]:
-        """Its fields."""
-        return self.rho, self.varrho, self.unit, self.outside
-
-    @property
     def identity(self) -> bool:
         """Whether it moves no weight within the levels."""
         return self.rho == self.varrho == 0
@@ -63,6 +61,25 @@ class Shifts:
     def hard(self) -> bool:
         """Whether it is known, without looking at any level, to take those within to the nearest level."""
         return self.unit != "weight" and max(self.rho, self.varrho) >= 1
+
+    @property
+    def half_gaps(self) -> tuple[float, float, float]:
+        """r, v and the slope where all gaps are alike; the slope of the nearest level is 0."""
+        r, v = min(1.0, self.rho), min(1.0, self.varrho)
+        return r, v, 0.0 if max(r, v) == 1 else (1 - v) / (1 - r)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the map of the outermost half gap, not clipped, is that outside of the levels too."""
+        return self.rho == 0 and self.outside == 1 - self.varrho
+
+    @property
+    def numbers(self) -> tuple[float | int, ...]:
+        """What the kernel takes: ``Map`` of ``prox.cu``, in its order."""
+        r, v, slope = self.half_gaps
+        hard = max(r, v) == 1
+        flags = (hard, v == 0 and not hard, self.goes_on, self.identity, UNITS.index(self.unit))
+        return slope, r / 2, (1 - v) / 2, self.rho, self.varrho, self.outside, *flags
 
 
 def _unit(relative: bool) -> Literal["gap", "row"]:
@@ -155,7 +172,7 @@ def proximal(rows: Tensor, levels: Tensor | Grid, shifts: Shifts, *, out: Tensor
     if isinstance(levels, Affine) and shifts.unit != "weight" and not shifts.identity:
         assert levels.g in (1, rows.shape[0]), (rows.shape, levels.g)
         # Without clipping, the map of the outermost half gap goes on by itself, if each row has a gap.
-        goes_on = shifts.rho == 0 and shifts.outside == 1 - shifts.varrho and levels.positive
+        goes_on = shifts.goes_on and levels.positive
         overhang = overhang and not goes_on
         kernel = _even(levels, shifts, clipped=not goes_on)
         clip = _clip(levels.levels()) if overhang else None
@@ -219,9 +236,8 @@ def _even(grid: Affine, shifts: Shifts, clipped: bool) -> Kernel:
     A map without jumps is rather taken as the nearest middle of a gap plus a ramp, which needs no shrinking. Monotone
     to the last bit: every operation is, and the rest never passes 1/2.
     """
-    r, v = min(1.0, shifts.rho), min(1.0, shifts.varrho)
+    r, v, slope = shifts.half_gaps
     hard = max(r, v) == 1
-    slope = 0.0 if hard else (1 - v) / (1 - r)
     step = torch.where(grid.scale > 0, grid.scale, 1.0)[:, None]
     scale = grid.scale[:, None]
     ramps = v == 0 and not hard

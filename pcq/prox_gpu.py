@@ -21,8 +21,6 @@ THREADS = 256
 WEIGHTS = 48
 """Tensors of a launch: as many as the 4 KiB of a kernel's arguments hold."""
 
-UNITS = ("gap", "row", "weight")
-
 _WEIGHT = struct.Struct("QQQQ7if")
 _MAP = struct.Struct("6f5ii")
 
@@ -79,16 +77,10 @@ class Batch:
         vector = n % 4 == 0 and pointers[0] % 16 == pointers[1] % 16 == 0
         return *pointers, g, n, count, levels.shape[0] > 1, first, vector, even, zero
 
-    def __call__(self, rho: float, varrho: float, unit: str, outside: float) -> None:
-        """Map them, by the member of the family with these shifts (:class:`pcq.prox.Shifts`)."""
-        r, v = min(1.0, rho), min(1.0, varrho)
-        hard, identity = max(r, v) == 1, rho == varrho == 0
-        slope = 0.0 if hard else (1 - v) / (1 - r)
-        goes_on = rho == 0 and outside > 0 and outside == 1 - varrho and not identity
-        flags = (hard, v == 0 and not hard, goes_on, identity, UNITS.index(unit))
+    def __call__(self, *numbers: float | int) -> None:
+        """Map them, by the member of the family with these ``numbers`` of :class:`pcq.prox.Shifts`."""
         for memory, count, blocks in self.launches:
-            at = WEIGHTS * _WEIGHT.size
-            _MAP.pack_into(memory, at, slope, r / 2, (1 - v) / 2, rho, varrho, outside, *flags, count)
+            _MAP.pack_into(memory, WEIGHTS * _WEIGHT.size, *numbers, count)
             _launch(self.device, memory, blocks)
 
 

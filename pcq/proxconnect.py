@@ -109,6 +109,13 @@ class _Tracked:
         """What is held here of a value."""
         return shards.own(whole, self.parameter.data)
 
+    def view(self, part: Tensor) -> Tensor | None:
+        """The rows of what is held here, in place; None: they do not lie in it as they are."""
+        if shards.sharded(self.parameter.data):
+            return None
+        rows = self.rows.split(part)
+        return rows if rows.data_ptr() == part.data_ptr() and rows.is_contiguous() else None
+
     def nearest(self, weight: Tensor) -> Tensor:
         """``weight``, whole, on its levels."""
         return self.rows.merge(proximal(self.rows.split(weight), self.grid, Hard().shifts(1.0)))
@@ -253,33 +260,34 @@ class ProxConnect:
         if self.method.posttraining:
             return
         weights = list(self._weights.values())
-        strengths = {self.strength(weight.mu) for weight in weights}
-        soft = isinstance(self.method.prox, SignSwish) and min(strengths) < 1
-        if len(strengths) == 1 and not soft and not swaps(weights[0].parameter):
-            shifts = self._prox().shifts(strengths.pop())
-            if not (shifts.identity and shifts.outside == 1):
-                batch, weights = self._batched(weights)
-                if batch is not None:
-                    batch(*shifts.numbers)
+        if not swaps(weights[0].parameter):
+            weights = self._map_together(weights)
         for weight in weights:
             self._map(weight, *self._move(weight))
 
-    def _batched(self, weights: list[_Tracked]) -> tuple[prox_gpu.Batch | None, list[_Tracked]]:
-        """The maps that are done together, kept until levels change; and the weights that are not among them."""
+    def _map_together(self, weights: list[_Tracked]) -> list[_Tracked]:
+        """Map those that one launch can map; the others are left, and given."""
+        strengths = {self.strength(weight.mu) for weight in weights}
+        if len(strengths) > 1 or (isinstance(self.method.prox, SignSwish) and min(strengths) < 1):
+            return weights
+        shifts = self._prox().shifts(strengths.pop())
+        if shifts.identity and shifts.outside == 1:
+            return weights
         grids = [weight.grid for weight in weights]
         if self._batch is None or any(a is not b for a, b in zip(self._batch[0], grids, strict=True)):
             together, rest = [], []
             for weight in weights:
-                source, out = self._move(weight)
-                if not shards.sharded(weight.parameter.data):
-                    rows, into = weight.rows.split(source), weight.rows.split(out)
-                    views = rows.data_ptr() == source.data_ptr() and into.data_ptr() == out.data_ptr()
-                    if views and prox_gpu.fits(rows, into) and rows.device == weights[0].parameter.device:
-                        together.append((rows, weight.grid, into))
-                        continue
-                rest.append(weight)
+                rows, into = map(weight.view, self._move(weight))
+                here = weight.parameter.device == weights[0].parameter.device
+                if here and rows is not None and into is not None and prox_gpu.fits(rows, into):
+                    together.append((rows, weight.grid, into))
+                else:
+                    rest.append(weight)
             self._batch = grids, prox_gpu.Batch(together) if together else None, rest
-        return self._batch[1:]
+        _, batch, rest = self._batch  # kept until levels change
+        if batch is not None:
+            batch(*shifts.numbers)
+        return rest
 
     def _prox(self) -> Prox:
         return Hard() if isinstance(self.method.prox, SignSwish) else self.method.prox
@@ -291,10 +299,9 @@ class ProxConnect:
         if isinstance(self.method.prox, SignSwish) and strength < 1:
             out.copy_(weight.own(weight.rows.merge(self.method.prox.value(rows, weight.grid.levels()))))
             return
-        into = None if shards.sharded(weight.parameter.data) else weight.rows.split(out)
-        direct = into is not None and into.data_ptr() == out.data_ptr() and into.is_contiguous()
-        mapped = proximal(rows, weight.grid, self._prox().shifts(strength), out=into if direct else None)
-        if not direct:
+        into = weight.view(out)
+        mapped = proximal(rows, weight.grid, self._prox().shifts(strength), out=into)
+        if into is None:
             out.copy_(weight.own(weight.rows.merge(mapped)))
 
     # -- looking, ending, saving --------------------------------------------------------------------------------------

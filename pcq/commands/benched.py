@@ -12,6 +12,7 @@ import torch
 from pcq.commands.networks import ONNX_SUFFIX, Network, open_network
 from pcq.errors import PcqError, raise_all
 from pcq.progress import Progress
+from pcq.sources.pt2 import counting
 
 Array = npt.NDArray[np.generic]
 
@@ -210,11 +211,11 @@ def _of_program(network: Network, path: Path) -> tuple[Input, ...]:
     known = [np.dtype(kind).name for kind in KINDS.values()]
     if strange := [kind for kind in kinds if kind not in known]:
         raise PcqError(f"it takes a {strange[0]}", where=str(path), allowed=", ".join(known))
-    first = str(nodes[0].meta["val"].shape[:1])
+    shapes = [node.meta["val"].shape for node in nodes]
     inputs = []
-    for node, x, kind in zip(nodes, network.inputs, kinds, strict=True):
-        sizes = [size if isinstance(size, int) else None for size in node.meta["val"].shape]
-        if sizes and str(node.meta["val"].shape[:1]) != first:  # open, and not the number of samples
+    for node, x, kind, shape, counts in zip(nodes, network.inputs, kinds, shapes, counting(shapes), strict=True):
+        sizes = [size if isinstance(size, int) else None for size in shape]
+        if sizes and not counts:  # fixed, or open, and not the number of samples
             sizes[0] = x.shape[0]
         inputs.append(Input(node.name, tuple(sizes), kind, tuple(x.shape)))
     return tuple(inputs)

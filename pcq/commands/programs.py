@@ -16,6 +16,7 @@ from pcq import checkpoint
 from pcq.commands.doors import DoorResult, opened
 from pcq.commands.networks import Network, load_network
 from pcq.errors import CheckFailed, PcqError
+from pcq.sources.pt2 import counting
 
 if TYPE_CHECKING:
     from pcq.data.inputs import Random
@@ -108,7 +109,7 @@ def _of_program(program: torch.export.ExportedProgram, source: Path) -> _Program
         raise PcqError("the exported program says no tensors that it takes", where=str(source))
     users = program.graph_signature.user_inputs
     sizes = [node.meta["val"].shape for node in program.graph.nodes if node.name in users]
-    open_ = [len(each) > 0 and str(each[0]) == str(sizes[0][0]) and not isinstance(each[0], int) for each in sizes]
+    open_ = counting(sizes)
 
     def call(*values: Tensor) -> object:
         args, named = pytree.tree_unflatten(list(values), tree)

@@ -158,7 +158,7 @@ class _Work:
 
     def moments(self, stage: Sequence[Site], tensors: _Tensors, settings: Settings) -> list[Moments]:
         """Second moments of what enters each layer of the stage, in the float model and in the one of ``tensors``."""
-        inputs = {value.name for value in open_graph(self.path).model.graph.inputs}
+        inputs = {value.name for value in self.opened.model.graph.inputs}
         weights = self.inventory.weights
         wanted = {site.x: weights[site.layer.weight].operands[0].chain.dtype for site in stage if site.x not in inputs}
         pair = [self.session(each, wanted) for each in (FLOAT, tensors)] if wanted else []

@@ -12,7 +12,7 @@ import json
 import math
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -290,6 +290,12 @@ def runnable(program: "ExportedProgram") -> nn.Module:
     module: nn.Module = program.module()
     module.eval = lambda: module  # type: ignore[method-assign]
     return module
+
+
+def counting(shapes: Sequence[Sequence[object]]) -> list[bool]:
+    """Of a program's inputs, whose first axis is open and counts the samples: it is that of the first input."""
+    first = str(shapes[0][:1])
+    return [len(shape) > 0 and not isinstance(shape[0], int) and str(shape[:1]) == first for shape in shapes]
 
 
 def example_inputs(program: bytes) -> tuple[Tensor, ...]:
