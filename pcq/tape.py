@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from pcq.errors import PcqError
 
@@ -122,6 +123,38 @@ class Tape:
 Interpret = Callable[[Op, tuple[Any, ...]], Any]
 
 
+@dataclass(frozen=True)
+class _Look:
+    """The tensor that a :class:`Value` stands for, in one replay; ``unmoved``: what has been made of tensors alone.
+
+    Not a pair of closures: those would hold each other, and so all values, until the garbage is collected.
+    """
+
+    tape: Tape
+    tensors: Mapping[str, Tensor]
+    now: Mapping[int, Tensor]
+    unmoved: dict[int, Tensor]
+
+    def __call__(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Value):
+            return leaf
+        number = leaf.number
+        if number in self.tape.names:
+            return self.tensors[self.tape.names[number]]
+        if number in self.now:
+            return self.now[number]
+        return self.tape.constants[number] if number in self.tape.constants else self.still(number)
+
+    def still(self, number: int) -> Tensor:
+        """What operations that read nothing of the samples made."""
+        if number not in self.unmoved:
+            op = self.tape.ops[self.tape.makers[number]]
+            args, kwargs = pytree.tree_map(self, (op.args, dict(op.kwargs)))
+            made = pytree.tree_leaves(op.function(*args, **kwargs))
+            self.unmoved.update(zip(op.outputs, (leaf for leaf in made if isinstance(leaf, Tensor)), strict=True))
+        return self.unmoved[number]
+
+
 def run(
     tape: Tape,
     tensors: Mapping[str, Tensor],
@@ -144,30 +177,13 @@ def run(
         interpret: operations (by name) to compute by ``(op, args) -> outputs`` instead of the recorded function.
         gradient: let autograd follow.
     """
-    now, unmoved = dict(values), dict[int, Tensor]()
-
-    def look(leaf: Any) -> Any:
-        if not isinstance(leaf, Value):
-            return leaf
-        if leaf.number in tape.names:
-            return tensors[tape.names[leaf.number]]
-        if leaf.number in now:
-            return now[leaf.number]
-        return tape.constants[leaf.number] if leaf.number in tape.constants else of_tensors(leaf.number)
-
-    def of_tensors(number: int) -> Tensor:
-        if number not in unmoved:
-            op = tape.ops[tape.makers[number]]
-            args, kwargs = pytree.tree_map(look, (op.args, dict(op.kwargs)))
-            made = pytree.tree_leaves(op.function(*args, **kwargs))
-            unmoved.update(zip(op.outputs, (leaf for leaf in made if isinstance(leaf, Tensor)), strict=True))
-        return unmoved[number]
-
+    now = dict(values)
+    look = _Look(tape, tensors, now, {})
     with torch.set_grad_enabled(gradient):
         for index in range(start, stop):
             op = tape.ops[index]
             if index in tape.still:
-                now.update({number: of_tensors(number) for number in op.outputs if number in tape.results})
+                now.update({number: look.still(number) for number in op.outputs if number in tape.results})
                 continue
             args, kwargs = pytree.tree_map(look, (op.args, dict(op.kwargs)))
             other = interpret.get(op.name) if interpret else None
@@ -199,8 +215,7 @@ def output(tape: Tape, values: Mapping[int, Tensor]) -> Any:
 class _Recorder(TorchDispatchMode):
     def __init__(self, names: Mapping[int, str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.known: dict[int, int] = {}
-        self.alive: list[Tensor] = []
+        self.known = WeakTensorKeyDictionary()  # what nothing holds any more is no one's input
         self.state = names
         self.names: dict[int, str] = {}
         self.constants: dict[int, Tensor] = {}
@@ -210,15 +225,14 @@ class _Recorder(TorchDispatchMode):
         self.count = 0
 
     def new(self, tensor: Tensor) -> int:
-        self.alive.append(tensor)
         self.count += 1
-        self.known[id(tensor)] = self.count
+        self.known[tensor] = self.count
         return self.count
 
     def value(self, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        number = self.known.get(id(leaf))
+        number: int | None = self.known.get(leaf)
         if number is None:
             number = self.new(leaf)
             if id(leaf) in self.state:

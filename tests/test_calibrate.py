@@ -1,6 +1,8 @@
 """Calibration: the tape, the layers' patches, the quadratic's solvers against slow twins, and the whole."""
 
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -290,6 +292,34 @@ class _Branching(nn.Module):
 def test_a_forward_pass_that_cannot_be_replayed_is_refused(module):
     with pytest.raises(PcqError):
         tapes.record(module, (torch.randn(3, 4),))
+
+
+class _Watchful(nn.Module):
+    """Says whether what its first half made was gone when its second half was done; the garbage is not collected."""
+
+    def forward(self, x):
+        first = x * 2
+        at = weakref.ref(first)
+        second = first + 1
+        del first
+        self.gone = at() is None
+        return second
+
+
+def test_recording_and_replaying_hold_no_tensor_that_is_no_longer_read():
+    module, x = _Watchful(), torch.randn(3, 4)
+    gc.disable()
+    try:
+        tape = tapes.record(module, (x,))
+        assert module.gone
+        values = tapes.run(tape, {}, {tape.inputs[0]: x}, 0, len(tape.ops))
+        assert torch.equal(tapes.output(tape, values), x * 2 + 1)
+        at = [weakref.ref(tensor) for tensor in values.values()]
+        del values
+        assert at
+        assert all(ref() is None for ref in at)
+    finally:
+        gc.enable()
 
 
 def test_a_transformer_is_replayed_and_all_its_linears_found():
