@@ -59,6 +59,11 @@ def raise_all(problems: list[PcqError]) -> None:
         raise Problems(problems)
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's exception says, for a sentence of ours: its first line, or its class if it is silent."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``" Did you mean 'x'?"`` for the closest known word, or an empty string."""
     import difflib

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pcq.errors import PcqError, did_you_mean
+from pcq.errors import PcqError, did_you_mean, first_line
 from pcq.inventory import inventory
 from pcq.loading import check_shapes, load_state
 from pcq.recognition import Ambiguous, Recognised, Shapes, recognise
@@ -174,7 +174,7 @@ def _hugging_face(spec: Spec) -> nn.Module:
     try:
         config = transformers.AutoConfig.from_pretrained(source, local_files_only=True, **spec.options)
     except (OSError, ValueError) as error:
-        told = str(error).strip().splitlines()[0]
+        told = first_line(error)
         todo = "Give a folder with config.json; nothing is downloaded"
         raise PcqError(f"no configuration could be read: {told}", where=str(spec), todo=todo) from error
     names = getattr(config, "architectures", None) or []

@@ -15,6 +15,7 @@ from importlib.resources import files
 import torch
 from torch import Tensor
 
+from pcq.errors import first_line
 from pcq.grids import Affine, Grid
 
 THREADS = 256
@@ -111,7 +112,7 @@ def _kernel(device: int) -> Callable[["ctypes.Array[ctypes.c_char]", int], None]
         start, check = _utils._get_gpu_runtime_library().cuLaunchKernel, _utils._check_cuda
         function = built.func
     except Exception as error:  # private to torch: whatever it is, there is another way
-        told = str(error).strip().partition("\n")[0]
+        told = first_line(error)
         warnings.warn(f"proximal maps take several passes on this GPU, for want of a kernel: {told}", stacklevel=2)
         return None
     finally:

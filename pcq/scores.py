@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pcq.data import Data
-from pcq.errors import CheckFailed, PcqError
+from pcq.errors import CheckFailed, PcqError, first_line
 from pcq.progress import Progress, silent
 
 Predictor = Callable[[Tensor], Tensor]
@@ -154,7 +154,7 @@ def module_predictor(module: nn.Module) -> Predictor:
             with torch.no_grad():
                 out: Any = module(x)
         except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
-            told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            told = first_line(error)
             where = f"samples of {'x'.join(map(str, x.shape[1:]))}"
             raise PcqError(f"the network does not take them: {told}", where=where) from error
         out = getattr(out, "logits", out)
@@ -183,7 +183,7 @@ def onnx_predictor(path: str | Path) -> Predictor:
     try:
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common class of their own
-        told = str(error).strip().splitlines()[0]
+        told = first_line(error)
         raise PcqError(f"ONNX Runtime {ort.__version__} cannot load it: {told}", where=str(path)) from error
     inputs = session.get_inputs()
     if len(inputs) != 1:
@@ -202,7 +202,7 @@ def onnx_predictor(path: str | Path) -> Predictor:
         try:
             return torch.from_numpy(np.asarray(session.run([output], {name: array})[0], dtype=np.float32))
         except Exception as error:
-            told = str(error).strip().splitlines()[0]
+            told = first_line(error)
             raise PcqError(f"ONNX Runtime {ort.__version__} cannot run it: {told}", where=str(path)) from error
 
     takes = [size if isinstance(size, int) else None for size in (shape or [])[1:]]

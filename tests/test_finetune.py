@@ -459,6 +459,21 @@ def test_a_run_that_cannot_begin_leaves_the_last_ones_measurements(tmp_path: Pat
         tune(out, save_every=0)
 
 
+class Silent(Small):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[1] != 1:
+            raise AssertionError
+        return super().forward(x)
+
+
+def test_a_network_that_refuses_its_samples_without_a_word_is_an_error_with_words(tmp_path: Path) -> None:
+    np.savez(tmp_path / "d.npz", x=np.zeros((20, 3, 8, 8), np.float32), y=np.zeros(20, np.int64))
+    with pytest.raises(PcqError, match="samples of 3x8x8: the network does not take them: AssertionError"):
+        pcq.finetune(
+            small(tmp_path), "ternary", f"npz:{tmp_path / 'd.npz'}", out=tmp_path / "x", arch=f"{__name__}:Silent"
+        )
+
+
 def test_a_batch_of_all_samples_is_called_that(tmp_path: Path) -> None:
     x = np.random.default_rng(0).normal(size=(20, 1, 8, 8)).astype(np.float32)
     np.savez(tmp_path / "d.npz", x=x, y=np.arange(20) % 10)

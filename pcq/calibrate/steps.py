@@ -16,7 +16,7 @@ from pcq.calibrate.equalization import equalize, most_common, pairs
 from pcq.calibrate.layers import find
 from pcq.calibrate.oneshot import LayerReport, Settings, batches, calibrate
 from pcq.calibrate.padding import mask_at, of_tokens
-from pcq.errors import PcqError
+from pcq.errors import PcqError, first_line
 from pcq.progress import Progress, silent
 from pcq.qtensor import QuantizedTensor, Quantizer
 from pcq.rows import Rows
@@ -95,7 +95,7 @@ def outputs(
             try:
                 result = torch.func.functional_call(module, dict(tensors), given)
             except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
-                told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                told = first_line(error)
                 where = "samples of " + " and ".join(
                     "x".join(map(str, each.shape[1:])) or "one number" for each in inputs
                 )

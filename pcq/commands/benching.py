@@ -16,7 +16,7 @@ from pcq import checkpoint
 from pcq.commands.benched import Array, Benched, open_files
 from pcq.commands.fresh import Fresh, measure
 from pcq.commands.networks import keys, open_network
-from pcq.errors import PcqError
+from pcq.errors import PcqError, first_line
 from pcq.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -275,7 +275,7 @@ def _turn(
             if feed is not None:
                 run(feed)
         except Exception as error:  # torch's and onnxruntime's exceptions share no class
-            told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            told = first_line(error)
             raise PcqError(f"it does not run ({said}): {told}", where="bench", todo="Is --input right?") from error
         times.append(None if feed is None else time.perf_counter() - start)
     return times

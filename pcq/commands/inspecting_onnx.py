@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx
 
 from pcq.commands.views import FileView, TensorView, float_view, quantized_view
-from pcq.errors import CheckFailed, PcqError
+from pcq.errors import CheckFailed, PcqError, first_line
 from pcq.export import is_packed, open_packed
 from pcq.export.layouts import LOADING
 from pcq.export.reading import PackedFile, file_bytes
@@ -107,7 +107,7 @@ def runs(path: Path, resident: int, loading: int) -> list[tuple[str, str]]:
         except CheckFailed as error:
             return [("runs", error.what)]
         except Exception as error:  # a dump that protobuf cannot hold, or no place for it
-            return [("runs", f"not looked at: {str(error).splitlines()[0][:120]}")]
+            return [("runs", f"not looked at: {first_line(error)[:120]}")]
         counts = Counter(node.op_type for node in graph.node)
         held = sum(item.stat().st_size for item in Path(folder).iterdir())
     whole = {kind: count for kind, count in counts.items() if kind in INT8}

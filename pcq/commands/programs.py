@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from pcq import checkpoint
 from pcq.commands.doors import DoorResult, opened
 from pcq.commands.networks import Network, load_network
-from pcq.errors import CheckFailed, PcqError
+from pcq.errors import CheckFailed, PcqError, first_line
 from pcq.sources.pt2 import counting
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def _exported(module: nn.Module, samples: "Random", where: str) -> tuple[torch.e
             return moving, (1, 3)
         return torch.export.export(module, (example[0][:1],), strict=False), (1,)
     except Exception as error:  # torch.export raises many kinds
-        told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        told = first_line(error)
         raise PcqError(f"torch cannot export the network: {told}", where=where) from error
 
 

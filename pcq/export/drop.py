@@ -10,7 +10,7 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from pcq.errors import PcqError
+from pcq.errors import PcqError, first_line
 from pcq.export import verify
 
 Samples = Sequence[tuple[Tensor, Tensor | None]]
@@ -67,6 +67,4 @@ def outputs(path: Path, samples: Samples) -> npt.NDArray[np.float32]:
     try:
         return np.concatenate([np.asarray(session.run([output], {name: x.numpy()})[0]) for x, _ in samples])
     except Exception as error:  # onnxruntime's exceptions share no class of their own
-        raise PcqError(
-            f"the network does not take the samples: {str(error).splitlines()[0]}", where="--calib"
-        ) from error
+        raise PcqError(f"the network does not take the samples: {first_line(error)}", where="--calib") from error

@@ -14,7 +14,7 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from pcq.errors import CheckFailed
+from pcq.errors import CheckFailed, first_line
 from pcq.export.body import DOMAIN
 from pcq.export.reading import PackedFile, open_packed
 from pcq.grids import Affine, Grid
@@ -172,7 +172,7 @@ def check_form(path: Path) -> None:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise CheckFailed(f"the ONNX checker refuses it: {_first_line(error)}", where="check") from error
+        raise CheckFailed(f"the ONNX checker refuses it: {first_line(error)}", where="check") from error
 
 
 def check_codes(
@@ -366,7 +366,7 @@ def open_session(model: str | bytes, optimised: bool, dump: Path | None = None) 
     try:
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions share no class of their own
-        raise CheckFailed(f"ONNX Runtime does not load it: {_first_line(error)}", where="check") from error
+        raise CheckFailed(f"ONNX Runtime does not load it: {first_line(error)}", where="check") from error
 
 
 def _same(a: Grid, b: Grid) -> bool:
@@ -382,7 +382,3 @@ def _equal(a: Tensor | float | None, b: Tensor | float | None) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return torch.equal(a, b)
     return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

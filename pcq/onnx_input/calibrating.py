@@ -26,7 +26,7 @@ from pcq.calibrate.moments import Moments, Sums
 from pcq.calibrate.oneshot import LayerReport, Settings, View, bounded, centred, match, quadratic, solve
 from pcq.calibrate.padding import altered, named_mask, of_tokens, unreached
 from pcq.calibrate.steps import Outcome, Step, better
-from pcq.errors import PcqError
+from pcq.errors import PcqError, first_line
 from pcq.export import verify, writing
 from pcq.onnx_input.feeds import Array, Feeds
 from pcq.onnx_input.graph import Opened, open_graph
@@ -245,7 +245,7 @@ def run(session: ort.InferenceSession, batch: Mapping[str, Array], path: Path) -
         found: list[Array] = session.run(None, {name: batch[name] for name in batch if name in names}, QUIET)
     except Exception as error:  # onnxruntime's exceptions share no class of their own
         shapes = ", ".join(f"{name} {'x'.join(map(str, array.shape))}" for name, array in batch.items())
-        told = str(error).strip().splitlines()[0]
+        told = first_line(error)
         todo = "Give an array for each input as the model wants it: --calib npz:FILE"
         allowed = ", ".join(f"{value.name} {'x'.join(map(str, value.shape))}" for value in inputs)
         raise PcqError(f"the model does not take the samples ({shapes}): {told}", where=str(path), allowed=allowed,

@@ -19,7 +19,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from torch import Tensor
 
-from pcq.errors import CheckFailed, PcqError
+from pcq.errors import CheckFailed, PcqError, first_line
 from pcq.export import scheme, verify, writing
 from pcq.export.body import DOMAIN, Lowered
 from pcq.export.frame import can_transpose
@@ -326,7 +326,7 @@ def _run(session: ort.InferenceSession, trials: Sequence[Trial]) -> list[list[Ar
     try:
         return [session.run(None, dict(trial.feed), QUIET) for trial in trials]
     except Exception as error:  # onnxruntime's exceptions share no class of their own
-        first = str(error).splitlines()[0]
+        first = first_line(error)
         raise PcqError(f"ONNX Runtime does not run it on these inputs: {first}", where="--sample") from error
 
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 
-from pcq.errors import PcqError
+from pcq.errors import PcqError, first_line
 from pcq.export.verify import open_session
 from pcq.onnx_input.chains import REARRANGING, stored_in, users
 
@@ -73,7 +73,7 @@ def find_trials(path: Path, model: ir.Model) -> list[Trial]:
             try:
                 seen = [session.run(None, feed, QUIET) for feed in feeds]
             except Exception as error:  # onnxruntime's exceptions share no class of their own
-                last = str(error).splitlines()[0]
+                last = first_line(error)
                 continue
             if all(_numbers(outputs) == 1 for outputs in seen):
                 found = feeds

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from pcq.errors import PcqError
+from pcq.errors import PcqError, first_line
 from pcq.train import batchnorm
 
 WHERE = "finetune.graphs"
@@ -36,7 +36,7 @@ def recorded(module: nn.Module, x: Tensor, bf16: bool) -> Iterator[None]:
         with torch.autocast("cuda", torch.bfloat16, enabled=bf16, cache_enabled=False):
             torch.cuda.make_graphed_callables(module.train(), (x,))
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        told = str(error).strip().partition("\n")[0] or type(error).__name__
+        told = first_line(error)
         raise PcqError(f"the network's passes cannot be recorded: {told}", where=WHERE, todo="Leave it out.") from error
     batchnorm.put(module, kept)
     try:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pcq import shards
 from pcq.activations import Range
-from pcq.errors import CheckFailed, PcqError
+from pcq.errors import CheckFailed, PcqError, first_line
 from pcq.grids import Grid
 from pcq.progress import Progress, silent
 from pcq.proxconnect import ProxConnect, Target, Telemetry
@@ -276,8 +276,8 @@ def _loss(job: Job, module: nn.Module, x: Tensor, y: Tensor | None) -> Tensor:
                 wanted = logits(job.teacher(x))
         try:
             out = logits(module(x))
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            told = str(error).strip().partition("\n")[0] or type(error).__name__
+        except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+            told = first_line(error)
             where = f"samples of {'x'.join(map(str, x.shape[1:]))}"
             raise PcqError(f"the network does not take them: {told}", where=where) from error
     highest = job.splits.train.highest

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import torch
 
 from pcq.atomic import atomic
-from pcq.errors import CheckFailed, PcqError, raise_all
+from pcq.errors import CheckFailed, PcqError, first_line, raise_all
 from pcq.train.board import Board
 
 FORMAT = 1
@@ -44,7 +44,7 @@ def _read(path: Path, fingerprint: Mapping[str, str], mmap: bool = False) -> dic
         saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         version, theirs, _ = saved["pcq_run"], saved["fingerprint"], saved["state"]
     except (OSError, EOFError, RuntimeError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
-        told = str(error).strip().partition("\n")[0]
+        told = first_line(error)
         todo = "Start over with --force"
         raise CheckFailed(f"the saved run cannot be read: {told}", where=str(path), todo=todo) from error
     if version != FORMAT:
