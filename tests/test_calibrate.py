@@ -15,11 +15,22 @@ from pcq import tape as tapes
 from pcq.calibrate.layers import find, patches
 from pcq.calibrate.moments import influence
 from pcq.calibrate.oneshot import Settings, View, calibrate, moments
-from pcq.calibrate.quadratic import Codes, Quadratic, descend, gptq, largest_eigenvalue, nearest, proxconnect, refit
+from pcq.calibrate.quadratic import (
+    Codes,
+    Quadratic,
+    descend,
+    gptq,
+    largest_eigenvalue,
+    nearest,
+    parameters_of,
+    proxconnect,
+    refit,
+)
+from pcq.calibrate.starts import best_of, improved, search
 from pcq.calibrate.streams import Streams
 from pcq.demo.nets import resnet8
 from pcq.errors import PcqError
-from pcq.grids import Codebook
+from pcq.grids import Affine, Codebook
 from pcq.qtensor import quantize
 from pcq.quantizers import AdditivePowersOfTwo, Binary, Fixed, KMeans, LeastSquaresBinary, Quantizer, Ternary, Uniform
 from pcq.rows import Rows
@@ -187,6 +198,50 @@ def test_descent_ends_where_no_single_change_of_a_code_helps(quantizer, seed, bl
             other[..., j] = code
             loss = q.loss(Codes(other, grid, row).decode())
             assert (loss >= base * (1 - 1e-4) - 1e-6).all(), (j, code)
+
+
+SEARCHED = [q for q in QUANTIZERS if not (isinstance(q, Fixed) and q.scale == "none")]
+
+
+@pytest.mark.parametrize("quantizer", SEARCHED, ids=lambda q: q.text)
+@pytest.mark.parametrize("per", ["channel", "tensor", "group"])
+def test_the_best_of_several_starts_is_that_of_each_alone(quantizer, per):
+    """Stacked into one problem, against one after the other; groups of channels, each with its own H."""
+    q = _problem(11, groups=2, r=3, n=8)
+    shape = (6, 8)
+    rows = {"channel": Rows(shape), "tensor": Rows(shape, axis=None), "group": Rows(shape, group=4)}[per]
+    grid = quantizer.fit(rows.split(q.target.reshape(shape)))
+    row = rows.merge(torch.arange(rows.g)[:, None].expand(rows.g, rows.width).contiguous()).reshape(2, 3, 8)
+    tried = [(1.0, 0), (1.3, 1), (0.8, -1), (1.1, 2)]
+    alone = [best_of(q, grid, row, [start]) for start in tried]
+    together = best_of(q, grid, row, tried)
+    losses = torch.stack([q.loss(codes.decode()) for codes in alone])
+    shared = per == "tensor" or parameters_of(grid).shape[0] == 1
+    least = losses[losses.sum((1, 2)).argmin()] if shared else losses.amin(0)
+    torch.testing.assert_close(q.loss(together.decode()), least, rtol=1e-4, atol=1e-6)
+    assert len({float(each.sum()) for each in losses}) > 1
+    if isinstance(grid, Affine) and isinstance(grid.zero_point, Tensor):
+        assert isinstance(together.grid, Affine)
+        assert isinstance(together.grid.zero_point, Tensor)
+        assert together.grid.zero_point.dtype == grid.zero_point.dtype
+
+
+@pytest.mark.parametrize("quantizer", SEARCHED, ids=lambda q: q.text)
+@given(seed=st.integers(0, 10**6))
+@settings(deadline=None, max_examples=10)
+def test_the_search_is_never_worse_than_its_first_start(quantizer, seed):
+    q = _problem(seed)
+    grid = quantizer.fit(q.target.flatten(0, 1))
+    row = _per_channel(q) if grid.g > 1 else torch.zeros_like(_per_channel(q))
+    first, found = improved(q, gptq(q, grid, row)), search(q, grid, row)
+    bound = q.loss(first.decode())
+    mine = q.loss(found.decode())
+    if parameters_of(grid).shape[0] == 1:
+        bound, mine = bound.sum(), mine.sum()
+    assert (mine <= bound * (1 + 1e-3) + 1e-6).all()
+    levels = found.grid.levels()
+    assert (levels.diff(dim=1) >= 0).all()
+    assert int(found.codes.max()) < grid.count
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda q: q.text)

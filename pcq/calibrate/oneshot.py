@@ -22,6 +22,7 @@ from pcq.calibrate.moments import Moments, Sums, damped, noise, pull, target
 from pcq.calibrate.padding import counted, mask_at, real_rows
 from pcq.calibrate.quadratic import Codes, Quadratic, descend, gptq, nearest, proxconnect, refit
 from pcq.calibrate.rounding import rounding
+from pcq.calibrate.starts import better, improved, search
 from pcq.calibrate.streams import Streams
 from pcq.errors import PcqError
 from pcq.progress import Progress, silent
@@ -39,7 +40,8 @@ class Settings:
     """How to reconstruct.
 
     Attributes:
-        method: ``nearest``: levels and codes of the weights alone; ``gptq``; ``proxconnect``; ``rounding``: AdaRound's.
+        method: ``nearest``: levels and codes of the weights alone; ``gptq``: from several starts; ``proxconnect``:
+            these and its own, the better for each channel; ``rounding``: AdaRound's.
         corrected: aim at the float network's output from the quantized network's input; else at the layer's own.
         steps: of ``proxconnect``.
         rounds: how many times coordinate descent and the refit of the levels alternate.
@@ -166,11 +168,13 @@ def solve(q: Quadratic, rows: Rows, quantizer: Quantizer, view: "View", settings
     free = not (isinstance(quantizer, Fixed) and quantizer.scale == "none")
     match settings.method:
         case "gptq":
-            codes = gptq(q, grid, view.row)
+            codes = search(q, grid, view.row) if free else gptq(q, grid, view.row)
         case "rounding":
             codes = rounding(q, grid, view.row)
         case "proxconnect":
             codes = proxconnect(q, nearest(grid, view.row, q.target), settings.steps, free)
+            if free:
+                codes = better(q, search(q, grid, view.row), improved(q, codes))
         case "nearest":
             codes = nearest(grid, view.row, q.target)
     for _ in range(settings.rounds if settings.method != "nearest" else 0):

@@ -50,8 +50,8 @@ class Codes:
     def own(self) -> bool:
         """Whether no two channels share a row of the grid."""
         flat = self.row.flatten(0, 1)
-        low, high = flat.amin(1), flat.amax(1)
-        return bool((low[1:] > high[:-1]).all())
+        low, order = flat.amin(1).sort()
+        return bool((low[1:] > flat.amax(1)[order][:-1]).all())
 
 
 def _decode(grid: Grid, row: Tensor, codes: Tensor) -> Tensor:
