@@ -369,6 +369,7 @@ MISTAKES = (
         artifact(),
         "Give --target-ort 1.23",
     ),
+    Mistake("a file named twice", "export net.safetensors a.onnx -o b.onnx", artifact(), "one of them"),
     Mistake("a mode and an aim", "export net.safetensors --mode native --optimize ram", artifact(), "one of them"),
     Mistake(
         "an artifact cut short",

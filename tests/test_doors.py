@@ -241,5 +241,9 @@ def test_the_command_line(artifact: Path, tmp_path: Path, capsys: pytest.Capture
     assert "the very bits of the network at batch 1 and 3" in capsys.readouterr().out
     assert cli.run(["export", str(artifact), str(tmp_path / "c"), "--compressed-tensors"]) == 0
     assert "floats there" in capsys.readouterr().out
+    named = ["--out", str(tmp_path / "named.safetensors"), "--state-dict", "--json"]
+    assert cli.run(["export", str(artifact), *named]) == 0
+    assert (tmp_path / "named.safetensors").read_bytes() == (tmp_path / "s.safetensors").read_bytes()
+    assert cli.run(["export", str(artifact), "twice.safetensors", *named]) == 2
     assert cli.run(["export", str(artifact), "--pt2", "--state-dict"]) == 2
     assert cli.run(["export", str(DIGITS), "--state-dict"]) == 2

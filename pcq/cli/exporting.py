@@ -11,6 +11,7 @@ from pcq.cli.app import app
 from pcq.cli.doors import Compressed, Pt2, StateDict, export_other
 from pcq.cli.frame import answers, bar, emit, say, starting
 from pcq.cli.options import Arch, Force, Input, Json, shape_of
+from pcq.errors import PcqError
 
 if TYPE_CHECKING:
     from pcq.commands import Planned
@@ -44,7 +45,7 @@ class Ranges(StrEnum):
 
 
 OF_INT8 = ("--calib", "--samples", "--ranges", "--max-drop", "--float", "--vnni")
-FOR_ALL = {"artifact", "out", "onnx", "state_dict", "pt2", "compressed_tensors", "force", "as_json"}
+FOR_ALL = {"artifact", "out", "named", "onnx", "state_dict", "pt2", "compressed_tensors", "force", "as_json"}
 """Parameters that every form and mode uses, or that choose one."""
 
 
@@ -78,6 +79,9 @@ def export(
         typer.Argument(
             help="The file, or the folder (default: ARTIFACT with .onnx, .float.safetensors, .pt2 or .compressed)."
         ),
+    ] = None,
+    named: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The same, in the words of the other commands.")
     ] = None,
     onnx: Annotated[bool, typer.Option("--onnx", help="Write ONNX, which is the default.")] = False,
     arch: Arch = None,
@@ -131,12 +135,14 @@ def export(
 ) -> None:
     """Write ONNX whose weights stay packed, and prove it: bit-exact codes, the same outputs as torch, the size."""
     given = typed(context)
+    if out is not None and named is not None:
+        raise PcqError(f"the file is named twice, {out} and {named}", where="--out", todo="Give one of them")
+    out = out or named
     forms = {"--onnx": onnx, "--state-dict": state_dict, "--pt2": pt2, "--compressed-tensors": compressed_tensors}
     if export_other(forms, given, artifact, out, arch, input_shape, force, as_json):
         return
     with starting():
         from pcq import commands
-    from pcq.errors import PcqError
 
     if mode is not None and optimize is not None:
         raise PcqError("--mode and --optimize both choose the layout", where="export", todo="Give one of them")
