@@ -162,6 +162,7 @@ def export_onnx(
             layout=layout,
             aim=aim,
             level=level,
+            fold=int8 is None,
             progress=progress,
         )
 

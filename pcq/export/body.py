@@ -97,6 +97,8 @@ class Body:
     def plane(self, i: int, table: ir.Value | None) -> ir.Value:
         """Plane ``i``, each byte looked up in ``table`` or, without one, taken as it is; in the view's shape."""
         radices, plane = planes(self.count), self.input("packed")
+        if table is None and len(radices) == 1:
+            return plane
         if len(radices) > 1:
             ends = list(accumulate(math.ceil(self.numel / DIGITS[radix]) for radix in radices))
             begin = self.attribute(f"plane{i}", (ends[i - 1],)) if i else self.ints(0)
@@ -120,16 +122,6 @@ class Body:
         if apart and self.opset >= 18:
             return self.cast(reduce(lambda a, b: self.op("BitwiseOr", a, b), parts), to)
         return reduce(lambda a, b: self.op("Add", a, b), [self.cast(part, to) for part in parts])
-
-    def bytes_less_128(self) -> ir.Value:
-        """``code - 128`` as int8, of codes that are whole bytes: the highest bit turned and the byte read as signed.
-
-        In bytes, so that no array of floats is made on the way: each such array is a third of what loading takes.
-        """
-        turn = self.op("Constant", value=ir.tensor(np.uint8(128)), name="turn")
-        signed = self.cast(self.op("BitwiseXor", self.input("packed"), turn), ir.DataType.INT8)
-        view = self.attribute("shape" if self.frame.way == "plain" else "view", self.frame.view)
-        return self.op("Reshape", signed, view, name="codes")
 
     def row_starts(self) -> ir.Value:
         """int32 ``[*place]``: where each row's levels start in the flat table."""

@@ -15,6 +15,24 @@ def only_reader(value: ir.Value) -> ir.Node | None:
     return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
 
 
+def reader_kind(node: ir.Node, index: int) -> str:
+    """``Conv``, ``ConvTranspose``, ``MatMul`` and ``Gemm`` where this input is what a layer multiplies by."""
+    plain = index == 1 and node.domain == ""
+    if plain and node.op_type == "Gemm":
+        ones = all(node.attributes[key].as_float() == 1 for key in ("alpha", "beta") if key in node.attributes)
+        plain = ones and int_attribute(node, "transB", 0) == 1 and int_attribute(node, "transA", 0) == 0
+    return node.op_type if plain else f"{node.op_type} in another way"
+
+
+def bypass(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
+    """Take a node of one output out: ``value`` takes its place, and its name."""
+    old = node.outputs[0]
+    name, old.name = old.name, f"{old.name}/before"
+    value.name = name
+    ir.convenience.replace_all_uses_with([old], [value], replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
 def sweep(model: ir.Model) -> None:
     """Drop what nothing reads any more."""
     for node in reversed(list(model.graph)):

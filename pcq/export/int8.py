@@ -25,8 +25,19 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from pcq.activations import FULL, HALF, Names, Range, sums
+from pcq.export import norms
 from pcq.export.body import DOMAIN
-from pcq.export.editing import add_op, initializer, int_attribute, is_constant, numbers, only_reader, sweep, typed_value
+from pcq.export.editing import (
+    add_op,
+    bypass,
+    initializer,
+    int_attribute,
+    is_constant,
+    numbers,
+    only_reader,
+    sweep,
+    typed_value,
+)
 from pcq.export.integers import Channels, Integers, integers, large, lower_int8
 from pcq.qtensor import QuantizedTensor
 
@@ -159,11 +170,7 @@ def _end(node: ir.Node) -> ir.Value:
 
 
 def _norm(node: ir.Node) -> ir.Node | None:
-    """The BatchNorm that alone reads a convolution's output, if its numbers are known."""
-    after = only_reader(node.outputs[0]) if node.op_type == "Conv" else None
-    if after is None or after.op_type != "BatchNormalization":
-        return None
-    return after if all(is_constant(after, i) for i in range(1, 5)) else None
+    return norms.behind(node) if node.op_type == "Conv" else None
 
 
 @dataclass(frozen=True)
@@ -217,12 +224,9 @@ def convert(
             site.node.replace_input_with(2, b)
         if norm is not None:
             old, new = norm.outputs[0], site.node.outputs[0]
-            name, old.name = old.name, f"{old.name}/norm"
-            new.name = name
-            ir.convenience.replace_all_uses_with([old], [new], replace_graph_outputs=True)
+            bypass(graph, norm, new)
             if old in span:
                 span[new], codes_of[new] = span.pop(old), codes_of.pop(old)
-            graph.remove(norm, safe=True)
     for value, parameters in codes_of.items():
         only = None if value not in placement.partly else set(placement.partly[value])
         _quantize(graph, value, parameters, only)
@@ -246,10 +250,8 @@ def _channels(
         bias = bias + numbers(given)
     norm = _norm(node)
     if norm is not None:
-        gamma, beta, mean, var = (numbers(value) for value in norm.inputs[1:] if value is not None)
-        epsilon = norm.attributes["epsilon"].as_float() if "epsilon" in norm.attributes else 1e-5
-        factor = gamma / np.sqrt(var + epsilon)
-        bias = beta + (bias - mean) * factor
+        done = norms.as_map(norm, bias)
+        factor, bias = done.factor, done.shift
     scale = np.broadcast_to(weight.grid.scale.numpy(), (count,))  # type: ignore[union-attr]
     found = sums(scale, site.form.unit, factor, bias, np.float32(x_scale))
     flip = np.where(found.lost, 0, np.sign(factor)).astype(np.int8)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from pcq.export.body import FLOAT, INT32, Body, Lowered
 from pcq.export.frame import Array, Frame
-from pcq.export.lowering import digits
+from pcq.export.lowering import digits, is_signed, stored_codes
 from pcq.grids import Affine, Grid
-from pcq.packing import pack, planes
+from pcq.packing import planes
 from pcq.qtensor import QuantizedTensor
 from pcq.rows import Rows
 
@@ -98,9 +98,8 @@ def lower_int8(
     """The function ``packed, scale, [zero_point], gain, [flip, floor] -> q int8, s float32 [C] or [1]``."""
     grid, frame = weight.grid, Frame(weight.rows, transposed)
     assert isinstance(grid, Affine)
-    codes = weight.codes.t() if transposed else weight.codes
     body = Body(frame, grid.count, opset)
-    arrays: dict[str, Array] = {"packed": pack(codes.contiguous(), grid.count).numpy()}
+    arrays: dict[str, Array] = {"packed": stored_codes(weight, frame)}
     arrays["scale"] = frame.arrange(grid.scale)
     unit, name = form.unit, f"Int8x{form.unit}"
     tables = [table.astype(np.int64) * unit for table in digits(grid.count)]
@@ -118,8 +117,8 @@ def lower_int8(
     else:
         tables[-1] -= round(grid.zero_point * unit)
         name += f"Minus{grid.zero_point:g}of{grid.count}".replace(".", "_")
-        if planes(grid.count) == (256,) and grid.zero_point == 128 and unit == 1 and opset >= 18:
-            q = body.bytes_less_128()
+        if is_signed(grid):
+            q = body.input("packed")
         elif len(planes(grid.count)) == 1:
             q = body.plane(0, body.table(tables[0].clip(-128, 127).astype(np.int8)))
         else:

@@ -3,7 +3,8 @@
 The unpacking must give the very bits of :meth:`QuantizedTensor.dequantize`, run on every ONNX Runtime since 1.17 (so
 nothing but Cast, Gather, Reshape, Slice, BitwiseOr, Add, Sub, Mul, Div, Range and Transpose), and be foldable to a
 constant when a session is made (so every shape is an attribute). Whatever the grid, a plane's bytes index a constant
-table ``[radix ** digits, digits]`` that holds the digits of every byte; what is left is arithmetic on small integers:
+table ``[radix ** digits, digits]`` that holds the digits of every byte (whole bytes need none); what is left is
+arithmetic on small integers:
 
     affine    scale * (d0 + r0 * d1 + ... - zero_point)      the tables already hold the terms, zero point included
     codebook  levels[d0 + r0 * d1 + ...]                     with one plane and one table, levels go into the table
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from pcq.errors import PcqError
 from pcq.export.body import FLOAT, INT32, Body, Lowered
-from pcq.export.frame import Frame
+from pcq.export.frame import Array, Frame
 from pcq.grids import Affine, Codebook
 from pcq.packing import pack, planes
 from pcq.qtensor import QuantizedTensor
@@ -40,9 +41,8 @@ def lower(weight: QuantizedTensor, opset: int, transposed: bool = False) -> Lowe
     if not weight.numel:
         raise PcqError("an empty tensor cannot be packed", todo="Keep it in float")
     frame = Frame(weight.rows, transposed)
-    codes = weight.codes.t() if transposed else weight.codes
     grid = weight.grid
-    arrays = {"packed": pack(codes.contiguous(), grid.count).numpy()}
+    arrays = {"packed": stored_codes(weight, frame)}
     body = Body(frame, grid.count, opset)
     if isinstance(grid, Affine):
         arrays["scale"] = frame.arrange(grid.scale)
@@ -57,6 +57,24 @@ def lower(weight: QuantizedTensor, opset: int, transposed: bool = False) -> Lowe
     return body.finish(name, result, arrays)
 
 
+def stored_codes(weight: QuantizedTensor, frame: Frame) -> Array:
+    """Packed bytes ``[bytes]``; of whole bytes, in the view's shape and where zero is 128 less that, as int8: then
+    nothing is left to do but a cast."""
+    grid, codes = weight.grid, weight.codes.t() if frame.transposed else weight.codes
+    packed = pack(codes.contiguous(), grid.count)
+    if planes(grid.count) != (256,):
+        return packed.numpy()
+    packed = packed.reshape(frame.view)
+    return (packed ^ 128).view(torch.int8).numpy() if is_signed(grid) else packed.numpy()
+
+
+def is_signed(grid: Affine | Codebook) -> bool:
+    """Whether codes are stored as the int8 ``code - 128``."""
+    if not isinstance(grid, Affine) or isinstance(grid.zero_point, Tensor):
+        return False
+    return planes(grid.count) == (256,) and grid.zero_point == 128
+
+
 def _shared(grid: Codebook) -> bool:
     return grid.table.shape[0] == 1
 
@@ -64,7 +82,7 @@ def _shared(grid: Codebook) -> bool:
 def _affine(body: Body, grid: Affine) -> tuple[str, ir.Value]:
     """``scale * (code - zero_point)``: exactly that float32 arithmetic, or integers that give the same bits.
 
-    A zero point that all rows share is subtracted in the tables, 128 from whole bytes before they are floats. For one
+    A zero point that all rows share is subtracted in the tables, 128 of whole bytes before they are stored. For one
     of n/2 the tables hold twice the value and the scale is halved, which is exact unless a scale is so small that
     halving it rounds.
     """
@@ -81,8 +99,8 @@ def _affine(body: Body, grid: Affine) -> tuple[str, ir.Value]:
     terms[-1] -= round(zero * (2 if doubled else 1))
     fits = len(tables[0]) != 256 and all(table.min() >= -128 and table.max() <= 127 for table in terms)
     exact = not doubled or torch.equal(grid.scale * 0.5 * 2, grid.scale)
-    if len(tables[0]) == 256 and zero == 128 and body.opset >= 18:
-        centred = body.cast(body.bytes_less_128(), FLOAT)
+    if is_signed(grid):
+        centred = body.cast(body.input("packed"), FLOAT)
     elif fits and exact:
         centred = body.codes([table.astype(np.int8) for table in terms], FLOAT)
         scale = body.op("Mul", scale, body.number(0.5)) if doubled else scale

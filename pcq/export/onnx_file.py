@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from pcq.errors import PcqError, did_you_mean, raise_all
-from pcq.export import passes, scheme, verify, writing
+from pcq.export import norms, passes, scheme, verify, writing
 from pcq.export.facts import Target, target
 from pcq.export.layouts import Aim, Choice, Layout, Level, Plan, plan, refuse
 from pcq.export.nbits import OPERATOR
@@ -52,6 +52,7 @@ class OnnxReport:
         tensors: the packed weights.
         unused: quantized weights that the network's forward does not use; they are not in the file.
         shared: weights equal to another one, which stands for both: name -> the other's name.
+        folded: weights whose scales have taken in the BatchNorm behind them.
         agreements: the runs beside torch.
         dynamic_batch: whether the file takes any number of samples.
         opset, ir_version, target_ort: what the file is written for.
@@ -86,6 +87,7 @@ class OnnxReport:
     loading: int = 0
     load: str = ""
     level4: verify.Rounded | None = None
+    folded: tuple[str, ...] = ()
 
     @property
     def error(self) -> float:
@@ -106,6 +108,7 @@ def write_onnx(
     layout: Layout = "exact",
     aim: Aim | None = None,
     level: Level = 4,
+    fold: bool = True,
     external_above: int = writing.EXTERNAL_ABOVE,
     progress: Progress = silent,
 ) -> OnnxReport:
@@ -125,6 +128,8 @@ def write_onnx(
         aim: choose a layout for each weight instead, for ``size``, ``speed`` or ``ram``.
         level: accuracy level of MatMulNBits in layout ``matmulnbits``: 1 computes in float32, 4 with activations
             rounded to int8 where a runtime can.
+        fold: take BatchNorm behind a packed weight into its scales and a bias (:mod:`pcq.export.norms`); the file then
+            holds those scales. Leave it out for a file that :func:`pcq.export.write_int8` is to read.
         external_above: bytes of initializers beyond which they get a file of their own beside ``out``.
         progress: called at each stage.
 
@@ -140,9 +145,9 @@ def write_onnx(
     refuse(weights, goal, layout, level)
     progress("trace", 0, 1)
     traced = trace(network, example, goal.opset)
-    wanted = _Wanted(goal, layout, aim, level)
+    wanted = _Wanted(goal, layout, aim, level, fold)
     packing = _pack(traced, weights, wanted, {**(metadata or {})}, dict(tied or {}), progress)
-    kept = {name: weights[name] for name in packing.names}
+    kept = packing.weights
     trials = _trials(traced, samples)
     with writing.draft(out) as path:
         progress("write", 0, 1)
@@ -163,6 +168,7 @@ def write_onnx(
         opset=file.opset, ir_version=file.ir_version, target_ort=goal.ort, ort_version=onnxruntime.__version__,
         seconds=time.perf_counter() - start, resident=packing.plan.resident + file.float_bytes,
         transient=packing.plan.transient, loading=packing.plan.loading, load=packing.plan.load, level4=level4,
+        folded=packing.folded,
     )  # fmt: skip
 
 
@@ -200,11 +206,13 @@ class _Wanted:
     layout: Layout
     aim: Aim | None
     level: Level
+    fold: bool
 
 
 @dataclass(frozen=True)
 class _Packing:
-    names: tuple[str, ...]
+    weights: dict[str, QuantizedTensor]
+    folded: tuple[str, ...]
     unused: tuple[str, ...]
     shared: dict[str, str]
     predicted: int
@@ -244,19 +252,21 @@ def _pack(
         else:
             raise PcqError("torch changed this weight while exporting, so it cannot be packed", where=name,
                            todo="Keep it in float: a rule with `keep`")  # fmt: skip
-    packed: list[passes.Packed] = []
+    placed: list[passes.Placed] = []
     for name, held in found.items():
-        progress("pack", len(packed), len(weights))
+        progress("pack", len(placed), len(weights))
         one = passes.pack(model, name, weights[name], held) if held else None
         if one is not None:
-            packed.append(one)
+            placed.append(one)
     progress("optimise", 0, 1)
-    left = passes.distinct_bytes(model)
     passes.optimise(model)
-    made = plan(passes.needs(model, weights, packed), wanted.goal, wanted.layout, wanted.aim, wanted.level)
-    packed = passes.lay_out(model, weights, packed, made)
+    folded = norms.fold(model, weights) if wanted.fold else {}
+    weights, left = {**weights, **folded}, passes.distinct_bytes(model)
+    made = plan(passes.needs(model, weights, placed), wanted.goal, wanted.layout, wanted.aim, wanted.level)
+    packed = passes.lay_out(model, weights, placed, made)
     structure = passes.structure_bytes(model, packed)
-    filled = {one.name: one for one in passes.fill(model, packed)}
+    passes.fill(model, packed)
+    filled = {one.name: one for one in packed}
     choices = {choice.name: choice for choice in made.choices}
     names = tuple(choices)
     unused += [name for name in weights if name not in names and name not in shared and name not in unused]
@@ -271,13 +281,17 @@ def _pack(
     entries = {"version": version, **metadata}
     if tied or shared:
         entries["tied"] = json.dumps({**tied, **shared})
+    if folded:
+        entries["folded"] = json.dumps([*folded])
     properties = {f"pcq.{key}": value for key, value in entries.items()} | {scheme.KEY: scheme.to_json(schemes)}
     if wanted.aim is not None or wanted.layout != "exact":
         properties["pcq.mode"] = wanted.layout if wanted.aim is None else f"optimized for {wanted.aim}"
     passes.finish(model, made.ir_version, version, properties)
     described = sum(len(key) + len(value.encode()) + 12 for key, value in properties.items())
     predicted = left + made.nbytes + structure + described
-    return _Packing(names, tuple(unused), shared, predicted, float_bytes, made)
+    return _Packing(
+        {name: weights[name] for name in names}, tuple(folded), tuple(unused), shared, predicted, float_bytes, made
+    )
 
 
 def _equal_values(a: QuantizedTensor, b: QuantizedTensor) -> bool:

@@ -7,7 +7,7 @@ node without inputs, so no rule can fold, merge or rename what is behind it.
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +17,8 @@ from onnxscript import optimizer
 
 from pcq.errors import PcqError
 from pcq.export.body import DOMAIN, Lowered
-from pcq.export.editing import int_attribute
-from pcq.export.frame import can_transpose
+from pcq.export.editing import reader_kind
+from pcq.export.frame import Frame, can_transpose
 from pcq.export.layouts import Need, Plan
 from pcq.export.lowering import lower
 from pcq.export.nbits import blocks, multiply
@@ -37,20 +37,18 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Packed:
-    """A weight whose place in the graph has been taken by a placeholder.
-
-    Attributes:
-        name: the parameter.
-        lowered: what comes into its place.
-        transposed: whether it is stored transposed.
-        opset: the operator set that it is lowered for.
-    """
+class Placed:
+    """A weight whose place in the graph a placeholder has taken; ``transposed``: it will be stored transposed."""
 
     name: str
-    lowered: Lowered
     transposed: bool
-    opset: int
+
+
+@dataclass(frozen=True)
+class Packed(Placed):
+    """One that ``lowered`` comes into the place of."""
+
+    lowered: Lowered
 
 
 def find(model: ir.Model, weights: Mapping[str, QuantizedTensor]) -> dict[str, list[Held]]:
@@ -79,14 +77,11 @@ def find(model: ir.Model, weights: Mapping[str, QuantizedTensor]) -> dict[str, l
     return found
 
 
-def pack(model: ir.Model, name: str, weight: QuantizedTensor, held: list[Held]) -> Packed | None:
+def pack(model: ir.Model, name: str, weight: QuantizedTensor, held: list[Held]) -> Placed | None:
     """Put one placeholder in the place of all values that hold ``weight``; None if nothing uses them.
 
     A matrix that is only ever used through Transpose, as MatMul uses a Linear weight, is stored transposed and the
     Transpose goes: it would cost 4 bytes a weight and time at load.
-
-    Raises:
-        PcqError: the weight cannot be packed.
     """
     straight: list[ir.Value] = []
     flipped: list[ir.Value] = []
@@ -100,11 +95,7 @@ def pack(model: ir.Model, name: str, weight: QuantizedTensor, held: list[Held]) 
     if not straight and not flipped:
         return None
     transposed = not straight and can_transpose(weight.rows)
-    try:
-        lowered = lower(weight, model.opset_imports[""], transposed)
-    except PcqError as error:
-        raise PcqError(error.what, where=name, allowed=error.allowed, todo=error.todo) from error
-    nodes = [_node(name, PLACEHOLDER, (), {"name": name}, lowered, transposed)]
+    nodes = [_node(name, PLACEHOLDER, (), {"name": name}, Frame(weight.rows, transposed).shape, transposed)]
     as_is, other = (flipped, straight) if transposed else (straight, flipped)
     ir.convenience.replace_all_uses_with(as_is, [nodes[0].outputs[0]] * len(as_is), replace_graph_outputs=True)
     if other:
@@ -115,7 +106,7 @@ def pack(model: ir.Model, name: str, weight: QuantizedTensor, held: list[Held]) 
     assert first is not None, name
     model.graph.insert_before(first, nodes)
     model.opset_imports[DOMAIN] = 1
-    return Packed(name, lowered, transposed, model.opset_imports[""])
+    return Placed(name, transposed)
 
 
 def optimise(model: ir.Model) -> None:
@@ -132,14 +123,14 @@ def optimise(model: ir.Model) -> None:
                 value.metadata_props.clear()
 
 
-def needs(model: ir.Model, weights: Mapping[str, QuantizedTensor], packed: Sequence[Packed]) -> list[Need]:
+def needs(model: ir.Model, weights: Mapping[str, QuantizedTensor], placed: Sequence[Placed]) -> list[Need]:
     """What has to be laid out, and what reads it in the optimised graph; weights that nothing uses are left out."""
-    by_name = {one.name: one for one in packed}
+    by_name = {one.name: one for one in placed}
     found = []
     for node in placeholders(model):
         name = node.attributes["name"].as_string()
         value, weight = node.outputs[0], weights[name]
-        readers = [_reader(use.node, use.idx) for use in value.uses()]
+        readers = [reader_kind(use.node, use.idx) for use in value.uses()]
         if value.is_graph_output():
             readers.append("an output of the graph")
         found.append(Need(name, weight.grid, weight.rows, by_name[name].transposed, tuple(dict.fromkeys(readers))))
@@ -151,49 +142,42 @@ def placeholders(model: ir.Model) -> list[ir.Node]:
     return [node for node in model.graph if node.domain == DOMAIN and node.op_type == PLACEHOLDER]
 
 
-def _reader(node: ir.Node, index: int) -> str:
-    """``Conv``, ``ConvTranspose``, ``MatMul`` and ``Gemm`` where the weight is what a layer multiplies by."""
-    plain = index == 1 and node.domain == ""
-    if plain and node.op_type == "Gemm":
-        ones = all(node.attributes[key].as_float() == 1 for key in ("alpha", "beta") if key in node.attributes)
-        plain = ones and int_attribute(node, "transB", 0) == 1 and int_attribute(node, "transA", 0) == 0
-    return node.op_type if plain else f"{node.op_type} in another way"
-
-
-def lay_out(model: ir.Model, weights: Mapping[str, QuantizedTensor], packed: list[Packed], plan: Plan) -> list[Packed]:
-    """Give each placeholder its layout, and the graph the operator set that they need.
+def lay_out(
+    model: ir.Model, weights: Mapping[str, QuantizedTensor], placed: Sequence[Placed], plan: Plan
+) -> list[Packed]:
+    """Give each placeholder that is left its layout, and the graph the operator set that they need.
 
     MatMulNBits comes into the graph at once; the others are left to :func:`fill`.
+
+    Raises:
+        PcqError: a weight cannot be packed.
     """
     model.opset_imports[""] = plan.opset
-    choices = {choice.name: choice for choice in plan.choices}
+    by_name = {one.name: one for one in placed}
     nodes = {node.attributes["name"].as_string(): node for node in placeholders(model)}
-    rest = []
-    for one in packed:
-        choice, weight = choices.get(one.name), weights[one.name]
-        if choice is None or choice.stored is None:
-            lowered = one.lowered if plan.opset == one.opset else lower(weight, plan.opset, one.transposed)
-            rest.append(replace(one, lowered=lowered, opset=plan.opset))
-        elif choice.layout == "matmulnbits":
+    packed = []
+    for choice in plan.choices:
+        one, weight = by_name[choice.name], weights[choice.name]
+        if choice.layout == "matmulnbits":
+            assert choice.stored is not None
             multiply(model, nodes[one.name], one.name, blocks(weight, choice.stored, plan.level))
+            continue
+        if choice.stored is None:
+            try:
+                lowered = lower(weight, plan.opset, one.transposed)
+            except PcqError as error:
+                raise PcqError(error.what, where=one.name, allowed=error.allowed, todo=error.todo) from error
         else:
             lowering = lower_native if choice.layout == "native" else lower_dequantize
             lowered = lowering(weight, choice.stored, plan.opset, one.transposed)
-            rest.append(replace(one, lowered=lowered, opset=plan.opset))
-    return rest
+        packed.append(Packed(one.name, one.transposed, lowered))
+    return packed
 
 
-def fill(model: ir.Model, packed: list[Packed]) -> list[Packed]:
-    """Put the unpacking calls, their functions and initializers into the place of the placeholders.
-
-    Returns:
-        What was filled in: without weights that the optimised graph no longer uses.
-    """
+def fill(model: ir.Model, packed: Sequence[Packed]) -> None:
+    """Put the unpacking calls, their functions and initializers into the place of the placeholders."""
     by_name = {one.name: one for one in packed}
-    filled = []
-    for node in list(model.graph):
-        if node.domain != DOMAIN or node.op_type != PLACEHOLDER:
-            continue
+    for node in placeholders(model):
         one = by_name[node.attributes["name"].as_string()]
         inputs = []
         for part, array in one.lowered.arrays.items():
@@ -204,10 +188,8 @@ def fill(model: ir.Model, packed: list[Packed]) -> list[Packed]:
             inputs.append(value)
         function = one.lowered.function
         model.functions.setdefault(function.identifier(), function)
-        call = _node(one.name, function.name, inputs, one.lowered.attributes, one.lowered, one.transposed)
+        call = _node(one.name, function.name, inputs, one.lowered.attributes, one.lowered.shape, one.transposed)
         ir.convenience.replace_nodes_and_values(model.graph, node, [node], [call], node.outputs, call.outputs)
-        filled.append(one)
-    return filled
 
 
 def distinct_bytes(model: ir.Model) -> int:
@@ -249,13 +231,13 @@ def _node(
     kind: str,
     inputs: Sequence[ir.Value],
     attributes: Mapping[str, int | list[int] | str],
-    lowered: Lowered,
+    shape: tuple[int, ...],
     transposed: bool,
 ) -> ir.Node:
     output = ir.Value(
         name=f"{name}/transposed" if transposed else name,
         type=ir.TensorType(ir.DataType.FLOAT),
-        shape=ir.Shape(lowered.shape),
+        shape=ir.Shape(shape),
     )
     given = ir.convenience.convert_attributes(attributes)
     return ir.Node(DOMAIN, kind, inputs, given, outputs=[output], name=f"{name}/unpack")

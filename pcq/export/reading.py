@@ -168,7 +168,12 @@ def _codes(scheme: Scheme, packed: np.ndarray) -> np.ndarray:
     if scheme.layout == "exact":
         digits = [max(d for d in range(1, 9) if radix**d <= 256) for radix in scheme.planes]
         ends = np.cumsum([-(-numel // per_byte) for per_byte in digits])
-        if packed.dtype != np.uint8 or packed.shape != (ends[-1],):
+        if packed.dtype == np.int8 and scheme.planes == (256,):
+            packed = packed.astype(np.int16) + 128
+        elif packed.dtype != np.uint8:
+            packed = packed[:0]
+        packed = packed.reshape(-1)
+        if packed.shape != (ends[-1],):
             raise ValueError(f"{packed.size} packed bytes where {ends[-1]} are needed")
         codes, place = np.zeros(numel, np.int64), 1
         pieces = np.split(packed.astype(np.int64), ends[:-1])

@@ -38,6 +38,9 @@ def _(result: commands.ExportResult) -> RenderableType:
         f"{transient}, about {size(proof.loading)} more while loading.",
         "Leave the runtime's default optimisation on; do not run onnxsim or onnxslim on the file: they unpack it.",
     ]
+    if proof.folded:
+        what = "a BatchNorm is" if len(proof.folded) == 1 else f"{len(proof.folded)} BatchNorms are"
+        lines.insert(1, f"{what[0].upper()}{what[1:]} folded into the scales and biases of the layers before them.")
     if proof.level4 is not None:
         moved = f"{proof.level4.relative_l2:.1e} away (relative L2; at worst {proof.level4.error:.1e} of their scale)"
         lines.insert(2, "MatMulNBits may round activations to int8 (accuracy level 4): from torch's, outputs of ONNX "
@@ -54,7 +57,8 @@ def _int8(result: commands.ExportResult, int8: "Int8Report") -> RenderableType:
     fused = ", ".join(f"{count} {kind}" for kind, count in int8.fused.items()) or "nothing"
     lines = [
         f"{size(result.report.float_bytes)} of float weights and tensors -> {size(int8.nbytes)} on disk "
-        f"({result.report.float_bytes / int8.nbytes:.1f}x smaller; the exact file takes {size(int8.exact_bytes)}).",
+        f"({result.report.float_bytes / int8.nbytes:.1f}x smaller; with float activations it takes "
+        f"{size(int8.exact_bytes)}).",
         f"{running} of {len(int8.layers)} packed weights run in int8; ONNX Runtime {result.report.ort_version} fused "
         f"{fused}" + (f"; {int8.unfused} were not fused and gain nothing." if int8.unfused else "."),
         "Proved: every code bit-exact, and the integers and scales that ONNX Runtime unpacks.",
@@ -114,6 +118,7 @@ def _(result: commands.ExportResult) -> dict[str, Any]:
         "memory": {"resident": proof.resident, "transient": proof.transient, "loading": proof.loading},
         "load": proof.load,
         "level4": None if proof.level4 is None else asdict(proof.level4),
+        "folded": list(proof.folded),
         "agreements": [
             {"inputs": run.inputs, "batch": run.batch, "optimised": run.optimised, "error": run.error}
             for run in proof.agreements

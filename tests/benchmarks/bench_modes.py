@@ -91,7 +91,9 @@ def measure(name: str, recipe: str, rounds: int) -> list[dict[str, object]]:
                 said[mode]["relative_l2"] = made.level4.relative_l2
         held_out = [(x, None) for x in samples[12:].split(4)]
         paths.append(Path(folder) / "int8.onnx")
-        report = write_int8(paths[1], paths[-1], lambda: samples[:12].split(4), held_out, max_drop=100)
+        whole = Path(folder) / "whole.onnx"
+        write_onnx(case.network, case.weights, case.example, whole, fold=False)
+        report = write_int8(whole, paths[-1], lambda: samples[:12].split(4), held_out, max_drop=100)
         said["int8"] = {"fused": report.fused, "unfused": report.unfused}
         said["int8"]["relative_l2"] = report.drop and report.drop.relative_l2
         bench = pcq.bench(paths, batches=(1,), threads=(1, 2), rounds=rounds)

@@ -81,7 +81,7 @@ def study(
     """All of it for one network."""
     exact, out = folder / "exact.onnx", folder / "int8.onnx"
     simulation.detach()
-    write_onnx(network, weights, (torch.zeros(1, *x.shape[1:]),), exact)
+    write_onnx(network, weights, (torch.zeros(1, *x.shape[1:]),), exact, fold=False)
     write_int8(exact, out, None, known=simulation.ranges)
     model = ir.load(exact)
     named = {name: value.name or "" for value, name in place(model, find_sites(model, weights).sites).names.items()}

@@ -53,6 +53,7 @@ NETWORKS = [
     *((name, recipe) for name in TORCHVISION for recipe in ("ternary-all", "binary-all")),
     ("resnet50", "ternary"),
     ("mobilenet_v2", "mixed"),
+    ("mobilenet_v2", "w8"),
     *((name, recipe) for name in SMALL for recipe in ("ternary-all", "binary-all", "w3", "w4-g64", "codebook4", "nf4")),
 ]
 
@@ -111,6 +112,7 @@ def grids(rows: Rows) -> Iterator[tuple[str, Grid]]:
         yield f"symmetric {bits} bit", Affine(scale, (2**bits - 1) / 2, 2**bits)
     yield "5 levels", Affine(scale, 2.0, 5)
     yield "255 levels", Affine(scale, 127.0, 255)
+    yield "256 levels around 128", Affine(scale, 128.0, 256)
     yield "200 levels from 0", Affine(scale, 0.0, 200)
     for bits in (4, 8):
         zero = torch.randint(0, 2**bits, (rows.g,)).to(torch.uint8)
@@ -210,7 +212,7 @@ WHOLE = {
 """Operator and rows -> the layer, its input, and how its weight is cut."""
 
 
-FORMS_OF_LAYERS = ("binary", "ternary", "symmetric", "255", "zero point", "half zero point", "codebook 13")
+FORMS_OF_LAYERS = ("binary", "ternary", "symmetric", "255", "256", "zero point", "half zero point", "codebook 13")
 """Of the forms of grid, those that layouts tell apart."""
 
 
