@@ -14,11 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from pcq.data import Data
-from pcq.errors import CheckFailed, PcqError, first_line
+from pcq.errors import CheckFailed, PcqError, did_you_mean, first_line
 from pcq.progress import Progress, silent
 
 Predictor = Callable[[Tensor], Tensor]
 """Samples [b, ...] -> outputs [b, classes]."""
+
+SEVERAL = (
+    "Give data with an array for each of them by its name, and y: npz:FILE, or a function that returns a dictionary"
+)
 
 
 @dataclass(frozen=True)
@@ -139,23 +143,29 @@ def _outputs(predict: Predictor, x: Tensor, data: Data, numbers: Tensor) -> Tens
     return out
 
 
-def module_predictor(module: nn.Module) -> Predictor:
+def looked_up(predict: Callable[..., Tensor], arrays: Sequence[Tensor]) -> Predictor:
+    """``predict`` with the samples of these numbers: an input from each array."""
+    return lambda numbers: predict(*(array[numbers] for array in arrays))
+
+
+def module_predictor(module: nn.Module) -> Callable[..., Tensor]:
     """``module`` in eval mode without gradients, on the device and in the precision of its first parameter.
 
-    Of several outputs the first counts; a Hugging Face output's is its logits.
+    It takes samples, one tensor for each input. Of several outputs the first counts; a Hugging Face output's is its
+    logits.
     """
     module.eval()
     parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
 
-    def predict(x: Tensor) -> Tensor:
+    def predict(*inputs: Tensor) -> Tensor:
         if parameter is not None:
-            x = x.to(parameter.device, parameter.dtype if x.is_floating_point() else None)
+            inputs = tuple(x.to(parameter.device, parameter.dtype if x.is_floating_point() else None) for x in inputs)
         try:
             with torch.no_grad():
-                out: Any = module(x)
+                out: Any = module(*inputs)
         except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
             told = first_line(error)
-            where = f"samples of {'x'.join(map(str, x.shape[1:]))}"
+            where = f"samples of {' and '.join('x'.join(map(str, x.shape[1:])) for x in inputs)}"
             raise PcqError(f"the network does not take them: {told}", where=where) from error
         out = getattr(out, "logits", out)
         while isinstance(out, (tuple, list, dict)) and len(out):
@@ -167,11 +177,15 @@ def module_predictor(module: nn.Module) -> Predictor:
     return predict
 
 
-def onnx_predictor(path: str | Path) -> Predictor:
+def onnx_predictor(path: str | Path, names: Sequence[str] = ()) -> Callable[..., Tensor]:
     """The ONNX file in ONNX Runtime on the CPU. Its first output counts; a fixed batch is filled up with zeros.
 
+    Args:
+        path: the file.
+        names: what samples it will be given, where it has several inputs: one tensor for each name.
+
     Raises:
-        PcqError: no such file, no ONNX model, a model that this ONNX Runtime cannot run, or one of several inputs.
+        PcqError: no such file, no ONNX model, a model that this ONNX Runtime cannot run, or one of other inputs.
     """
     import onnxruntime as ort
 
@@ -185,39 +199,53 @@ def onnx_predictor(path: str | Path) -> Predictor:
     except Exception as error:  # its exceptions have no common class of their own
         told = first_line(error)
         raise PcqError(f"ONNX Runtime {ort.__version__} cannot load it: {told}", where=str(path)) from error
-    inputs = session.get_inputs()
-    if len(inputs) != 1:
-        names = ", ".join(i.name for i in inputs)
-        raise PcqError(f"it has {len(inputs)} inputs ({names})", where=str(path), allowed="a model of one input")
-    name, kind, shape = inputs[0].name, inputs[0].type, inputs[0].shape
+    inputs = {value.name: value for value in session.get_inputs()}
+    if not names and len(inputs) != 1:
+        what = f"it has {len(inputs)} inputs ({', '.join(inputs)})"
+        raise PcqError(what, where=str(path), allowed="a model of one input", todo=SEVERAL)
+    if lost := [name for name in names if name not in inputs] + [
+        name for name in inputs if name not in names and names
+    ]:
+        what = f"its inputs are {', '.join(inputs)}, the data has {', '.join(names)}"
+        raise PcqError(what, where=str(path), todo=did_you_mean(lost[0], inputs))
+    taken = [inputs[name] for name in names] or list(inputs.values())
     output = session.get_outputs()[0].name
     dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
-    dtypes |= {"tensor(int64)": np.int64, "tensor(int32)": np.int32}  # type: ignore[dict-item]
-    if kind not in dtypes:
-        raise PcqError(f"its input is a {kind}", where=str(path), allowed=", ".join(dtypes))
-    fixed = shape[0] if shape and isinstance(shape[0], int) else None
+    dtypes |= {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_}  # type: ignore[dict-item]
+    if strange := [value.type for value in taken if value.type not in dtypes]:
+        raise PcqError(f"its input is a {strange[0]}", where=str(path), allowed=", ".join(dtypes))
+    fixed = next((value.shape[0] for value in taken if value.shape and isinstance(value.shape[0], int)), None)
 
-    def run(x: Tensor) -> Tensor:
-        array = np.ascontiguousarray(x.numpy(), dtype=dtypes[kind])
+    def run(parts: Sequence[Tensor]) -> Tensor:
+        feed = {
+            value.name: np.ascontiguousarray(x.numpy(), dtype=dtypes[value.type])
+            for value, x in zip(taken, parts, strict=True)
+        }
         try:
-            return torch.from_numpy(np.asarray(session.run([output], {name: array})[0], dtype=np.float32))
+            return torch.from_numpy(np.asarray(session.run([output], feed)[0], dtype=np.float32))
         except Exception as error:
             told = first_line(error)
             raise PcqError(f"ONNX Runtime {ort.__version__} cannot run it: {told}", where=str(path)) from error
 
-    takes = [size if isinstance(size, int) else None for size in (shape or [])[1:]]
-
-    def predict(x: Tensor) -> Tensor:
+    def check(value: Any, x: Tensor) -> None:
+        takes = [size if isinstance(size, int) else None for size in (value.shape or [])[1:]]
         sizes = list(x.shape[1:])
-        if shape and (len(sizes) != len(takes) or any(b not in (None, a) for a, b in zip(sizes, takes, strict=True))):
+        if value.shape and (
+            len(sizes) != len(takes) or any(b not in (None, a) for a, b in zip(sizes, takes, strict=True))
+        ):
             said = ["x".join("?" if size is None else str(size) for size in each) for each in (sizes, takes)]
-            raise PcqError(f"samples of {said[0]}: the model takes {said[1]}", where=str(path))
+            what = f"samples of {said[0]}: the model takes {said[1]}"
+            raise PcqError(what + (f" as {value.name}" if len(taken) > 1 else ""), where=str(path))
+
+    def predict(*samples: Tensor) -> Tensor:
+        for value, x in zip(taken, samples, strict=True):
+            check(value, x)
         if fixed is None:
-            return run(x)
+            return run(samples)
         parts = []
-        for part in x.split(fixed):
-            filled = torch.cat([part, part.new_zeros(fixed - len(part), *part.shape[1:])])
-            parts.append(run(filled)[: len(part)])
+        for part in zip(*(x.split(fixed) for x in samples), strict=True):
+            count = len(part[0])
+            parts.append(run([torch.cat([x, x.new_zeros(fixed - count, *x.shape[1:])]) for x in part])[:count])
         return torch.cat(parts)
 
     return predict

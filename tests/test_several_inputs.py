@@ -34,6 +34,15 @@ class Tokens(nn.Module):
         return x.mean(1)
 
 
+class Masked(Tokens):
+    """The same without a branch, as export wants it."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, other: Tensor | None = None) -> Tensor:
+        x = self.words(input_ids)
+        x = self.norm(x + self.second(self.first(x).relu()))
+        return (x * attention_mask[..., None]).mean(1)
+
+
 def network() -> nn.Module:
     return Tokens()
 
@@ -118,3 +127,92 @@ def test_mistakes_are_answered(change, says: str, tmp_path: Path) -> None:
     np.savez(tmp_path / "s.npz", **{name: array.numpy() for name, array in change(_samples()).items()})
     with pytest.raises(PcqError, match=says):
         draw_inputs(Calibration(f"npz:{tmp_path / 's.npz'}"), Tokens())
+
+
+def _labelled(folder: Path, **change: np.ndarray) -> tuple[Path, torch.Tensor, torch.Tensor]:
+    """Arrays in another order than the network's, labels, and what the network puts out."""
+    samples = _samples()
+    with torch.no_grad():
+        out = Tokens()(samples["input_ids"], samples["attention_mask"])
+    labels = (out.argmax(1) + (torch.arange(len(out)) % 3 == 0)) % 8
+    np.savez(folder / "e.npz", **{"y": labels.numpy(), **{k: v.numpy() for k, v in samples.items()}, **change})
+    return folder / "e.npz", out, labels
+
+
+def _program(folder: Path) -> Path:
+    samples = _samples()
+    n = torch.export.Dim("n", min=2, max=64)
+    example = (samples["input_ids"][:4], samples["attention_mask"][:4])
+    program = torch.export.export(Masked().eval(), example, dynamic_shapes=({0: n}, {0: n}))
+    torch.export.save(program, folder / "m.pt2")
+    return folder / "m.pt2"
+
+
+def _onnx(folder: Path, batch: int | None) -> Path:
+    samples = _samples()
+    example = (samples["input_ids"][: batch or 4], samples["attention_mask"][: batch or 4])
+    n = {0: torch.export.Dim.DYNAMIC}
+    torch.onnx.export(
+        Masked().eval(), example, folder / "m.onnx", dynamo=True, verbose=False,
+        input_names=["input_ids", "attention_mask"], dynamic_shapes=None if batch else (n, n),
+    )  # fmt: skip
+    return folder / "m.onnx"
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "program", "onnx", "onnx of 5"])
+def test_scored_with_an_array_for_each_input(kind: str, model: Path, tmp_path: Path, capsys) -> None:
+    spec, out, labels = _labelled(tmp_path)
+    arch = f"{__file__}:network"
+    path = {"checkpoint": model, "program": None}.get(kind) or (
+        _program(tmp_path) if kind == "program" else _onnx(tmp_path, 5 if kind.endswith("5") else None)
+    )
+    line = ["eval", str(path), "--data", f"npz:{spec}", "--batch", "10", "--json"]
+    line += ["--arch", arch] if kind == "checkpoint" else ["--reference", str(model), "--arch", arch]
+    if kind == "program":
+        line = line[:7]
+    assert cli.run(line) == 0
+    got = json.loads(capsys.readouterr().out)
+    assert got["top1"] == pytest.approx(100 * float((out.argmax(1) == labels).float().mean()))
+    assert got["n"] == 48
+    assert got["agreement"] == (100 if "onnx" in kind else None)
+    assert "attention_mask 6, input_ids 6" in got["data"]
+    quantized = pcq.quantize(model, "w8", arch=arch, out=tmp_path / "q.safetensors")
+    scores = pcq.evaluate(quantized.path, f"npz:{spec}", reference=model, arch=arch).scores
+    assert scores.agreement is not None
+    assert scores.agreement > 90
+    assert scores.n == 48
+
+
+def test_arrays_of_the_split_are_taken(model: Path, tmp_path: Path) -> None:
+    samples = {name: array.numpy() for name, array in _samples().items()}
+    parts = {"test": slice(30), "val": slice(30, None)}
+    arrays = {f"{name}_{split}": array[part] for split, part in parts.items() for name, array in samples.items()}
+    np.savez(tmp_path / "s.npz", **arrays, y_test=np.zeros(30, int), y_val=np.ones(18, int))
+    arch = f"{__file__}:network"
+    sizes = [pcq.evaluate(model, f"npz:{tmp_path / 's.npz'}", arch=arch, split=s).scores.n for s in ("test", "val")]
+    assert sizes == [30, 18]
+
+
+@pytest.mark.parametrize(
+    ("onnx", "change", "says"),
+    [
+        (False, {"masks": np.ones((48, 6), int)}, "no input 'masks'"),
+        (True, {"masks": np.ones((48, 6), int)}, "its inputs are input_ids, attention_mask, the data has"),
+        (True, {"attention_mask": np.ones((48, 5), int)}, "samples of 5: the model takes 6 as attention_mask"),
+        (False, {"attention_mask": np.ones((40, 6), int)}, "as many samples each"),
+        (False, {"y": np.zeros((47,), int)}, "the labels have shape"),
+    ],
+)
+def test_scored_on_something_else(onnx: bool, change: dict, says: str, model: Path, tmp_path: Path) -> None:
+    spec, _, _ = _labelled(tmp_path, **change)
+    path = _onnx(tmp_path, None) if onnx else model
+    with pytest.raises(PcqError, match=says):
+        pcq.evaluate(path, f"npz:{spec}", arch=None if onnx else f"{__file__}:network")
+
+
+@pytest.mark.parametrize("onnx", [False, True])
+def test_data_of_one_input_is_not_enough(onnx: bool, model: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "one.npz", x=np.zeros((9, 6), int), y=np.zeros(9, int))
+    path = _onnx(tmp_path, None) if onnx else model
+    with pytest.raises(PcqError, match="inputs .input_ids, attention_mask.*an array for each"):
+        pcq.evaluate(path, f"npz:{tmp_path / 'one.npz'}", arch=None if onnx else f"{__file__}:network")

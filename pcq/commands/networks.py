@@ -37,10 +37,7 @@ class Network:
         Raises:
             PcqError: nothing does.
         """
-        if isinstance(self.module, torch.fx.GraphModule):
-            names = [node.name for node in self.module.graph.nodes if node.op == "placeholder"]
-        else:
-            names = needed(self.module)
+        names = needed(self.module)
         if len(names) > 1:
             what = f"the network takes {len(names)} inputs, and the file does not say what they are: {', '.join(names)}"
             allowed = "one input, or an exported program (.pt2) that takes each of them by position"

@@ -1,17 +1,16 @@
 """Scores of a checkpoint, an artifact or an ONNX file on data."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from pcq.commands.networks import ONNX_SUFFIX, keys, open_network, recorded
+from pcq.errors import PcqError
 from pcq.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from pcq.scores import Scores
+    from pcq.scores import Predictor, Scores
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,9 @@ def evaluate(
 
     Args:
         path: what to score.
-        data: a data spec, such as ``digits`` or ``folder:DIR``; see ``pcq.data``.
+        data: a data spec, such as ``digits`` or ``folder:DIR``; see ``pcq.data``. Of a network of several inputs an
+            ``.npz`` or a function with an array for each, named as the arguments of its ``forward`` or the inputs of
+            the ONNX file, and labels as ``y``.
         arch: the architecture, where it is neither recorded nor recognised.
         reference: a float checkpoint; agreement (equal top-1) with it is reported, and is all there is to report
             where the data has no labels. Its architecture is the one recorded at ``path``, where nothing else says it.
@@ -55,17 +56,22 @@ def evaluate(
     Raises:
         PcqError: the file, the architecture or the data is not usable.
     """
-    from pcq.data import open_data
+    from pcq.data import numbered, open_data
+    from pcq.data.inputs import Several
     from pcq.scores import evaluate as score
 
-    opened = open_data(data, split)
+    inputs: dict[str, Any] = {}
+    try:
+        opened = open_data(data, split)
+    except Several as several:
+        opened, inputs = numbered(several, split), several.arrays
     files = [Path(each) for each in (path, reference) if each is not None]
     chosen = keys(files, key, allow_globals, unsafe_pickle)
-    predict, runtime = predictor(Path(path), arch, None, chosen[0], allow_globals, unsafe_pickle)
+    predict, runtime = predictor(Path(path), arch, None, chosen[0], allow_globals, unsafe_pickle, inputs)
     compared = None
     if reference is not None:
         known = None if arch is not None else recorded(Path(path))
-        compared, _ = predictor(Path(reference), arch, known, chosen[1], allow_globals, unsafe_pickle)
+        compared, _ = predictor(Path(reference), arch, known, chosen[1], allow_globals, unsafe_pickle, inputs)
     scores = score(predict, opened, reference=compared, batch=batch, limit=limit, progress=progress)
     return EvalResult(Path(path), opened.describe(), runtime, scores)
 
@@ -77,13 +83,26 @@ def predictor(
     key: str | None,
     allow_globals: Sequence[str],
     unsafe_pickle: bool,
-) -> "tuple[Callable[[Tensor], Tensor], str]":
-    """What runs the file, and in which runtime."""
-    from pcq.scores import module_predictor, onnx_predictor
+    several: Mapping[str, Any],
+) -> "tuple[Predictor, str]":
+    """What runs the file, and in which runtime. With arrays of ``several`` inputs it takes numbers of samples.
+
+    Raises:
+        PcqError: the file is not usable, or takes other inputs.
+    """
+    from pcq.data.inputs import inputs, needed, numbers
+    from pcq.scores import SEVERAL, looked_up, module_predictor, onnx_predictor
 
     if path.suffix == ONNX_SUFFIX:
-        return onnx_predictor(path), "ONNX Runtime"
+        run = onnx_predictor(path, tuple(several))
+        return (looked_up(run, tuple(numbers(several, "data").values())) if several else run), "ONNX Runtime"
     network = open_network(
         path, arch, otherwise=otherwise, key=key, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle
     )
-    return module_predictor(network.module), "torch"
+    run = module_predictor(network.module)
+    if several:
+        return looked_up(run, inputs(several, network.module, "data")), "torch"
+    if len(names := needed(network.module)) > 1:
+        what = f"the network takes {len(names)} inputs ({', '.join(names)}), and the data has one"
+        raise PcqError(what, where=str(path), todo=SEVERAL)
+    return run, "torch"

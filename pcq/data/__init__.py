@@ -11,14 +11,14 @@ file.py:function?key=value     package.module:function
 import inspect
 from collections.abc import Callable
 
-from pcq.data.arrays import from_arrays, open_npz, open_own
+from pcq.data.arrays import from_arrays, numbered, open_npz, open_own
 from pcq.data.dataset import Batch, Data
 from pcq.data.folder import open_folder
 from pcq.data.sets import HELD_OUT, open_set
 from pcq.errors import PcqError, did_you_mean
 from pcq.spec import Spec, is_own, parse
 
-__all__ = ["Batch", "Data", "from_arrays", "open_data"]
+__all__ = ["Batch", "Data", "from_arrays", "numbered", "open_data"]
 
 SPECS = "digits, fashion-mnist[:DIR], cifar10:DIR, folder:DIR, npz:FILE, file.py:function, package.module:function"
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pcq.data.dataset import Data
-from pcq.data.inputs import Several
+from pcq.data.inputs import Several, numbers
 from pcq.errors import CheckFailed, PcqError
 from pcq.spec import Spec, call, running
 
@@ -55,7 +55,7 @@ def open_npz(path: str, split: str, *, mean: Any = (0.0,), std: Any = (1.0,)) ->
             unread = [name for name in arrays.files if SPLIT.sub("", name) not in ANY_NAME]
             if names is None or (unread and names[1] not in arrays.files):  # labels under another name, or more inputs
                 allowed = "x and y, images and labels, or x_test and y_test"
-                held = {name: arrays[name] for name in arrays.files}
+                held = {name.removesuffix(f"_{split}"): arrays[name] for name in _of_split(arrays.files, split)}
                 raise Several(f"it holds {', '.join(held)}", held, where=str(file), allowed=allowed)
             x = arrays[names[0]]
             y = arrays[names[1]] if names[1] in arrays.files else None
@@ -68,6 +68,26 @@ def open_npz(path: str, split: str, *, mean: Any = (0.0,), std: Any = (1.0,)) ->
     except Exception as error:  # zip, npy header and zlib errors are of many kinds
         raise CheckFailed(f"the file cannot be read: {error}", where=str(file)) from error
     return from_arrays(f"npz {file}", split, x, y, mean=mean, std=std)
+
+
+def _of_split(names: Sequence[str], split: str) -> list[str]:
+    """Those that end in ``_test`` and so on; where none does, those of no split."""
+    mine = [name for name in names if name.endswith(f"_{split}")]
+    return mine or [name for name in names if not SPLIT.search(name)] or list(names)
+
+
+def numbered(several: Several, split: str) -> Data:
+    """Data whose samples are their own numbers: what looks them up has the arrays.
+
+    Raises:
+        PcqError: the arrays are no numbers or not of the same length, or the labels do not fit them.
+    """
+    name = several.where or ""
+    found = numbers(several.arrays, name)
+    n = len(next(iter(found.values())))
+    said = ", ".join(f"{key} {'x'.join(map(str, array.shape[1:])) or 'of one number'}" for key, array in found.items())
+    labels = None if several.labels is None else _labels(name, _tensor(name, several.labels), n)
+    return Data(name, split, n, (), torch.as_tensor, labels, sample=said)
 
 
 def from_arrays(name: str, split: str, x: Any, y: Any, *, mean: Any = (0.0,), std: Any = (1.0,)) -> Data:
@@ -157,7 +177,7 @@ def open_own(spec: Spec, split: str) -> Data:
         found = found.dataset
     if isinstance(found, Mapping):
         held = {str(key): value for key, value in found.items()}
-        allowed = "arrays (x, y); several inputs are for calibration only"
+        allowed = "arrays (x, y); several inputs by name are for calibration and eval"
         raise Several(f"it returned {', '.join(held)}", held, where=name, allowed=allowed)
     if isinstance(found, (Tensor, np.ndarray)):
         return from_arrays(name, split, found, None)

@@ -28,6 +28,7 @@ class Data:
         labels: int64 [n], or None: unlabelled.
         classes: the names of the classes in the order of the labels; empty where the set does not say.
         notes: what was found and done, one sentence each.
+        sample: one sample in words, where its shape does not say it.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Data:
     labels: Tensor | None
     classes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    sample: str = ""
 
     def __post_init__(self) -> None:
         assert self.n > 0, self.name
@@ -96,7 +98,8 @@ class Data:
         """One line: name, split, number, shape, classes, and the notes."""
         count = self.highest + 1 if self.highest is not None else 0
         labelled = f"{len(self.classes)} classes" if self.classes else f"labels up to {count - 1}"
-        line = f"{self.name}, {self.split}: {self.n:,} samples of {'x'.join(map(str, self.shape)) or 'one number'}, "
+        sample = self.sample or "x".join(map(str, self.shape)) or "one number"
+        line = f"{self.name}, {self.split}: {self.n:,} samples of {sample}, "
         return ". ".join(
             [line + ("no labels" if self.labels is None else labelled), *(n.rstrip(".") for n in self.notes)]
         )

@@ -12,13 +12,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pcq.errors import PcqError, did_you_mean
 
+LABELS = ("y", "labels")
+"""Names of an array that is no input."""
+
 
 class Several(PcqError):
-    """Data of several inputs, where that of one was expected; ``arrays`` are those found, by name."""
+    """Data of several inputs, where that of one was expected: ``arrays`` of inputs by name, and ``labels`` or None."""
 
     def __init__(self, what: str, arrays: Mapping[str, Any], *, where: str, allowed: str) -> None:
         super().__init__(what, where=where, allowed=allowed)
-        self.arrays = arrays
+        self.arrays = {name: array for name, array in arrays.items() if name not in LABELS}
+        self.labels = next((arrays[name] for name in LABELS if name in arrays), None)
 
 
 def inputs(arrays: Mapping[str, Any], module: nn.Module, spec: str) -> tuple[Tensor, ...]:
@@ -28,23 +32,41 @@ def inputs(arrays: Mapping[str, Any], module: nn.Module, spec: str) -> tuple[Ten
         PcqError: there is no such argument, or one before it is not given; the arrays are no numbers, or not of the
             same length.
     """
-    takes = list(_arguments(module))
+    takes = names(module)
     if lost := [name for name in arrays if name not in takes]:
         what = f"the network has no input '{lost[0]}'"
         raise PcqError(what, where=spec, allowed=", ".join(takes), todo=did_you_mean(lost[0], takes))
     first = takes[: len(arrays)]
     if missing := [name for name in first if name not in arrays]:
         raise PcqError(f"it has no array for the input '{missing[0]}'", where=spec, allowed=", ".join(takes))
-    found = tuple(_numbers(arrays[name], f"{spec}, {name}") for name in first)
-    lengths = [len(array) if array.ndim else 0 for array in found]
-    if 0 in lengths or len(set(lengths)) > 1:
-        said = ", ".join(f"{name} {length}" for name, length in zip(first, lengths, strict=True))
+    return tuple(numbers(arrays, spec)[name] for name in first)
+
+
+def numbers(arrays: Mapping[str, Any], spec: str) -> dict[str, Tensor]:
+    """Tensors of as many samples each: whole numbers as int64, others as float32.
+
+    Raises:
+        PcqError: the arrays are no numbers, or not of the same length.
+    """
+    found = {name: _numbers(array, f"{spec}, {name}") for name, array in arrays.items()}
+    lengths = {name: len(array) if array.ndim else 0 for name, array in found.items()}
+    if 0 in lengths.values() or len(set(lengths.values())) > 1:
+        said = ", ".join(f"{name} {length}" for name, length in lengths.items())
         raise PcqError(f"its arrays do not have as many samples each: {said}", where=spec)
     return found
 
 
+def names(module: nn.Module) -> list[str]:
+    """What the network takes, in order: an exported program's inputs, else the arguments of ``forward``."""
+    if isinstance(module, torch.fx.GraphModule):
+        return [node.name for node in module.graph.nodes if node.op == "placeholder"]
+    return list(_arguments(module))
+
+
 def needed(module: nn.Module) -> list[str]:
-    """The arguments that the network does not run without."""
+    """The inputs that the network does not run without."""
+    if isinstance(module, torch.fx.GraphModule):
+        return names(module)
     return [name for name, parameter in _arguments(module).items() if parameter.default is parameter.empty]
 
 
