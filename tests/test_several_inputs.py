@@ -216,3 +216,56 @@ def test_data_of_one_input_is_not_enough(onnx: bool, model: Path, tmp_path: Path
     path = _onnx(tmp_path, None) if onnx else model
     with pytest.raises(PcqError, match="inputs .input_ids, attention_mask.*an array for each"):
         pcq.evaluate(path, f"npz:{tmp_path / 'one.npz'}", arch=None if onnx else f"{__file__}:network")
+
+
+def masked() -> nn.Module:
+    return Masked()
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "program by name", "program of 4 samples"])
+def test_exported_with_an_example_of_each_input(kind: str, model: Path, tmp_path: Path, capsys) -> None:
+    spec, out, labels = _labelled(tmp_path)
+    arch, source = ["--arch", f"{__file__}:masked"], model
+    if kind != "checkpoint":
+        arch, source = [], tmp_path / "m.pt2"
+        n = {0: torch.export.Dim("n", min=2, max=64)}
+        example = {name: array[:4] for name, array in sorted(_samples().items(), reverse=True)}
+        by_name = "name" in kind
+        program = torch.export.export(
+            Masked().eval(), () if by_name else tuple(example.values()), example if by_name else None,
+            dynamic_shapes=dict.fromkeys(example, n) if by_name else None,
+        )  # fmt: skip
+        torch.export.save(program, source)
+    artifact, onnx = tmp_path / "q.safetensors", tmp_path / "q.onnx"
+    assert cli.run(["quantize", str(source), "-r", "w8", "-o", str(artifact), *arch]) == 0
+    capsys.readouterr()
+    assert cli.run(["export", str(artifact), "--example", f"npz:{spec}", *arch, "--json"]) == 0
+    runs = json.loads(capsys.readouterr().out)["agreements"]
+    assert {run["inputs"] for run in runs} == {"random", "sample"}
+    fixed = kind.endswith("samples")
+    assert {run["batch"] for run in runs if run["inputs"] == "random"} == ({4} if fixed else {1, 3})
+    found = pcq.evaluate(onnx, f"npz:{spec}").scores
+    assert found.n == 48
+    assert found.top1 == pytest.approx(100 * float((out.argmax(1) == labels).float().mean()), abs=10)
+
+
+def test_an_example_of_one_input(tmp_path: Path) -> None:
+    digits = Path(pcq.__file__).parent / "demo" / "digits-resnet8.safetensors"
+    made = pcq.quantize(digits, "w8", out=tmp_path / "d.safetensors")
+    report = pcq.export_onnx(made.path, example="digits").report
+    assert [(run.inputs, run.batch) for run in report.agreements].count(("sample", 4)) == 2
+    with pytest.raises(PcqError, match="--input: the example says the shapes"):
+        pcq.export_onnx(made.path, example="digits", input_shape=(1, 8, 8), force=True)
+
+
+def test_what_several_inputs_are_has_to_be_said(model: Path, tmp_path: Path) -> None:
+    arch = f"{__file__}:masked"
+    made = pcq.quantize(model, "w8", arch=arch, out=tmp_path / "q.safetensors")
+    with pytest.raises(PcqError, match="takes 2 inputs.*input_ids, attention_mask.*--example SPEC"):
+        pcq.export_onnx(made.path, arch=arch, input_shape=(6,))
+    np.savez(tmp_path / "one.npz", x=np.zeros((9, 6), int))
+    with pytest.raises(PcqError, match="takes 2 inputs"):
+        pcq.export_onnx(made.path, arch=arch, example=f"npz:{tmp_path / 'one.npz'}")
+    spec, _, _ = _labelled(tmp_path)
+    with pytest.raises(PcqError, match="2 inputs"):
+        pcq.export_onnx(made.path, arch=arch, example=f"npz:{spec}", int8=pcq.commands.Int8())

@@ -86,6 +86,14 @@ def export(
     onnx: Annotated[bool, typer.Option("--onnx", help="Write ONNX, which is the default.")] = False,
     arch: Arch = None,
     input_shape: Input = None,
+    example: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPEC",
+            help="Data with real samples instead of --input: compared on, too, and what several inputs are.",
+            show_default=False,
+        ),
+    ] = None,
     target_ort: Annotated[str, typer.Option(metavar="X.Y", help="The oldest ONNX Runtime to run on.")] = "1.17",
     state_dict: StateDict = False,
     pt2: Pt2 = False,
@@ -162,6 +170,7 @@ def export(
             out,
             arch=arch,
             input_shape=shape_of(input_shape),
+            example=example,
             target_ort=target_ort,
             layout="exact" if mode is None or fast else mode.value,  # type: ignore[arg-type]
             aim=None if optimize is None or fast else optimize.value,
@@ -172,5 +181,4 @@ def export(
         )
     emit(result, as_json)
     if not as_json:
-        words = ["eval", str(result.path), "--data", "SPEC"] if result.inputs == 1 else ["bench", str(result.path)]
-        say(f"Next: {shlex.join(['pcq', *words])}")
+        say(f"Next: {shlex.join(['pcq', 'eval', str(result.path), '--data', 'SPEC'])}")

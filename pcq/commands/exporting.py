@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from pcq import checkpoint
 from pcq.commands.networks import ONNX_SUFFIX, load_network
@@ -15,6 +16,7 @@ from pcq.progress import Progress, silent
 
 if TYPE_CHECKING:
     from pcq.export import Int8Report, OnnxReport
+    from pcq.export.tracing import Example
 
 SAMPLES = 256
 BATCH = 8
@@ -32,7 +34,6 @@ class ExportResult:
         int8: what became of it with int8 activations; None in mode ``exact``.
         data: the samples of int8 in words.
         mode: ``int8``, the layout that was asked for, or ``optimized for`` an aim.
-        inputs: how many the network takes.
     """
 
     path: Path
@@ -42,7 +43,6 @@ class ExportResult:
     int8: "Int8Report | None" = None
     data: str = ""
     mode: str = "exact"
-    inputs: int = 1
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ def export_onnx(
     *,
     arch: str | None = None,
     input_shape: Sequence[int] | None = None,
+    example: str | None = None,
     target_ort: str = "1.17",
     layout: Literal["exact", "native", "low-memory", "matmulnbits"] = "exact",
     aim: Literal["size", "speed", "ram"] | None = None,
@@ -97,6 +98,8 @@ def export_onnx(
         arch: the architecture, where the artifact does not record it.
         input_shape: one sample's shape without the batch, such as ``(3, 224, 224)``; default: what the architecture
             is made for.
+        example: a data spec instead, whose first samples the file is compared with torch on, too. It also says what the
+            inputs of a network of several are: an array for each by its name, as for calibration.
         target_ort: the oldest ONNX Runtime that must run the file.
         layout: how weights lie in the file where that serves, ``exact`` elsewhere; see ``pcq.export.layouts``.
         aim: choose a layout for each weight instead.
@@ -109,7 +112,7 @@ def export_onnx(
         PcqError: the artifact, the architecture or the target is not usable.
         CheckFailed: the exported file is not bit-exact, does not agree with torch, or has not the size predicted.
     """
-    from pcq.data.inputs import taken, varied
+    from pcq.data.inputs import needed, taken, varied
     from pcq.export import write_int8, write_onnx, writing
     from pcq.export.facts import target
     from pcq.export.layouts import refuse
@@ -128,22 +131,31 @@ def export_onnx(
     stored = checkpoint.read_artifact(source)
     refuse(stored.quantized, goal, layout, level)
     network = load_network(stored, source, arch)
-    shape = tuple(input_shape) if input_shape else network.input_shape
+    given = () if example is None else _first(example, network.module)
+    if given and input_shape:
+        raise PcqError("the example says the shapes of the inputs", where="--input", todo="Leave it out")
+    shape = tuple(given[0].shape[1:]) if len(given) == 1 else tuple(input_shape) if input_shape else network.input_shape
     if len(network.inputs) > 1 and input_shape:
         what = f"the exported program has {len(network.inputs)} inputs and says their shapes"
         raise PcqError(what, where="--input", todo="Leave it out")
     own = () if input_shape else network.inputs
-    if not own:
+    if not own and len(given) < len(needed(network.module)):
         network.refuse_several(source)
-    if len(own) > 1 and int8 is not None:
-        raise PcqError(f"the exported program has {len(own)} inputs", where="int8", allowed="networks of one input")
-    if shape is None and not own:
+    if max(len(own), len(given)) > 1 and int8 is not None:
+        raise PcqError(f"the network has {max(len(own), len(given))} inputs", where="int8", allowed="networks of one")
+    if shape is None and not own and not given:
         raise PcqError(
             f"the input shape of {network.arch} is not known",
             where=str(source),
             todo="Give one sample's shape without the batch, such as --input 3x224x224",
         )
-    example = (taken(network.module, shape).example,) if shape and not own else varied(network.module, own)
+    values: Example
+    if own:
+        values = varied(network.module, own)
+    elif given and isinstance(network.module, torch.fx.GraphModule):  # one that takes its inputs by name
+        values = dict(zip(needed(network.module), given, strict=True))
+    else:
+        values = given or (taken(network.module, shape or ()).example,)
     calibration, held_out, said = _samples(int8, shape) if int8 is not None and shape is not None else ([], [], "")
     if stored.activations:
         said = "ranges of its training" + (
@@ -154,8 +166,9 @@ def export_onnx(
         return write_onnx(
             network.module,
             stored.quantized,
-            example,
+            values,
             out,
+            samples=[given] if given else [],
             metadata={"recipe": json.dumps(stored.recipe), "arch": network.arch, "source": source.name},
             tied=stored.tied,
             target_ort=target_ort,
@@ -168,7 +181,7 @@ def export_onnx(
 
     if int8 is None:
         mode = layout if aim is None else f"optimized for {aim}"
-        return ExportResult(path, source, network.arch, write(path), mode=mode, inputs=max(1, len(own)))
+        return ExportResult(path, source, network.arch, write(path), mode=mode)
     with writing.draft(path) as exact:
         report = write(exact)
         made = write_int8(
@@ -184,6 +197,22 @@ def export_onnx(
             progress=progress,
         )
     return ExportResult(path, source, network.arch, report, made, said, "int8")
+
+
+FIRST = 4
+"""Samples of an example."""
+
+
+def _first(spec: str, module: nn.Module) -> tuple[Tensor, ...]:
+    """The first samples of the data: a tensor for each input, in the order of the network's."""
+    from pcq.data import open_data
+    from pcq.data.inputs import Several, inputs
+
+    try:
+        data = open_data(spec, "train")
+    except Several as several:
+        return tuple(array[:FIRST] for array in inputs(several.arrays, module, spec))
+    return (data.take(list(range(min(FIRST, data.n)))),)
 
 
 def _samples(int8: Int8, shape: tuple[int, ...]) -> tuple[list[Tensor], list[tuple[Tensor, Tensor | None]], str]:

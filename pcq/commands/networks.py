@@ -41,7 +41,10 @@ class Network:
         if len(names) > 1:
             what = f"the network takes {len(names)} inputs, and the file does not say what they are: {', '.join(names)}"
             allowed = "one input, or an exported program (.pt2) that takes each of them by position"
-            raise PcqError(what, where=str(path), allowed=allowed, todo="Hand it in as such a program")
+            todo = (
+                "Hand it in as such a program; pcq export --onnx also takes --example SPEC, data with an array for each"
+            )
+            raise PcqError(what, where=str(path), allowed=allowed, todo=todo)
 
     @staticmethod
     def of_program(module: nn.Module, said: str, inputs: tuple[Tensor, ...]) -> "Network":

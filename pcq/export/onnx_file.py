@@ -313,6 +313,8 @@ def _trials(traced: Traced, samples: Sequence[Sequence[Tensor]]) -> list[verify.
         ))
         for batch in batches
     ]  # fmt: skip
+    if batches == [None]:  # as many as it takes
+        samples = [[x[: len(one)] for x, one in zip(sample, traced.example, strict=True)] for sample in samples]
     return trials + [verify.Trial("sample", tuple(sample)) for sample in samples]
 
 
