@@ -251,7 +251,8 @@ def test_exported_with_an_example_of_each_input(kind: str, model: Path, tmp_path
 
 def test_an_example_of_one_input(tmp_path: Path) -> None:
     digits = Path(pcq.__file__).parent / "demo" / "digits-resnet8.safetensors"
-    made = pcq.quantize(digits, "w8", out=tmp_path / "d.safetensors")
+    arch = "pcq.demo.nets:resnet8"
+    made = pcq.quantize(digits, "w8", arch=arch, out=tmp_path / "d.safetensors")
     report = pcq.export_onnx(made.path, example="digits").report
     assert [(run.inputs, run.batch) for run in report.agreements].count(("sample", 4)) == 2
     with pytest.raises(PcqError, match="--input: the example says the shapes"):
