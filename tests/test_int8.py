@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pcq.activations import Range
 from pcq.errors import CheckFailed, PcqError
-from pcq.export import read_packed, verify, write_int8, write_onnx
+from pcq.export import int8, read_packed, verify, write_int8, write_onnx
 from pcq.export.drop import compare
 from pcq.export.integers import Channels, Integers, expected, integers, lower_int8
 from pcq.export.ranges import Method, narrowed
@@ -206,6 +206,44 @@ def test_a_conv_net_runs_in_int8(residual: tuple[Path, Weights], samples: list[T
     assert metadata["pcq.mode"] == "int8"
     assert json.loads(metadata["pcq.int8"]).keys() == weights.keys()
     assert not [tensor.name for tensor in model.graph.initializer if "running" in tensor.name]
+
+
+class Clipped(nn.Module):
+    """A clip behind a depthwise layer whose outputs go beyond its bounds, read by a layer of large integers."""
+
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__()
+        self.low, self.high = low, high
+        self.deep, self.point = nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.point(nn.functional.hardtanh(self.deep(x), self.low, self.high))
+        return y
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 6.0), (-1.0, 2.0), (0.0, 1e4)])
+def test_a_clip_before_seven_bits_is_clipped_in_codes(
+    bounds: tuple[float, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = Clipped(*bounds)
+    weights = quantize(network, ("256 levels",))
+    exact = tmp_path / "exact.onnx"
+    write_onnx(network, weights, (torch.zeros(1, 8, 9, 9),), exact)
+    batches = [torch.randn(8, 8, 9, 9) * scale for scale in (10, 30)]  # the second goes beyond what is observed
+    made = {}
+    for name in ("codes", "floats"):
+        if name == "floats":
+            monkeypatch.setattr(int8, "_outlasting", lambda after, span: None)
+        report = write_int8(exact, tmp_path / f"{name}.onnx", lambda: batches[:1], max_drop=100)
+        made[name] = report, run(report.path, batches, optimised=False)
+    in_codes = bounds[1] < 1e4  # else they end far below the bound, and nothing needs clipping
+    assert np.abs(run(exact, batches)).max() > 0
+    assert (made["codes"][0].fused["QLinearConv"], made["codes"][0].unfused) == (2, 0)
+    assert made["floats"][0].unfused == (1 if in_codes else 0)
+    kinds = [dumped(made[name][0].path, tmp_path) for name in ("codes", "floats")]
+    assert [each["Conv"] + each["FusedConv"] for each in kinds] == [0, int(in_codes)]
+    assert made["codes"][0].seven_bits == ("point.weight",)
+    assert np.array_equal(made["codes"][1], made["floats"][1])
 
 
 def test_matrices_run_dynamically_without_samples(tmp_path: Path) -> None:

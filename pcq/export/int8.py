@@ -13,12 +13,13 @@ everything reads its codes; any other tensor is quantized for the static layers 
 
 x86 processors without VNNI add pairs of products in 16 bits and saturate there. Integers up to 64 cannot (``SAFE``),
 nor can depthwise layers, which have a kernel of their own; what enters any other static layer has 7 bits instead of 8,
-unless every target is known to have VNNI. Dynamic layers always see 8 bits.
+unless every target is known to have VNNI. Dynamic layers always see 8 bits. A Clip in front of such a
+layer clips codes: of floats, ONNX Runtime would leave it there, and the layer before it in float.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -186,6 +187,7 @@ def convert(
     """Rewrite ``model`` in place. Codes and scales of every weight stay in the file as they are."""
     graph, forms = model.graph, {}
     dynamic: dict[ir.Value, tuple[ir.Value, ...]] = {}
+    clipped: dict[ir.Value, tuple[int, int]] = {}
     span = {value: ranges[(placement.same.get(value, value)).name or ""] for value in placement.whole}
     span |= {value: ranges[value.name or ""] for value in placement.partly if value not in span}
     codes_of = {value: _parameters(graph, placement.same.get(value, value), span[value]) for value in span}
@@ -223,15 +225,45 @@ def convert(
                 site.node.resize_inputs(3)
             site.node.replace_input_with(2, b)
         if norm is not None:
-            old, new = norm.outputs[0], site.node.outputs[0]
-            bypass(graph, norm, new)
-            if old in span:
-                span[new], codes_of[new] = span.pop(old), codes_of.pop(old)
+            _bypass(graph, norm, site.node, span, codes_of)
+        after = only_reader(site.node.outputs[0])
+        if after is not None and (bounds := _outlasting(after, span)):
+            _bypass(graph, after, site.node, span, codes_of)
+            clipped[site.node.outputs[0]] = bounds
     for value, parameters in codes_of.items():
         only = None if value not in placement.partly else set(placement.partly[value])
-        _quantize(graph, value, parameters, only)
+        _quantize(graph, value, parameters, only, clipped.get(value))
     sweep(model)
     return Converted(forms)
+
+
+def _outlasting(after: ir.Node, span: Mapping[ir.Value, Range]) -> tuple[int, int] | None:
+    """The codes of the bounds of a Clip behind a layer that ONNX Runtime would leave in float, and the layer with it.
+
+    It drops a Clip only where no code lies outside of it; where seven bits do, half of the eight are outside. Rounding
+    is monotonous, so clipping codes gives the codes of what was clipped.
+    """
+    known = is_constant(after, 2) and is_constant(after, 1) is not False
+    if after.op_type != "Clip" or after.domain or after.outputs[0] not in span or not known:
+        return None
+    found = span[after.outputs[0]]
+    bounds = [value for value in after.inputs[1:] if value is not None]
+    low, high = (numbers(value).astype(np.float32).reshape(-1)[0] for value in (bounds[0], bounds[-1]))
+    zero = int(found.zero_point)
+    if (FULL - zero) * found.scale <= high + found.scale / 2:
+        return None
+    least = 0 if len(bounds) < 2 else int(np.rint(low / found.scale)) + zero
+    return max(0, least), int(np.rint(high / found.scale)) + zero
+
+
+def _bypass(
+    graph: ir.Graph, node: ir.Node, layer: ir.Node, span: dict[ir.Value, Range], codes_of: dict[ir.Value, Any]
+) -> None:
+    """Take ``node`` out from behind the layer, whose output then has its name, range and codes."""
+    old, new = node.outputs[0], layer.outputs[0]
+    bypass(graph, node, new)
+    if old in span:
+        span[new], codes_of[new] = span.pop(old), codes_of.pop(old)
 
 
 _STORED = ("packed", "scale", "zero_point")
@@ -294,9 +326,13 @@ def _multiply_dynamic(
 
 
 def _quantize(
-    graph: ir.Graph, value: ir.Value, parameters: tuple[ir.Value, ir.Value], only: set[ir.Node] | None
+    graph: ir.Graph,
+    value: ir.Value,
+    parameters: tuple[ir.Value, ir.Value],
+    only: set[ir.Node] | None,
+    bounds: tuple[int, int] | None = None,
 ) -> None:
-    """Let readers (those in ``only``) read the codes of ``value``, dequantized."""
+    """Let readers (those in ``only``) read the codes of ``value``, none outside of ``bounds``, dequantized."""
     readers = [use for use in value.uses() if only is None or use.node in only]
     name = value.name
     source, shield = value, []
@@ -312,6 +348,12 @@ def _quantize(
         ir.Node("", "QuantizeLinear", [source, *parameters], outputs=[codes], name=f"{name}/quantize"),
         ir.Node("", "DequantizeLinear", [codes, *parameters], outputs=[floats], name=f"{name}/dequantize"),
     ]
+    if bounds is not None:
+        least, most = (initializer(graph, f"code{code}", np.asarray(code, np.uint8)) for code in bounds)
+        clip = ir.Node("", "Clip", [codes, least, most], name=f"{name}/clip")
+        clip.outputs[0].name = f"{name}/clipped"
+        nodes[-1].replace_input_with(0, clip.outputs[0])
+        nodes.insert(-1, clip)
     producer = value.producer()
     if producer is None:
         graph.insert_before(graph[0], nodes)
