@@ -203,9 +203,7 @@ def onnx_predictor(path: str | Path, names: Sequence[str] = ()) -> Callable[...,
     if not names and len(inputs) != 1:
         what = f"it has {len(inputs)} inputs ({', '.join(inputs)})"
         raise PcqError(what, where=str(path), allowed="a model of one input", todo=SEVERAL)
-    if lost := [name for name in names if name not in inputs] + [
-        name for name in inputs if name not in names and names
-    ]:
+    if names and (lost := [name for name in (*names, *inputs) if name not in inputs or name not in names]):
         what = f"its inputs are {', '.join(inputs)}, the data has {', '.join(names)}"
         raise PcqError(what, where=str(path), todo=did_you_mean(lost[0], inputs))
     taken = [inputs[name] for name in names] or list(inputs.values())

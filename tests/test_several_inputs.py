@@ -129,13 +129,14 @@ def test_mistakes_are_answered(change, says: str, tmp_path: Path) -> None:
         draw_inputs(Calibration(f"npz:{tmp_path / 's.npz'}"), Tokens())
 
 
-def _labelled(folder: Path, **change: np.ndarray) -> tuple[Path, torch.Tensor, torch.Tensor]:
+def _labelled(folder: Path, **change: np.ndarray | None) -> tuple[Path, torch.Tensor, torch.Tensor]:
     """Arrays in another order than the network's, labels, and what the network puts out."""
     samples = _samples()
     with torch.no_grad():
         out = Tokens()(samples["input_ids"], samples["attention_mask"])
     labels = (out.argmax(1) + (torch.arange(len(out)) % 3 == 0)) % 8
-    np.savez(folder / "e.npz", **{"y": labels.numpy(), **{k: v.numpy() for k, v in samples.items()}, **change})
+    arrays = {"y": labels.numpy(), **{k: v.numpy() for k, v in samples.items()}, **change}
+    np.savez(folder / "e.npz", **{name: array for name, array in arrays.items() if array is not None})
     return folder / "e.npz", out, labels
 
 
@@ -201,6 +202,8 @@ def test_arrays_of_the_split_are_taken(model: Path, tmp_path: Path) -> None:
         (True, {"attention_mask": np.ones((48, 5), int)}, "samples of 5: the model takes 6 as attention_mask"),
         (False, {"attention_mask": np.ones((40, 6), int)}, "as many samples each"),
         (False, {"y": np.zeros((47,), int)}, "the labels have shape"),
+        (False, {"attention_mask": None}, "it has no array for the input 'attention_mask'"),
+        (True, {"attention_mask": None}, "its inputs are input_ids, attention_mask, the data has input_ids"),
     ],
 )
 def test_scored_on_something_else(onnx: bool, change: dict, says: str, model: Path, tmp_path: Path) -> None:

@@ -41,9 +41,7 @@ class Network:
         if len(names) > 1:
             what = f"the network takes {len(names)} inputs, and the file does not say what they are: {', '.join(names)}"
             allowed = "one input, or an exported program (.pt2) that takes each of them by position"
-            todo = (
-                "Hand it in as such a program; pcq export --onnx also takes --example SPEC, data with an array for each"
-            )
+            todo = "Hand it in as such a program; to export ONNX, give data with an array for each: --example SPEC"
             raise PcqError(what, where=str(path), allowed=allowed, todo=todo)
 
     @staticmethod

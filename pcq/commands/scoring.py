@@ -1,15 +1,16 @@
 """Scores of a checkpoint, an artifact or an ONNX file on data."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pcq.commands.networks import ONNX_SUFFIX, keys, open_network, recorded
 from pcq.errors import PcqError
 from pcq.progress import Progress, silent
 
 if TYPE_CHECKING:
+    from pcq.data.inputs import Several
     from pcq.scores import Predictor, Scores
 
 
@@ -60,18 +61,18 @@ def evaluate(
     from pcq.data.inputs import Several
     from pcq.scores import evaluate as score
 
-    inputs: dict[str, Any] = {}
+    several: Several | None = None
     try:
         opened = open_data(data, split)
-    except Several as several:
-        opened, inputs = numbered(several, split), several.arrays
+    except Several as found:
+        opened, several = numbered(found, split), found
     files = [Path(each) for each in (path, reference) if each is not None]
     chosen = keys(files, key, allow_globals, unsafe_pickle)
-    predict, runtime = predictor(Path(path), arch, None, chosen[0], allow_globals, unsafe_pickle, inputs)
+    predict, runtime = predictor(Path(path), arch, None, chosen[0], allow_globals, unsafe_pickle, several)
     compared = None
     if reference is not None:
         known = None if arch is not None else recorded(Path(path))
-        compared, _ = predictor(Path(reference), arch, known, chosen[1], allow_globals, unsafe_pickle, inputs)
+        compared, _ = predictor(Path(reference), arch, known, chosen[1], allow_globals, unsafe_pickle, several)
     scores = score(predict, opened, reference=compared, batch=batch, limit=limit, progress=progress)
     return EvalResult(Path(path), opened.describe(), runtime, scores)
 
@@ -83,9 +84,9 @@ def predictor(
     key: str | None,
     allow_globals: Sequence[str],
     unsafe_pickle: bool,
-    several: Mapping[str, Any],
+    several: "Several | None",
 ) -> "tuple[Predictor, str]":
-    """What runs the file, and in which runtime. With arrays of ``several`` inputs it takes numbers of samples.
+    """What runs the file, and in which runtime. With data of ``several`` inputs it takes numbers of samples.
 
     Raises:
         PcqError: the file is not usable, or takes other inputs.
@@ -94,14 +95,16 @@ def predictor(
     from pcq.scores import SEVERAL, looked_up, module_predictor, onnx_predictor
 
     if path.suffix == ONNX_SUFFIX:
-        run = onnx_predictor(path, tuple(several))
-        return (looked_up(run, tuple(numbers(several, "data").values())) if several else run), "ONNX Runtime"
+        if several is None:
+            return onnx_predictor(path), "ONNX Runtime"
+        arrays = numbers(several.arrays, several.where)
+        return looked_up(onnx_predictor(path, tuple(arrays)), tuple(arrays.values())), "ONNX Runtime"
     network = open_network(
         path, arch, otherwise=otherwise, key=key, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle
     )
     run = module_predictor(network.module)
-    if several:
-        return looked_up(run, inputs(several, network.module, "data")), "torch"
+    if several is not None:
+        return looked_up(run, inputs(several.arrays, network.module, several.where)), "torch"
     if len(names := needed(network.module)) > 1:
         what = f"the network takes {len(names)} inputs ({', '.join(names)}), and the data has one"
         raise PcqError(what, where=str(path), todo=SEVERAL)

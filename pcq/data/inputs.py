@@ -29,17 +29,18 @@ def inputs(arrays: Mapping[str, Any], module: nn.Module, spec: str) -> tuple[Ten
     """The arrays in the order of ``module``'s arguments; whole numbers as int64, others as float32.
 
     Raises:
-        PcqError: there is no such argument, or one before it is not given; the arrays are no numbers, or not of the
-            same length.
+        PcqError: there is no such argument, or one before it or one that is needed is not given; the arrays are no
+            numbers, or not of the same length.
     """
     takes = names(module)
     if lost := [name for name in arrays if name not in takes]:
         what = f"the network has no input '{lost[0]}'"
         raise PcqError(what, where=spec, allowed=", ".join(takes), todo=did_you_mean(lost[0], takes))
     first = takes[: len(arrays)]
-    if missing := [name for name in first if name not in arrays]:
+    if missing := [name for name in (*first, *needed(module)) if name not in arrays]:
         raise PcqError(f"it has no array for the input '{missing[0]}'", where=spec, allowed=", ".join(takes))
-    return tuple(numbers(arrays, spec)[name] for name in first)
+    found = numbers(arrays, spec)
+    return tuple(found[name] for name in first)
 
 
 def numbers(arrays: Mapping[str, Any], spec: str) -> dict[str, Tensor]:

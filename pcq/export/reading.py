@@ -168,15 +168,11 @@ def _codes(scheme: Scheme, packed: np.ndarray) -> np.ndarray:
     if scheme.layout == "exact":
         digits = [max(d for d in range(1, 9) if radix**d <= 256) for radix in scheme.planes]
         ends = np.cumsum([-(-numel // per_byte) for per_byte in digits])
-        if packed.dtype == np.int8 and scheme.planes == (256,):
-            packed = packed.astype(np.int16) + 128
-        elif packed.dtype != np.uint8:
-            packed = packed[:0]
-        packed = packed.reshape(-1)
-        if packed.shape != (ends[-1],):
+        signed = packed.dtype == np.int8 and scheme.planes == (256,)
+        if not (signed or packed.dtype == np.uint8) or packed.size != ends[-1]:
             raise ValueError(f"{packed.size} packed bytes where {ends[-1]} are needed")
         codes, place = np.zeros(numel, np.int64), 1
-        pieces = np.split(packed.astype(np.int64), ends[:-1])
+        pieces = np.split(packed.reshape(-1).astype(np.int64) + 128 * signed, ends[:-1])
         for radix, per_byte, plane in zip(scheme.planes, digits, pieces, strict=True):
             codes += place * np.stack([plane // radix**i % radix for i in range(per_byte)], 1).reshape(-1)[:numel]
             place *= radix
