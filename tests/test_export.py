@@ -38,13 +38,15 @@ def grid_of(kind: str, g: int) -> Grid:
             return Affine(scale, torch.randint(0, 16, (g,)).to(torch.uint8), 16)
         case "8 bit":
             return Affine(scale / 64, 127.0, 255)
+        case "around 128":
+            return Affine(scale / 64, 128.0, 256)
         case "shared":
             return Codebook(torch.tensor([[-0.3, -0.1, 0.0, 0.05, 0.25]]), scale)
         case _:
             return Codebook((torch.randn(g, 7) / 4).sort().values)
 
 
-KINDS = ("binary", "ternary", "3 bit", "affine", "8 bit", "shared", "rows")
+KINDS = ("binary", "ternary", "3 bit", "affine", "8 bit", "shared", "rows", "around 128")
 
 
 def quantize(network: nn.Module, kinds: tuple[str, ...] = KINDS, group: int | None = None) -> Weights:

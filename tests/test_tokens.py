@@ -166,7 +166,7 @@ def test_a_program_of_several_inputs_brings_their_shapes_along(
     for place in (reading, commands.networks):
         monkeypatch.setattr(place, "example_inputs", counted)
     _, err = run(capsys, "export", tmp_path / "net.safetensors")
-    assert f"Next: pcq bench {tmp_path / 'net.onnx'}" in err.splitlines()  # as eval takes one input
+    assert f"Next: pcq eval {tmp_path / 'net.onnx'} --data SPEC" in err.splitlines()
     assert len(read) == 1
     session = ort.InferenceSession(str(tmp_path / "net.onnx"), providers=["CPUExecutionProvider"])
     feed = {"ids": np.full((5, 6), 39), "mask": np.ones((5, 6), np.float32)}
@@ -178,4 +178,4 @@ def test_a_program_of_several_inputs_brings_their_shapes_along(
     _, err = run(capsys, "export", tmp_path / "net.safetensors", tmp_path / "y.pt2", "--pt2", "--input", "6", code=2)
     assert "--input: the exported program says the shapes of its inputs. Leave it out." in err
     _, err = run(capsys, "export", tmp_path / "net.safetensors", "--mode", "int8", code=2)
-    assert "int8: the exported program has 2 inputs. Allowed: networks of one input." in err
+    assert "int8: the network has 2 inputs. Allowed: networks of one input." in err

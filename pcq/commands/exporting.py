@@ -142,7 +142,8 @@ def export_onnx(
     if not own and len(given) < len(needed(network.module)):
         network.refuse_several(source)
     if max(len(own), len(given)) > 1 and int8 is not None:
-        raise PcqError(f"the network has {max(len(own), len(given))} inputs", where="int8", allowed="networks of one")
+        raise PcqError(f"the network has {max(len(own), len(given))} inputs", where="int8",
+                       allowed="networks of one input")  # fmt: skip
     if shape is None and not own and not given:
         raise PcqError(
             f"the input shape of {network.arch} is not known",
