@@ -141,9 +141,9 @@ def export_onnx(
     own = () if input_shape else network.inputs
     if not own and len(given) < len(needed(network.module)):
         network.refuse_several(source)
-    if max(len(own), len(given)) > 1 and int8 is not None:
-        raise PcqError(f"the network has {max(len(own), len(given))} inputs", where="int8",
-                       allowed="networks of one input")  # fmt: skip
+    count = max(len(own), len(given))
+    if count > 1 and int8 is not None:
+        raise PcqError(f"the network has {count} inputs", where="int8", allowed="networks of one input")
     if shape is None and not own and not given:
         raise PcqError(
             f"the input shape of {network.arch} is not known",

@@ -24,6 +24,18 @@ def reader_kind(node: ir.Node, index: int) -> str:
     return node.op_type if plain else f"{node.op_type} in another way"
 
 
+def bias_of(layer: ir.Node) -> ir.Value | None:
+    """The third input of a layer."""
+    return layer.inputs[2] if len(layer.inputs) > 2 else None
+
+
+def set_bias(layer: ir.Node, value: ir.Value) -> None:
+    """Give a layer its third input."""
+    if len(layer.inputs) < 3:
+        layer.resize_inputs(3)
+    layer.replace_input_with(2, value)
+
+
 def bypass(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
     """Take a node of one output out: ``value`` takes its place, and its name."""
     old = node.outputs[0]

@@ -19,7 +19,7 @@ layer clips codes: of floats, ONNX Runtime would leave it there, and the layer b
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -30,12 +30,15 @@ from pcq.export import norms
 from pcq.export.body import DOMAIN
 from pcq.export.editing import (
     add_op,
+    bias_of,
     bypass,
     initializer,
     int_attribute,
     is_constant,
     numbers,
     only_reader,
+    reader_kind,
+    set_bias,
     sweep,
     typed_value,
 )
@@ -96,15 +99,10 @@ def find_sites(model: ir.Model, weights: Mapping[str, QuantizedTensor]) -> Found
 
 
 def _activations(node: ir.Node, index: int, transposed: bool) -> Activations | None:
-    if index != 1:
-        return None
-    if node.op_type == "Conv":
+    kind = reader_kind(node, index)
+    if kind == "Conv" or (kind == "Gemm" and not transposed):
         return "static" if is_constant(node, 2) is not False else None
-    if node.op_type == "Gemm":
-        plain = int_attribute(node, "transA", 0) == 0 and int_attribute(node, "transB", 0) == 1 and not transposed
-        ones = all(node.attributes[key].as_float() == 1 for key in ("alpha", "beta") if key in node.attributes)
-        return "static" if plain and ones and is_constant(node, 2) is not False else None
-    return "dynamic" if node.op_type == "MatMul" and transposed else None
+    return "dynamic" if kind == "MatMul" and transposed else None
 
 
 @dataclass(frozen=True)
@@ -221,9 +219,7 @@ def convert(
             steps = add_op(graph, site.node, "Mul", (s, codes_of[source][0]), f"{key}/bias_scale")
             whole = initializer(graph, f"{key}/bias", bias)
             b = add_op(graph, site.node, "DequantizeLinear", (whole, steps), f"{key}/bias_dequantized", axis=0)
-            if len(site.node.inputs) < 3:
-                site.node.resize_inputs(3)
-            site.node.replace_input_with(2, b)
+            set_bias(site.node, b)
         if norm is not None:
             _bypass(graph, norm, site.node, span, codes_of)
         after = only_reader(site.node.outputs[0])
@@ -257,7 +253,11 @@ def _outlasting(after: ir.Node, span: Mapping[ir.Value, Range]) -> tuple[int, in
 
 
 def _bypass(
-    graph: ir.Graph, node: ir.Node, layer: ir.Node, span: dict[ir.Value, Range], codes_of: dict[ir.Value, Any]
+    graph: ir.Graph,
+    node: ir.Node,
+    layer: ir.Node,
+    span: dict[ir.Value, Range],
+    codes_of: dict[ir.Value, tuple[ir.Value, ir.Value]],
 ) -> None:
     """Take ``node`` out from behind the layer, whose output then has its name, range and codes."""
     old, new = node.outputs[0], layer.outputs[0]
@@ -275,7 +275,7 @@ def _channels(
     """The gain of each channel with its BatchNorm folded in, and the bias in units of ``x_scale * s``."""
     node, count = site.node, weight.rows.shape[0]
     factor, bias = np.ones(count), np.zeros(count)
-    given = node.inputs[2] if len(node.inputs) > 2 else None
+    given = bias_of(node)
     if x_scale is None:
         return Channels(np.full(1, 1 / site.form.unit, np.float32)), None
     if given is not None:

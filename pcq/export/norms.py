@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pcq.export.editing import (
+    bias_of,
     bypass,
     initializer,
     int_attribute,
@@ -26,6 +27,7 @@ from pcq.export.editing import (
     numbers,
     only_reader,
     reader_kind,
+    set_bias,
     sweep,
 )
 from pcq.export.passes import placeholders
@@ -55,7 +57,7 @@ def behind(node: ir.Node) -> ir.Node | None:
     return after if known else None
 
 
-def as_map(norm: ir.Node, bias: npt.NDArray[np.float64] | float = 0.0) -> Map:
+def as_map(norm: ir.Node, bias: npt.NDArray[np.float64] | float) -> Map:
     """What ``norm`` does behind a layer of this bias."""
     gamma, beta, mean, var = (numbers(value) for value in norm.inputs[1:] if value is not None)
     epsilon = norm.attributes["epsilon"].as_float() if "epsilon" in norm.attributes else 1e-5
@@ -80,19 +82,17 @@ def fold(model: ir.Model, weights: Mapping[str, QuantizedTensor]) -> dict[str, Q
         norm = behind(layer)
         if norm is None:
             continue
-        given = layer.inputs[2] if len(layer.inputs) > 2 else None
+        given = bias_of(layer)
         done = as_map(norm, 0.0 if given is None else numbers(given))
         weight = scaled(weights[name], done.factor, CHANNELS[kind])
         if weight is None or not np.isfinite(done.shift).all():
             continue
         folded[name] = weight
-        if len(layer.inputs) < 3:
-            layer.resize_inputs(3)
         if given is not None and only_reader(given) is layer:
             model.graph.initializers.pop(given.name or "", None)
         own = f"{name.removesuffix('weight')}bias"
         bias = f"{name}/bias" if own in model.graph.initializers else own
-        layer.replace_input_with(2, initializer(model.graph, bias, done.shift.astype(np.float32)))
+        set_bias(layer, initializer(model.graph, bias, done.shift.astype(np.float32)))
         bypass(model.graph, norm, layer.outputs[0])
     sweep(model)
     return folded
