@@ -1,6 +1,7 @@
 """Training with 8-bit activations: the simulation rounds what the exported file rounds, by the same names."""
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,27 @@ def test_control_flow_and_a_branch_that_was_never_seen() -> None:
     with simulation.watching(True):
         network(100 * x)
     assert {"b.weight/output#2", "b.weight/output#3"} < set(simulation.ranges)
+
+
+def test_scoring_holds_no_tensor_longer_than_the_network_does() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        *(part for _ in range(6) for part in (nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 1, 1)))
+    )
+    x, made = torch.randn(2, 4, 8, 8), []
+    simulated(network, quantized(network, ""), x)
+    alive: list[int] = []
+
+    def watched(module: nn.Module, args: Any, result: Tensor) -> None:
+        made.append(weakref.ref(result))
+        alive.append(sum(each() is not None for each in made))
+
+    for part in network:
+        part.register_forward_hook(watched)
+    with torch.no_grad():
+        network(x)
+    assert len(made) == 18
+    assert max(alive) <= 3  # what a part reads, what it makes, and what that was pooled from
 
 
 def test_the_gradient_passes_within_the_range() -> None:

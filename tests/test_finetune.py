@@ -112,6 +112,19 @@ def test_it_wins_back_what_one_shot_lost(tmp_path: Path, capsys: pytest.CaptureF
     assert pcq.evaluate(exported.path, "digits").scores.top1 == scores["fine-tuned"]
 
 
+def test_scoring_takes_no_more_samples_at_once_than_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, forward = [], Small.forward
+
+    def counted(self: Small, x: Tensor) -> Tensor:
+        seen.append(len(x))
+        return forward(self, x)
+
+    monkeypatch.setattr(Small, "forward", counted)
+    tune(tmp_path / "x.safetensors", steps=2, overrides=("finetune.batch=16",))
+    assert len(seen) > 20
+    assert max(seen) == 16
+
+
 def test_the_table_is_printed(straight: pcq.commands.FinetuneResult) -> None:
     from rich.console import Console
 

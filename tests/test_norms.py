@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
 
+from pcq.commands import inspect
 from pcq.errors import PcqError
 from pcq.export import open_packed, read_packed, write_int8, write_onnx
 from pcq.export.norms import scaled
@@ -142,6 +143,7 @@ def test_a_network_without_its_batchnorms(tmp_path: Path, kind: str) -> None:
     assert report.error < 1e-5  # against torch
     assert report.folded == FOLDED
     assert json.loads(open_packed(report.path).metadata["pcq.folded"]) == [*FOLDED]
+    assert ("BatchNorm folded into scales", "behind 4 of the layers") in inspect(report.path).facts
     assert with_norms.folded == ()
     kinds = [node.op_type for node in onnx.load(report.path).graph.node]
     assert kinds.count("BatchNormalization") == 2

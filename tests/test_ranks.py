@@ -236,12 +236,17 @@ def _scored() -> list[tuple[Any, Any]]:
         net, other = nn.Linear(5, 7), nn.Linear(5, 7)
         here.share([*net.state_dict().values(), *other.state_dict().values()])
         data = from_arrays("x", "val", x, x[:, 0].abs().long().clamp(max=6))
-        counted: list[int] = []
         both = module_predictor(net), module_predictor(other)
-        mine = here.evaluate(
-            both[0], data, reference=both[1], progress=lambda stage, done, total, seen=counted: seen.append(done)
-        )
-        found.append((mine == evaluate(both[0], data, reference=both[1]), len(counted)))
+        for batch in (256, 2, 1) if n < 10 else (256,):
+            counted: list[int] = []
+            mine = here.evaluate(
+                both[0],
+                data,
+                reference=both[1],
+                batch=batch,
+                progress=lambda stage, done, total, seen=counted: seen.append(done),
+            )
+            found.append((mine == evaluate(both[0], data, reference=both[1]), len(counted)))
     return found
 
 

@@ -443,6 +443,7 @@ def table(
     """Score the float network, its one-shot and calibrated quantizations, and the file that was written, read back."""
     from pcq.scores import module_predictor
     from pcq.train.activations import simulate
+    from pcq.train.loop import at_once
 
     device = job.ranks.device
     oneshot = original_or_new(planned, original.cpu(), None)
@@ -479,7 +480,11 @@ def table(
         compared = None if name == "float" else reference
         scores = [
             job.ranks.evaluate(
-                module_predictor(module.to(device)), each, reference=compared, progress=labelled_by(name, progress)
+                module_predictor(module.to(device)),
+                each,
+                reference=compared,
+                batch=at_once(job),
+                progress=labelled_by(name, progress),
             )
             for each in sets
         ]

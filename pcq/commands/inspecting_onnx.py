@@ -13,7 +13,7 @@ from pcq.errors import CheckFailed, PcqError, first_line
 from pcq.export import is_packed, open_packed
 from pcq.export.layouts import LOADING
 from pcq.export.reading import PackedFile, file_bytes
-from pcq.export.scheme import KEY, SATURATING, Scheme, from_json
+from pcq.export.scheme import FOLDED, KEY, SATURATING, Scheme, from_json
 from pcq.export.verify import STAY_PACKED
 from pcq.packing import DIGITS
 
@@ -28,6 +28,10 @@ MULTIPLYING = {
     "Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose", "MatMul", "FusedMatMul", "Gemm", "FusedGemm", "MatMulNBits",
 }  # fmt: skip
 """Operators that multiply by weights in float."""
+
+
+SAID = {KEY, SATURATING, FOLDED}
+"""Metadata that is told in words."""
 
 
 def inspect_onnx(path: Path) -> FileView:
@@ -65,7 +69,8 @@ def _packed(path: Path, packed: PackedFile) -> FileView:
         ("other tensors", f"{packed.float_bytes:,} bytes"),
         *runs(path, resident, loading),
         *_saturating(packed.metadata),
-        *((key, value) for key, value in packed.metadata.items() if key not in (KEY, SATURATING) and len(value) < 200),
+        *_folded(packed.metadata),
+        *((key, value) for key, value in packed.metadata.items() if key not in SAID and len(value) < 200),
     ]
     rows = tuple(
         quantized_view(name, tensor, f"{tensor.grid.count} levels ({_layout(packed.schemes[name])})")
@@ -81,6 +86,12 @@ def _saturating(metadata: dict[str, str]) -> list[tuple[str, str]]:
     names = json.loads(metadata.get(SATURATING, "null"))
     said = "not recorded" if names is None else ", ".join(names) or "none: it computes the same integers everywhere"
     return [("layers that saturate on x86 without VNNI", said)]
+
+
+def _folded(metadata: dict[str, str]) -> list[tuple[str, str]]:
+    """How many BatchNorms of the network are part of scales and biases in this file."""
+    names = json.loads(metadata.get(FOLDED, "[]"))
+    return [("BatchNorm folded into scales", f"behind {len(names)} of the layers")] if names else []
 
 
 def _layout(scheme: Scheme) -> str:

@@ -127,7 +127,7 @@ def write_int8(
     """
     start = time.perf_counter()
     file = open_packed(exact)
-    if known and "pcq.folded" in file.metadata:
+    if known and scheme.FOLDED in file.metadata:
         raise PcqError("BatchNorm is folded into the scales of this file, so its integers would not be those of "
                        "training", where=str(exact), todo="Write it with fold=False")  # fmt: skip
     work = _Work(

@@ -281,9 +281,9 @@ def _pack(
     entries = {"version": version, **metadata}
     if tied or shared:
         entries["tied"] = json.dumps({**tied, **shared})
-    if folded:
-        entries["folded"] = json.dumps([*folded])
     properties = {f"pcq.{key}": value for key, value in entries.items()} | {scheme.KEY: scheme.to_json(schemes)}
+    if folded:
+        properties[scheme.FOLDED] = json.dumps([*folded])
     if wanted.aim is not None or wanted.layout != "exact":
         properties["pcq.mode"] = wanted.layout if wanted.aim is None else f"optimized for {wanted.aim}"
     passes.finish(model, made.ir_version, version, properties)

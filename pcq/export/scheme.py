@@ -33,6 +33,7 @@ from pcq.qtensor import QuantizedTensor
 
 KEY = "pcq.scheme"
 SATURATING = "pcq.int8_saturating"
+FOLDED = "pcq.folded"
 
 
 @dataclass(frozen=True)

@@ -70,12 +70,14 @@ class _Codes:
         stage: what may still be fused: after ``conv`` a BatchNorm and a clip, after ``norm`` a clip, after ``end``
             nothing; ``only``: it has codes for static layers, and is as it was for others.
         rounded: the tensor on its levels, as soon as something has read it.
+        level: the tensor is on them as it is.
         constant: what the layer before adds, where it is rounded and a BatchNorm may still change it.
     """
 
     name: str
     stage: Literal["conv", "norm", "end", "only"]
     rounded: Tensor | None = None
+    level: bool = False
     constant: Constant | None = None
 
 
@@ -225,7 +227,6 @@ class _Watching(TorchFunctionMode):
         super().__init__()
         self.simulation, self.names = simulation, Names()
         self.codes = WeakIdKeyDictionary()
-        self.alive: list[Tensor] = []  # a tensor's number is its address: keep it until the pass is over
         self.counted: Counter[tuple[str, str]] = Counter()
 
     def __exit__(self, *exc: Any) -> None:
@@ -261,7 +262,7 @@ class _Watching(TorchFunctionMode):
         if made is x and mine is not None:  # written in place
             del self.codes[x]
         if kind in SAME and mine is not None and mine.stage != "only" and isinstance(made, Tensor):
-            return self._put(made, _Codes(mine.name, "end", made))
+            return self._put(made, _Codes(mine.name, "end", level=True))
         return made
 
     def _layer(self, func: Any, kind: str, x: Tensor, layer: Weight8, args: Any, kwargs: Any) -> Any:
@@ -299,13 +300,12 @@ class _Watching(TorchFunctionMode):
 
     def _put(self, made: Any, codes: _Codes) -> Any:
         self.codes[made] = codes
-        self.alive.append(made)
         return made
 
     def _read(self, x: Tensor, static: bool = False) -> Tensor:
         """What a function sees of ``x``: its codes, if it has some (those for static layers only, if it is one)."""
         codes: _Codes | None = self.codes.get(x)
-        if codes is None or (codes.stage == "only" and not static):
+        if codes is None or codes.level or (codes.stage == "only" and not static):
             return x
         if codes.stage in ("conv", "norm"):
             self.counted[codes.name, codes.stage] += 1

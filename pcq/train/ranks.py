@@ -169,14 +169,20 @@ class Ranks:
             raise CheckFailed(what, where=apart[0], todo="Use machines of one kind and one version of torch")
 
     def evaluate(
-        self, predict: Predictor, data: Data, *, reference: Predictor | None = None, progress: Progress = silent
+        self,
+        predict: Predictor,
+        data: Data,
+        *,
+        reference: Predictor | None = None,
+        batch: int = 256,
+        progress: Progress = silent,
     ) -> Scores:
         """As :func:`pcq.scores.evaluate`, each process on every ``world``-th sample, in equally many batches."""
         if self.world == 1 or data.n < self.world:
-            return evaluate(predict, data, reference=reference, progress=progress)
+            return evaluate(predict, data, reference=reference, batch=batch, progress=progress)
         mine = subset(data, torch.arange(self.rank, data.n, self.world), data.split)
         smallest = data.n // self.world
-        batch = next(size for size in range(256, 0, -1) if smallest % size)
+        batch = next(size for size in itertools.chain(range(batch, 0, -1), itertools.count(batch)) if smallest % size)
         parts: list[Any] = [None] * self.world
         dist.all_gather_object(parts, evaluate(predict, mine, reference=reference, batch=batch, progress=progress))
         return merged(parts)
