@@ -53,7 +53,10 @@ class Finetune:
         precision: `bf16` computes in bfloat16 where it is safe; `auto`: where the machine is quick at it.
         graphs: record the passes of a training step as CUDA graphs, so that a small network's GPU does not wait for
             Python; for networks whose computation does not depend on the numbers in it.
-        batchnorm: batches from which the statistics of BatchNorm are estimated anew at the end; 0: never.
+        mode: in which the network is while it trains: `train`, or `eval`, in which it computes as it will: BatchNorm by
+            the checkpoint's statistics, no dropout. That is for few samples and small batches.
+        batchnorm: batches from which the statistics of BatchNorm are estimated anew at the end; 0: never. In mode
+            `eval` they stay as they are.
         seed: of everything random.
     """
 
@@ -80,6 +83,7 @@ class Finetune:
     ranges: Literal["observed", "learned"] = "observed"
     precision: Literal["auto", "bf16", "float32"] = "auto"
     graphs: bool = False
+    mode: Literal["train", "eval"] = "train"
     batchnorm: int = 50
     seed: int = 0
 
@@ -111,6 +115,7 @@ class Finetune:
                 "float32 where activations have 8 bits",
             ),
             ("graphs", self.activations is None or not self.graphs, "false where activations have 8 bits"),
+            ("graphs", self.mode == "train" or not self.graphs, "false in mode eval"),
             ("batchnorm", self.batchnorm >= 0, "0 or a number of batches"),
             ("seed", 0 <= self.seed < 2**31, "0 to 2147483647"),
         )
@@ -122,6 +127,11 @@ class Finetune:
             problems.append(f"{given[-1]} and {given[0]} both say how long to train; keep one of them")
         if problems:
             raise ValueError("\n".join(problems))
+
+    @property
+    def estimates(self) -> int:
+        """Batches from which the statistics of BatchNorm are estimated anew."""
+        return self.batchnorm if self.mode == "train" else 0
 
     @property
     def learning_rate(self) -> float:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import typer
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -512,6 +512,8 @@ RULES = 'pcq: 1\nrules:\n  - match: "*"\n    levels: ternary\n'
         ("  method: park", "r.yaml:6: `method` has to be one of .*Did you mean 'parq'"),
         ("  lr: fast", "r.yaml:6: `lr` has to be a number"),
         ("  lr: 0", "r.yaml:6: lr is 0"),
+        ("  mode: evil", "r.yaml:6: `mode` has to be one of train, eval, not 'evil'. Did you mean 'eval'"),
+        ("  graphs: true\n  mode: eval", "r.yaml:6: graphs is True, which has to be false in mode eval"),
         ("  refit: 2.5", "r.yaml:6: `refit` has to be a whole number"),
         ("  anneal_end: 1", "r.yaml:6: anneal_end is 1"),
         ("  relative: yes", "r.yaml:6: `relative` has to be true or false"),
@@ -744,6 +746,27 @@ def test_without_batchnorm_estimates_scores_are_with_the_statistics_of_training(
     result = tune_digits(tmp_path / "x.safetensors", steps=4, overrides=["finetune.batchnorm=0"])
     assert result.batchnorm is None
     assert result.epochs[-1].score == result.rows[2].val.top1
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_in_mode_eval_it_trains_as_it_will_compute(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, same, seen = tmp_path / "x.safetensors", [], []
+    forward = Small.forward
+
+    def watched(self: Small, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            seen.append(self.bn1.training)
+        return forward(self, x)
+
+    monkeypatch.setattr(Small, "forward", watched)
+    result = tune(path, steps=4, overrides=[f"finetune.mode={mode}", "finetune.batchnorm=2"])
+    assert seen == [mode == "train"] * 4
+    tuned, was = pcq.read_artifact(path).floats, load_file(small(tmp_path))
+    same = [torch.equal(tuned[name], was[name]) for name in was if "running" in name]
+    assert len(same) > 4
+    assert all(same) if mode == "eval" else not any(same)
+    assert (result.batchnorm is None) == (mode == "eval")
+    assert not torch.equal(tuned["bn1.weight"], was["bn1.weight"])  # what BatchNorm multiplies by is trained
 
 
 def test_batchnorm_is_the_mean_over_the_batches() -> None:

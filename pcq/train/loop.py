@@ -252,7 +252,7 @@ def _total(job: Job, batches: Batches) -> int:
         return settings.steps
     if settings.minutes is None:
         return max(1, round((settings.epochs or EPOCHS) * batches.an_epoch))
-    trial, limit = copy.deepcopy(job.module).train(), time.perf_counter() + 20
+    trial, limit = copy.deepcopy(job.module).train(settings.mode == "train"), time.perf_counter() + 20
     job.ranks.spread(trial)
     optimizer = make_optimizer(settings, trial.parameters())
     times: list[float] = []
@@ -317,7 +317,7 @@ def _steps(job: Job, run: _Run, batches: Batches, measured: saving.Metrics, stop
             return
         x, y = next(coming)
         learning_rate = rate(settings, run.step / total)
-        module.train()
+        module.train(settings.mode == "train")
         observing = run.step == 0 or run.step / total < settings.anneal_end
         if run.simulation is not None and settings.ranges == "learned" and 0 < run.step >= OBSERVED * total:
             run.simulation.learn()
@@ -406,7 +406,7 @@ def _look(job: Job, run: _Run, batches: Batches, measured: saving.Metrics, progr
     _refuse_nan(job, run)
     job.ranks.check_same({name: target.parameter.data for name, target in job.weights.items()})
     job.ranks.share(job.module.buffers())
-    count = min(LOOK_BATCHES, job.settings.batchnorm)
+    count = min(LOOK_BATCHES, job.settings.estimates)
     estimated = batchnorm.borrowed(job.module, _plain(job, batches, count)) if count else nullcontext()
     try:
         with run.prox.quantized() as levels, estimated, _as_file(job, run, levels):
@@ -497,11 +497,11 @@ def _finished(
     unquantized = number(scored(module, job, heed)) if run.prox.method.posttraining else None
     quantized = run.prox.finish()
     settled_as = None
-    if settings.batchnorm and (kept := batchnorm.statistics(module)):
+    if settings.estimates and (kept := batchnorm.statistics(module)):
         levels = {name: weight.grid for name, weight in quantized.items()}
         with _as_file(job, run, levels):
             before = number(scored(module, job, heed))
-        batchnorm.reestimate(module, _plain(job, batches, settings.batchnorm))
+        batchnorm.reestimate(module, _plain(job, batches, settings.estimates))
         with _as_file(job, run, levels):
             after = number(scored(module, job, heed))
         if after <= before:
