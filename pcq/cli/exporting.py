@@ -126,7 +126,7 @@ def export(
         typer.Option(metavar="SPEC", help="int8: data to observe ranges on and to judge by.", show_default=False),
     ] = None,
     samples: Annotated[int, typer.Option(help="int8: how many samples for each.")] = 256,
-    ranges: Annotated[Ranges, typer.Option(help="int8: how a range follows from the samples.")] = Ranges.minmax,
+    ranges: Annotated[Ranges, typer.Option(help="int8: how a range follows from the samples.")] = Ranges.mse,
     max_drop: Annotated[
         float, typer.Option(help="int8: points of top-1 (percent of predictions, without labels) it may cost.")
     ] = 0.5,

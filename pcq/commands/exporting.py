@@ -63,7 +63,7 @@ class Int8:
 
     data: str | None = None
     samples: int = SAMPLES
-    ranges: Literal["minmax", "percentile", "mse", "entropy"] = "minmax"
+    ranges: Literal["minmax", "percentile", "mse", "entropy"] = "mse"
     max_drop: float = 0.5
     keep: tuple[str, ...] = ()
     vnni: bool = False

@@ -100,7 +100,7 @@ def write_int8(
     calibration: Batches | None,
     held_out: Samples = (),
     *,
-    ranges: Method = "minmax",
+    ranges: Method = "mse",
     vnni: bool = False,
     known: Mapping[str, Range] | None = None,
     keep: Sequence[str] = (),

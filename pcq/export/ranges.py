@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import onnx
+import torch
 from torch import Tensor
 
 from pcq.activations import FULL, Range
@@ -28,7 +29,7 @@ def observe(
     path: Path,
     tops: Mapping[str, int],
     batches: Callable[[], Iterable[Tensor]],
-    method: Method = "minmax",
+    method: Method = "mse",
     progress: Progress = silent,
 ) -> dict[str, Range]:
     """Run the float ONNX file and choose a range for each tensor in ``tops``, which says its last code.
@@ -68,7 +69,8 @@ def observe(
     counts = {name: np.zeros(BINS) for name in names}
     for tensors in runs("count ranges"):
         for name in names:
-            counts[name] += np.histogram(tensors[name], BINS, (low[name], max(high[name], low[name] + 1e-9)))[0]
+            seen, ends = torch.from_numpy(tensors[name]), (low[name], max(high[name], low[name] + 1e-9))
+            counts[name] += torch.histc(seen, BINS, *ends).numpy()
     return {name: narrowed(counts[name], low[name], high[name], method, top) for name, top in tops.items()}
 
 
@@ -104,7 +106,9 @@ def _squared(share: Histogram, middles: Histogram, span: Range) -> float:
 
 def _divergence(share: Histogram, middles: Histogram, span: Range) -> float:
     """KL(numbers || codes): each code's numbers are spread evenly over the bins that it stands for; what is clipped has
-    its own bins' share against nothing but the end code."""
+    its own bins' share against nothing but the end code. The bin of 0, which every range holds exactly, does not count:
+    behind a Relu it has half of the numbers, and the rest would weigh little beside it."""
+    share = np.where(np.abs(middles) > 0.501 * (middles[1] - middles[0]), share, 0)
     codes = np.rint((_rounded(middles, span) - span.low) / float(span.scale)).astype(int).clip(0, span.top)
     used = share > 0
     total = np.bincount(codes, share, 256)

@@ -1,10 +1,11 @@
 """What int8 activations cost: the float network, the exact and the int8 file of one artifact, scored on test data.
 
     python -m tests.benchmarks.int8_accuracy NAME ARTIFACT --float CHECKPOINT --test SPEC [SPEC ...] --calib SPEC
-        [--arch ARCH] [--input 3x224x224]
+        [--arch ARCH] [--input 3x224x224] [--max-drop POINTS] [--vnni]
 
-exports both files (``--max-drop`` 0.5, ranges of 256 samples of the split ``train`` of ``--calib``, judged on 256 of
-``val``), scores them in ONNX Runtime on the split ``test`` of every SPEC, and puts a row for each into
+exports both files (ranges of 256 samples of the split ``train`` of ``--calib``, judged on 256 of ``val``; layers go back
+to float until int8 costs no more than ``--max-drop``, half a point), scores them in ONNX Runtime on the split ``test`` of
+every SPEC, and puts a row for each into
 ``results/int8_accuracy.json`` and ``.md`` in the place of the old one. Agreement is equal top-1 with the float network.
 """
 
@@ -24,11 +25,12 @@ RESULTS = Path(__file__).parent / "results"
 
 def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One for each test set."""
+    asked = Int8(args.calib, max_drop=args.max_drop, vnni=args.vnni)
     shape = tuple(int(n) for n in args.input.split("x"))
     with tempfile.TemporaryDirectory() as folder:
         exact, int8 = Path(folder) / "exact.onnx", Path(folder) / "int8.onnx"
         pcq.export_onnx(args.artifact, exact, arch=args.arch, input_shape=shape)
-        made = pcq.export_onnx(args.artifact, int8, arch=args.arch, input_shape=shape, int8=Int8(args.calib)).int8
+        made = pcq.export_onnx(args.artifact, int8, arch=args.arch, input_shape=shape, int8=asked).int8
         assert made is not None
         out = []
         for test in args.test:
@@ -37,6 +39,7 @@ def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
                 scores = pcq.evaluate(path, test, arch=args.arch, reference=args.float).scores
                 said[name] = asdict(scores) | {"bytes": path.stat().st_size}
             row = {"name": args.name, "test": brief(test), "fused": made.fused, "fallen_back": made.fallen_back}
+            row |= {"max_drop": args.max_drop, "vnni": args.vnni, "ranges": asked.ranges}
             out.append(row | said | {"held_out": made.drop and asdict(made.drop)})
     return out
 
@@ -63,7 +66,8 @@ def markdown(found: list[dict[str, Any]]) -> str:
         agree = [f"{row[mode]['agreement']:.2f}" for mode in ("exact", "int8")]
         cells = [row["name"], row["test"], f"{row['int8']['n']:,}", *said, cost, *agree, f"{row['int8']['bytes']:,}"]
         lines.append("| " + " | ".join([*cells, str(len(row["fallen_back"]))]) + " |")
-    lines.append("\nback: layers that went back to float to stay within half a point on held-out samples.")
+    lines.append("\nback: layers that went back to float to stay within half a point on held-out samples, or within what the "
+                 "artifact's name says; vnni: made with `--vnni`, so with inputs of 8 bits.")  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
@@ -76,6 +80,8 @@ def main() -> None:
     parser.add_argument("--calib", required=True)
     parser.add_argument("--arch")
     parser.add_argument("--input", required=True)
+    parser.add_argument("--max-drop", type=float, default=0.5)
+    parser.add_argument("--vnni", action="store_true")
     args = parser.parse_args()
     path = RESULTS / "int8_accuracy.json"
     found = json.loads(path.read_text()) if path.exists() else []
