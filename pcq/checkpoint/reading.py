@@ -19,7 +19,7 @@ from pcq.packing import planes, unpack
 from pcq.qtensor import QuantizedTensor
 from pcq.rows import Rows
 from pcq.sources import ARTIFACT_KEY
-from pcq.sources.pt2 import example_inputs, revive, runnable
+from pcq.sources.pt2 import Inputs, example_inputs, revive, runnable
 from pcq.sources.safetensors import DTYPES, Header, read_header, read_slot
 from pcq.sources.source import unreadable
 
@@ -93,7 +93,7 @@ class Artifact:
         """That program as a module; raises what :meth:`exported_program` does."""
         return runnable(self.exported_program())
 
-    def example_inputs(self) -> tuple[Tensor, ...]:
+    def example_inputs(self) -> Inputs:
         """The exported program's inputs, as zeros of the shapes it was exported with; empty without a program."""
         return () if self.program is None else example_inputs(self.program)
 

@@ -208,11 +208,12 @@ def _runner(file: Benched, threads: int) -> Callable[[Mapping[str, Array]], obje
     if file.runtime == "ONNX Runtime":
         session = _session(file.path, threads)
         return lambda feed: session.run(None, dict(feed))
-    module = open_network(file.path, **file.opening).module.eval()
+    network = open_network(file.path, **file.opening)
+    network.module.eval()
 
     def run(feed: Mapping[str, Array]) -> object:
         with torch.no_grad():
-            return module(*map(torch.from_numpy, feed.values()))
+            return network.run(*map(torch.from_numpy, feed.values()))
 
     return run
 

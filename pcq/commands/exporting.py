@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from torch import Tensor, nn
 
 from pcq import checkpoint
@@ -152,9 +151,8 @@ def export_onnx(
         )
     values: Example
     if own:
-        values = varied(network.module, own)
-    elif given and isinstance(network.module, torch.fx.GraphModule):  # one that takes its inputs by name
-        values = dict(zip(needed(network.module), given, strict=True))
+        numbers = varied(network.run, tuple(own.values()) if isinstance(own, dict) else own)
+        values = dict(zip(own, numbers, strict=True)) if isinstance(own, dict) else numbers
     else:
         values = given or (taken(network.module, shape or ()).example,)
     calibration, held_out, said = _samples(int8, shape) if int8 is not None and shape is not None else ([], [], "")

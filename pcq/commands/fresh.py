@@ -63,10 +63,10 @@ from pcq.commands import open_network
 inputs = [torch.zeros(shape, dtype=getattr(torch, kind)) for shape, kind in given["feed"].values()]
 torch.nn.functional.conv2d(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 3, 3))
 before, start = begin()
-network = open_network(given["path"], **given["opening"]).module
+network = open_network(given["path"], **given["opening"])
 loaded = time.perf_counter()
 with torch.no_grad():
-    end(before, start, loaded, lambda: network(*inputs))
+    end(before, start, loaded, lambda: network.run(*inputs))
 """
 )
 

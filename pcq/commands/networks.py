@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pcq import checkpoint, models, sources
 from pcq.data.inputs import needed
 from pcq.errors import PcqError
-from pcq.sources.pt2 import example_inputs
+from pcq.sources.pt2 import Inputs, example_inputs
 
 ONNX_SUFFIX = ".onnx"
 
@@ -23,13 +23,19 @@ class Network:
         module: in eval mode.
         arch: its spec, or where an exported program comes from.
         input_shape: one sample's shape without the batch, if known.
-        inputs: what an exported program was made with, as zeros; empty otherwise.
+        inputs: what an exported program was made with, as zeros, by position or by name; empty otherwise.
     """
 
     module: nn.Module
     arch: str
     input_shape: tuple[int, ...] | None
-    inputs: tuple[Tensor, ...] = ()
+    inputs: Inputs = ()
+
+    def run(self, *inputs: Tensor) -> object:
+        """Its output on a tensor for each input, in order."""
+        if isinstance(self.inputs, dict):
+            return self.module(**dict(zip(self.inputs, inputs, strict=True)))
+        return self.module(*inputs)
 
     def refuse_several(self, path: Path) -> None:
         """Several inputs are taken only where something says what each is.
@@ -40,14 +46,15 @@ class Network:
         names = needed(self.module)
         if len(names) > 1:
             what = f"the network takes {len(names)} inputs, and the file does not say what they are: {', '.join(names)}"
-            allowed = "one input, or an exported program (.pt2) that takes each of them by position"
+            allowed = "one input, or an exported program (.pt2)"
             todo = "Hand it in as such a program; to export ONNX, give data with an array for each: --example SPEC"
             raise PcqError(what, where=str(path), allowed=allowed, todo=todo)
 
     @staticmethod
-    def of_program(module: nn.Module, said: str, inputs: tuple[Tensor, ...]) -> "Network":
-        """An exported program's; what it was made with tells the shape of a sample, where it takes one input."""
-        return Network(module, said, tuple(inputs[0].shape[1:]) if len(inputs) == 1 else None, inputs)
+    def of_program(module: nn.Module, said: str, inputs: Inputs) -> "Network":
+        """An exported program's; what it was made with tells the shape of a sample, where it takes one by position."""
+        shape = tuple(inputs[0].shape[1:]) if isinstance(inputs, tuple) and len(inputs) == 1 else None
+        return Network(module, said, shape, inputs)
 
 
 def load_network(stored: "checkpoint.Artifact", path: Path, arch: str | None = None) -> Network:

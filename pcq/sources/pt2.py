@@ -298,13 +298,18 @@ def counting(shapes: Sequence[Sequence[object]]) -> list[bool]:
     return [len(shape) > 0 and not isinstance(shape[0], int) and str(shape[:1]) == first for shape in shapes]
 
 
-def example_inputs(program: bytes) -> tuple[Tensor, ...]:
-    """The inputs that a stripped program was exported with, as zeros; empty unless all are tensors by position."""
+Inputs = tuple[Tensor, ...] | dict[str, Tensor]
+"""What a program takes by position, or by name."""
+
+
+def example_inputs(program: bytes) -> Inputs:
+    """The inputs that a stripped program was exported with, as zeros; empty unless all are tensors, given one way."""
     with zipfile.ZipFile(io.BytesIO(program)) as archive:
         data = zero_inputs(archive.read(INPUTS))
     loaded = torch.load(io.BytesIO(data), weights_only=True) if data else ((), {})
     args, named = loaded if isinstance(loaded, tuple) and len(loaded) == 2 else ((), {})
-    return () if named or not all(isinstance(arg, Tensor) for arg in args) else tuple(args)
+    tensors = all(isinstance(each, Tensor) for each in (*args, *named.values()))
+    return () if not tensors or (args and named) else named or tuple(args)
 
 
 def place(payload: dict[str, Any], name: str, record: str, state: Mapping[str, Tensor]) -> None:
