@@ -3,10 +3,10 @@
     python -m tests.benchmarks.int8_accuracy NAME ARTIFACT --float CHECKPOINT --test SPEC [SPEC ...] --calib SPEC
         [--arch ARCH] [--input 3x224x224] [--max-drop POINTS] [--vnni]
 
-exports both files (ranges of 256 samples of the split ``train`` of ``--calib``, judged on 256 of ``val``; layers go back
-to float until int8 costs no more than ``--max-drop``, half a point), scores them in ONNX Runtime on the split ``test`` of
-every SPEC, and puts a row for each into
-``results/int8_accuracy.json`` and ``.md`` in the place of the old one. Agreement is equal top-1 with the float network.
+exports both files (ranges of 256 samples of the split ``train`` of ``--calib``, judged on 256 of ``val``; layers go
+back to float until int8 costs no more than ``--max-drop``, half a point), scores them in ONNX Runtime on the split
+``test`` of every SPEC, and puts a row for each into ``results/int8_accuracy.json`` and ``.md`` in the place of the old
+one. Agreement is equal top-1 with the float network.
 """
 
 import argparse
@@ -66,8 +66,11 @@ def markdown(found: list[dict[str, Any]]) -> str:
         agree = [f"{row[mode]['agreement']:.2f}" for mode in ("exact", "int8")]
         cells = [row["name"], row["test"], f"{row['int8']['n']:,}", *said, cost, *agree, f"{row['int8']['bytes']:,}"]
         lines.append("| " + " | ".join([*cells, str(len(row["fallen_back"]))]) + " |")
-    lines.append("\nback: layers that went back to float to stay within half a point on held-out samples, or within what the "
-                 "artifact's name says; vnni: made with `--vnni`, so with inputs of 8 bits.")  # fmt: skip
+    lines += [
+        "",
+        "back: layers that went back to float to stay within half a point on held-out samples, if the name does not",
+    ]
+    lines += ["say otherwise; vnni: made with `--vnni`, so with inputs of 8 bits."]
     return "\n".join(lines) + "\n"
 
 
