@@ -22,7 +22,7 @@ from pcq import prox_gpu
 from pcq.errors import PcqError
 from pcq.grids import Affine, Grid
 
-CHUNK = 1 << 19
+CHUNK = 1 << 17
 """Weights worked on at a time on a CPU, so that the temporaries stay in its cache."""
 
 FEW = 8
@@ -185,7 +185,9 @@ def proximal(rows: Tensor, levels: Tensor | Grid, shifts: Shifts, *, out: Tensor
         elif shifts.hard:
             kernel = _nearest(table)
         else:
-            kernel = _ramps(table, shifts) if table.shape[1] <= FEW else _search(table, shifts)
+            one = shifts.unit == "gap" and shifts.varrho == 0
+            few = _lines(table, shifts.half_gaps[2]) if one else _ramps(table, shifts)
+            kernel = few if table.shape[1] <= FEW else _search(table, shifts)
     in_place = out.data_ptr() == rows.data_ptr()
     buffered = in_place and (overhang or not isinstance(levels, Affine))
     size = min(CHUNK, rows.numel()) if rows.device.type == "cpu" else rows.numel()
@@ -298,6 +300,26 @@ def _ramps(table: Tensor, shifts: Shifts) -> Kernel:
                 result.addcmul_(y, h)
             else:
                 y.mul_(h).add_(_of(centre, which))
+        return result
+
+    return kernel
+
+
+def _lines(table: Tensor, slope: float) -> Kernel:
+    """As :func:`_ramps` for L without jumps, in units of the gap: all rises have one slope in weights too.
+
+    The rise in a gap is a line through its middle, cut at the level above; of all lines so cut, the highest counts, for
+    those of higher gaps run lower. Every operation is monotone.
+    """
+    lowest, above = table[:, :1], table[:, 1:]
+    start = (above + table[:, :-1]) / 2 * (1 - slope)
+
+    def kernel(weights: Tensor, which: slice, result: Tensor, scratch: Tensor) -> Tensor:
+        for gap in range(above.shape[1]):
+            begin, top = (_of(column[:, gap : gap + 1], which) for column in (start, above))
+            line = torch.add(begin, weights, alpha=slope, out=scratch if gap else result)
+            torch.minimum(line, top, out=line)
+            torch.maximum(result, line if gap else _of(lowest, which), out=result)
         return result
 
     return kernel

@@ -198,6 +198,16 @@ def test_searching_the_gap_equals_summing_the_ramps(case: tuple[Tensor, Grid], k
     assert ((results[0] - results[1]).abs() <= rounding(grid, shifts, rows)).all()
 
 
+@laws
+@given(grids(), st.floats(0.01, 0.999))
+def test_ramps_of_one_slope_equal_the_formulas(case: tuple[Tensor, Grid], strength: float) -> None:
+    rows, grid = case
+    levels, shifts = grid.levels(), Parq().shifts(strength)
+    rows = torch.cat([rows, levels.expand(rows.shape[0], -1)], 1)
+    got, want = proximal(rows, levels, shifts).double(), slow(rows, levels, shifts)
+    assert ((got - want).abs() <= rounding(grid, shifts, rows))[~_ties(rows, levels)].all()
+
+
 # -- laws -------------------------------------------------------------------------------------------------------------
 
 
