@@ -185,9 +185,7 @@ def proximal(rows: Tensor, levels: Tensor | Grid, shifts: Shifts, *, out: Tensor
         elif shifts.hard:
             kernel = _nearest(table)
         else:
-            one = shifts.unit == "gap" and shifts.varrho == 0
-            few = _lines(table, shifts.half_gaps[2]) if one else _ramps(table, shifts)
-            kernel = few if table.shape[1] <= FEW else _search(table, shifts)
+            kernel = _soft(table, shifts)
     in_place = out.data_ptr() == rows.data_ptr()
     buffered = in_place and (overhang or not isinstance(levels, Affine))
     size = min(CHUNK, rows.numel()) if rows.device.type == "cpu" else rows.numel()
@@ -280,6 +278,15 @@ def _gaps(table: Tensor, shifts: Shifts) -> tuple[Tensor, Tensor, Tensor, Tensor
     hard = (r >= 1) | (v >= 1)
     slope = torch.where(hard, 0.0, (1 - v) / torch.where(hard, 1.0, 1 - r))
     return middle, half, slope / safe, torch.where(hard, 1.0, v)
+
+
+def _soft(table: Tensor, shifts: Shifts) -> Kernel:
+    """What is quickest for as many levels and such a map."""
+    if table.shape[1] > FEW:
+        return _search(table, shifts)
+    if shifts.unit == "gap" and shifts.varrho == 0:
+        return _lines(table, shifts.half_gaps[2])
+    return _ramps(table, shifts)
 
 
 def _ramps(table: Tensor, shifts: Shifts) -> Kernel:

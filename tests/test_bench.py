@@ -124,6 +124,8 @@ def test_programs_that_take_their_inputs_by_name(tmp_path: Path) -> None:
     sizes = dict.fromkeys(("ids", "mask"), dims)
     torch.export.save(torch.export.export(Masked().eval(), (), given, dynamic_shapes=sizes), tmp_path / "named.pt2")
     artifact = quantize(tmp_path / "named.pt2", "w4", out=tmp_path / "named.safetensors").path
+    with pytest.raises(PcqError, match="--input: the exported program says the shapes of its inputs"):
+        export_onnx(artifact, tmp_path / "named.onnx", input_shape=(6,))
     packed = export_onnx(artifact, tmp_path / "named.onnx")
     assert packed.report.error < 1e-5
     paths = [tmp_path / "named.pt2", artifact, packed.path]

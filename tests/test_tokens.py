@@ -172,7 +172,7 @@ def test_a_program_of_several_inputs_brings_their_shapes_along(
     feed = {"ids": np.full((5, 6), 39), "mask": np.ones((5, 6), np.float32)}
     assert session.run(None, feed)[0].shape == (5, 3)
     _, err = run(capsys, "export", tmp_path / "net.safetensors", "--input", "6", code=2)
-    assert "--input: the exported program has 2 inputs and says their shapes. Leave it out." in err
+    assert "--input: the exported program says the shapes of its inputs. Leave it out." in err
     out, _ = run(capsys, "export", tmp_path / "net.safetensors", tmp_path / "x.pt2", "--pt2")
     assert "the very bits of the network at batch 2 and 4" in out
     _, err = run(capsys, "export", tmp_path / "net.safetensors", tmp_path / "y.pt2", "--pt2", "--input", "6", code=2)

@@ -134,15 +134,16 @@ def export_onnx(
     if given and input_shape:
         raise PcqError("the example says the shapes of the inputs", where="--input", todo="Leave it out")
     shape = tuple(given[0].shape[1:]) if len(given) == 1 else tuple(input_shape) if input_shape else network.input_shape
-    if len(network.inputs) > 1 and input_shape:
-        what = f"the exported program has {len(network.inputs)} inputs and says their shapes"
-        raise PcqError(what, where="--input", todo="Leave it out")
+    named = isinstance(network.inputs, dict)
+    if (named or len(network.inputs) > 1) and input_shape:
+        raise PcqError("the exported program says the shapes of its inputs", where="--input", todo="Leave it out")
     own = () if input_shape else network.inputs
     if not own and len(given) < len(needed(network.module)):
         network.refuse_several(source)
     count = max(len(own), len(given))
-    if count > 1 and int8 is not None:
-        raise PcqError(f"the network has {count} inputs", where="int8", allowed="networks of one input")
+    if int8 is not None and (count > 1 or named):
+        what = f"the network has {count} inputs" if count > 1 else "the exported program takes its input by name"
+        raise PcqError(what, where="int8", allowed="networks of one input" + ", by position" * named)
     if shape is None and not own and not given:
         raise PcqError(
             f"the input shape of {network.arch} is not known",
