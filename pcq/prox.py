@@ -26,7 +26,7 @@ CHUNK = 1 << 17
 """Weights worked on at a time on a CPU, so that the temporaries stay in its cache."""
 
 FEW = 8
-"""Codebooks of up to this many levels are mapped as a sum of clamped ramps, larger ones by searching the gap."""
+"""Codebooks of up to this many levels are mapped gap by gap, larger ones by searching each weight's gap."""
 
 UNITS = ("gap", "row", "weight")
 """Of shifts, in the kernel's order."""
@@ -293,16 +293,13 @@ def _ramps(table: Tensor, shifts: Shifts) -> Kernel:
     """The sum over the gaps of L's rise in each, starting from the middle of all levels."""
     middle, half, steep, jump = _gaps(table, shifts)
     centre = (table[:, :1] + table[:, -1:]) / 2
-    jumps = shifts.varrho > 0 or shifts.unit != "gap"
 
     def kernel(weights: Tensor, which: slice, result: Tensor, scratch: Tensor) -> Tensor:
-        above = torch.empty_like(scratch) if jumps else scratch
+        above = torch.empty_like(scratch)
         for gap in range(half.shape[1]):
             p, h, s, v = (_of(column[:, gap : gap + 1], which) for column in (middle, half, steep, jump))
             y = torch.sub(weights, p, out=scratch if gap else result).mul_(s)
-            if jumps:
-                y.sub_(v).addcmul_(torch.gt(weights, p, out=above), 2 * v)
-            y.clamp_(-1, 1)
+            y.sub_(v).addcmul_(torch.gt(weights, p, out=above), 2 * v).clamp_(-1, 1)
             if gap:
                 result.addcmul_(y, h)
             else:

@@ -17,6 +17,9 @@ assert set(get_args(MethodName)) == METHODS.keys()
 LEARNING_RATES = {"adamw": 2e-3, "sgd": 2e-2}
 """Where the recipe does not say one."""
 
+MOST_AT_ONCE = 256
+"""Samples that are scored at once, where a batch of training has more."""
+
 EPOCHS = 10.0
 """Where the recipe does not say how long."""
 
@@ -132,6 +135,11 @@ class Finetune:
     def estimates(self) -> int:
         """Batches from which the statistics of BatchNorm are estimated anew."""
         return self.batchnorm if self.mode == "train" else 0
+
+    @property
+    def at_once(self) -> int:
+        """How many samples are scored at once: what training takes of them fits into memory."""
+        return min(self.batch, MOST_AT_ONCE)
 
     @property
     def learning_rate(self) -> float:

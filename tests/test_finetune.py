@@ -750,7 +750,7 @@ def test_without_batchnorm_estimates_scores_are_with_the_statistics_of_training(
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_in_mode_eval_it_trains_as_it_will_compute(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, same, seen = tmp_path / "x.safetensors", [], []
+    path, seen = tmp_path / "x.safetensors", []
     forward = Small.forward
 
     def watched(self: Small, x: Tensor) -> Tensor:

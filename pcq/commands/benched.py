@@ -207,17 +207,16 @@ def _of_program(network: Network, path: Path) -> tuple[Input, ...]:
 
     assert isinstance(network.module, torch.fx.GraphModule), path
     nodes = [node for node in network.module.graph.nodes if node.op == "placeholder"]
-    given = network.inputs
-    if isinstance(given, dict):
+    if isinstance(network.inputs, dict):
         named = {node.name: node for node in nodes}
-        nodes, given = [named[name] for name in given], tuple(given.values())
-    kinds = [str(x.dtype).removeprefix("torch.") for x in given]
+        nodes = [named[name] for name in network.inputs]
+    kinds = [str(x.dtype).removeprefix("torch.") for x in network.values]
     known = [np.dtype(kind).name for kind in KINDS.values()]
     if strange := [kind for kind in kinds if kind not in known]:
         raise PcqError(f"it takes a {strange[0]}", where=str(path), allowed=", ".join(known))
     shapes = [node.meta["val"].shape for node in nodes]
     inputs = []
-    for node, x, kind, shape, counts in zip(nodes, given, kinds, shapes, counting(shapes), strict=True):
+    for node, x, kind, shape, counts in zip(nodes, network.values, kinds, shapes, counting(shapes), strict=True):
         sizes = [size if isinstance(size, int) else None for size in shape]
         if sizes and not counts:  # fixed, or open, and not the number of samples
             sizes[0] = x.shape[0]

@@ -152,7 +152,7 @@ def export_onnx(
         )
     values: Example
     if own:
-        numbers = varied(network.run, tuple(own.values()) if isinstance(own, dict) else own)
+        numbers = varied(network.run, network.values)
         values = dict(zip(own, numbers, strict=True)) if isinstance(own, dict) else numbers
     else:
         values = given or (taken(network.module, shape or ()).example,)

@@ -443,7 +443,6 @@ def table(
     """Score the float network, its one-shot and calibrated quantizations, and the file that was written, read back."""
     from pcq.scores import module_predictor
     from pcq.train.activations import simulate
-    from pcq.train.loop import at_once
 
     device = job.ranks.device
     oneshot = original_or_new(planned, original.cpu(), None)
@@ -483,7 +482,7 @@ def table(
                 module_predictor(module.to(device)),
                 each,
                 reference=compared,
-                batch=at_once(job),
+                batch=job.settings.at_once,
                 progress=labelled_by(name, progress),
             )
             for each in sets

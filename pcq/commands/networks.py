@@ -31,6 +31,11 @@ class Network:
     input_shape: tuple[int, ...] | None
     inputs: Inputs = ()
 
+    @property
+    def values(self) -> tuple[Tensor, ...]:
+        """The inputs in order."""
+        return tuple(self.inputs.values()) if isinstance(self.inputs, dict) else self.inputs
+
     def run(self, *inputs: Tensor) -> object:
         """Its output on a tensor for each input, in order."""
         if isinstance(self.inputs, dict):

@@ -29,7 +29,7 @@ def observe(
     path: Path,
     tops: Mapping[str, int],
     batches: Callable[[], Iterable[Tensor]],
-    method: Method = "mse",
+    method: Method,
     progress: Progress = silent,
 ) -> dict[str, Range]:
     """Run the float ONNX file and choose a range for each tensor in ``tops``, which says its last code.

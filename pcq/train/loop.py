@@ -47,9 +47,6 @@ OBSERVED = 0.1
 LOOK_BATCHES = 10
 """For the BatchNorm statistics of an epoch's score."""
 
-MOST_AT_ONCE = 256
-"""Samples that are scored at once, where a batch of training has more."""
-
 
 @dataclass(frozen=True)
 class Job:
@@ -372,13 +369,8 @@ def scored(module: nn.Module, job: Job, progress: Progress = silent) -> Scores:
     """Of the held-out samples; without labels, agreement with the float network."""
     reference = None if job.teacher is None or job.splits.val.labels is not None else module_predictor(job.teacher)
     return job.ranks.evaluate(
-        module_predictor(module), job.splits.val, reference=reference, batch=at_once(job), progress=progress
+        module_predictor(module), job.splits.val, reference=reference, batch=job.settings.at_once, progress=progress
     )
-
-
-def at_once(job: Job) -> int:
-    """How many samples are scored at once: what training takes of them fits into memory."""
-    return min(job.settings.batch, MOST_AT_ONCE)
 
 
 def number(scores: Scores) -> float:

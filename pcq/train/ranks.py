@@ -174,7 +174,7 @@ class Ranks:
         data: Data,
         *,
         reference: Predictor | None = None,
-        batch: int = 256,
+        batch: int,
         progress: Progress = silent,
     ) -> Scores:
         """As :func:`pcq.scores.evaluate`, each process on every ``world``-th sample, in equally many batches."""

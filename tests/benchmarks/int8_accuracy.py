@@ -69,8 +69,8 @@ def markdown(found: list[dict[str, Any]]) -> str:
     lines += [
         "",
         "back: layers that went back to float to stay within half a point on held-out samples, if the name does not",
+        "say otherwise; vnni: made with `--vnni`, so with inputs of 8 bits.",
     ]
-    lines += ["say otherwise; vnni: made with `--vnni`, so with inputs of 8 bits."]
     return "\n".join(lines) + "\n"
 
 
