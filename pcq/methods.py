@@ -91,7 +91,7 @@ class Method:
 METHODS = {
     "binaryconnect": Method("weight", "latent", Hard()),
     "proxconnect": Method("weight", "latent", L()),
-    "reverse": Method("latent", "weight", L()),
+    "reverse": Method("latent", "weight", L(clip=False)),
     "proxquant": Method("weight", "weight", ProxQuant()),
     "binaryrelax": Method("weight", "latent", BinaryRelax()),
     "parq": Method("weight", "latent", Parq()),

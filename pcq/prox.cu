@@ -41,6 +41,12 @@ __device__ __forceinline__ float middle(float a, float b) {
   return m < b ? m : a;  // neighbouring floats have no middle
 }
 
+__device__ __forceinline__ float widest(const float* levels, int count) {
+  float half = 0;
+  for (int i = 1; i < count; i++) half = fmaxf(half, __fsub_rn(levels[i], levels[i - 1]) / 2);
+  return half;
+}
+
 // The units of rho and varrho: 0 the gap, 1 the row's widest half gap, 2 the weight.
 __device__ __forceinline__ float listed(float w, const float* levels, int count, const Map& m) {
   const int nearest = m.hard && m.unit < 2;
@@ -55,11 +61,7 @@ __device__ __forceinline__ float listed(float w, const float* levels, int count,
   const float b = levels[low + 1], p = __fadd_rn(b, a) / 2, h = __fsub_rn(b, a) / 2;
   float r = m.rho, v = m.varrho, steep = 0;
   if (m.unit) {
-    float unit = 1;
-    if (m.unit == 1) {
-      unit = h;
-      for (int i = 1; i < count; i++) unit = fmaxf(unit, __fsub_rn(levels[i], levels[i - 1]) / 2);
-    }
+    const float unit = m.unit == 1 ? widest(levels, count) : 1;
     r = __fdiv_rn(__fmul_rn(r, unit), h), v = __fdiv_rn(__fmul_rn(v, unit), h);
   }
   if (h > 1.17549435e-38f && r < 1 && v < 1)
@@ -84,7 +86,21 @@ __device__ __forceinline__ float mapped(float w, const Weight& weight, long long
     low = levels[0], high = levels[weight.count - 1];
     inside = m.identity ? clamped(w, low, high) : listed(w, levels, weight.count, m);
   }
-  return beyond ? fmaf(m.outside, __fsub_rn(w, clamped(w, low, high)), inside) : inside;
+  float rest = __fsub_rn(w, clamped(w, low, high));
+  if (!beyond || rest == 0) return inside;
+  if (m.rho > 0) {
+    float unit = 1;
+    if (weight.even) {
+      unit = weight.levels[row] / 2;
+    } else if (m.unit < 2) {
+      const float* levels = weight.levels + row * weight.count;
+      const int i = rest < 0 ? 1 : weight.count - 1;
+      unit = m.unit == 1 ? widest(levels, weight.count) : __fsub_rn(levels[i], levels[i - 1]) / 2;
+    }
+    const float shift = __fmul_rn(m.rho, unit);
+    rest = __fsub_rn(rest, clamped(rest, -shift, shift));
+  }
+  return fmaf(m.outside, rest, inside);
 }
 
 struct Batch {

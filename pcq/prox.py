@@ -7,12 +7,13 @@ On a gap between neighbouring levels with middle p and half width h, let ``y = (
 
     L(w) = p + h * clamp(slope * y + v * sign(y), -1, 1),    slope = (1 - v) / (1 - r)
 
-``r = v = 0`` is the identity, ``r = 1`` or ``v = 1`` the nearest level, and outside of the levels L is constant.
+``r = v = 0`` is the identity, ``r = 1`` or ``v = 1`` the nearest level. Outside of the levels L is constant, or goes on
+as around the last level: at a distance d of it the value is at ``slope * max(0, d - rho)``.
 A prox is a frozen dataclass that turns a strength in [0, 1] into :class:`Shifts`; :func:`proximal` is the one map.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -41,7 +42,7 @@ class Shifts:
         varrho: vertical shift, >= 0: how far values keep from the middle of a gap, half of the jump there.
         unit: what the shifts are measured in: each gap's own half width (all gaps harden together), the row's widest
             half gap (a shift common to the row: narrow gaps harden first), or weight units.
-        outside: slope of the map outside of the levels; 0 clips.
+        outside: slope of the map outside of the levels, where it is further than rho from the last one; 0 clips.
     """
 
     rho: float
@@ -71,7 +72,7 @@ class Shifts:
     @property
     def goes_on(self) -> bool:
         """Whether the map of the outermost half gap, not clipped, is that outside of the levels too."""
-        return self.rho == 0 and self.outside == 1 - self.varrho
+        return self.outside == self.half_gaps[2] and self.rho <= self.varrho
 
     @property
     def numbers(self) -> tuple[float | int, ...]:
@@ -96,12 +97,15 @@ class Hard:
 
 @dataclass(frozen=True)
 class ProxQuant:
-    """Soft threshold towards the levels (rho = varrho), the prox of the L1 distance to them (arXiv 1810.00861)."""
+    """Soft threshold towards the levels (rho = varrho), the prox of the L1 distance to them (arXiv 1810.00861).
+
+    As published it does not clip weights outside of the levels, but below strength 1 only draws them nearer.
+    """
 
     relative: bool = True
 
     def shifts(self, strength: float) -> Shifts:
-        return Shifts(strength, strength, _unit(self.relative))
+        return L(clip=False, relative=self.relative).shifts(strength)
 
 
 @dataclass(frozen=True)
@@ -130,11 +134,15 @@ class Parq:
 
 @dataclass(frozen=True)
 class L:
-    """The family itself: both shifts grow with the strength, in the proportion ``rho : varrho``, the larger being 1."""
+    """The family itself: both shifts grow with the strength, in the proportion ``rho : varrho``, the larger being 1.
+
+    ``clip`` takes weights outside of the levels onto the last one; without, the map goes on there.
+    """
 
     rho: float = 1.0
     varrho: float = 1.0
     relative: bool = True
+    clip: bool = True
 
     def __post_init__(self) -> None:
         if not (min(self.rho, self.varrho) >= 0 and max(self.rho, self.varrho) == 1):
@@ -143,9 +151,15 @@ class L:
                 allowed="two numbers from 0 to 1, the larger of them 1",
                 todo="Divide both by the larger one: the strength does the rest.",
             )
+        if not self.clip and self.rho > self.varrho:
+            raise PcqError(
+                f"L with the shifts rho={self.rho}, varrho={self.varrho} would push weights away outside of the levels",
+                allowed="clip=True, or rho <= varrho",
+            )
 
     def shifts(self, strength: float) -> Shifts:
-        return Shifts(strength * self.rho, strength * self.varrho, _unit(self.relative))
+        shifts = Shifts(strength * self.rho, strength * self.varrho, _unit(self.relative))
+        return shifts if self.clip else replace(shifts, outside=shifts.half_gaps[2])
 
 
 Prox = Hard | ProxQuant | BinaryRelax | Parq | L
@@ -175,28 +189,27 @@ def proximal(rows: Tensor, levels: Tensor | Grid, shifts: Shifts, *, out: Tensor
         goes_on = shifts.goes_on and levels.positive
         overhang = overhang and not goes_on
         kernel = _even(levels, shifts, clipped=not goes_on)
-        clip = _clip(levels.levels()) if overhang else None
+        table = levels.levels() if overhang else None
     else:
         table = levels if isinstance(levels, Tensor) else levels.levels()
         assert table.shape[0] in (1, rows.shape[0]), (rows.shape, table.shape)
-        clip = _clip(table)
         if shifts.identity:
-            kernel = clip
+            kernel = _clip(table)
         elif shifts.hard:
             kernel = _nearest(table)
         else:
             kernel = _soft(table, shifts)
     in_place = out.data_ptr() == rows.data_ptr()
     buffered = in_place and (overhang or not isinstance(levels, Affine))
+    beyond = _beyond(table, shifts) if overhang and table is not None else None
     size = min(CHUNK, rows.numel()) if rows.device.type == "cpu" else rows.numel()
     scratch = rows.new_empty(3, size)
     for block in blocks(rows, size):
         weights = rows[block]
         one, two, three = (buffer[: weights.numel()].view_as(weights) for buffer in scratch)
         mapped = kernel(weights, block[0], one if buffered else out[block], two)
-        if overhang and clip is not None:
-            rest = torch.sub(weights, clip(weights, block[0], three, two), out=three)
-            mapped.add_(rest, alpha=shifts.outside)
+        if beyond is not None:
+            mapped.add_(beyond(weights, block[0], three, two), alpha=shifts.outside)
         if buffered:
             weights.copy_(mapped)
     return out
@@ -226,6 +239,22 @@ def _clip(table: Tensor) -> Kernel:
     def kernel(weights: Tensor, which: slice, result: Tensor, scratch: Tensor) -> Tensor:
         torch.maximum(weights, _of(low, which), out=result)
         return torch.minimum(result, _of(high, which), out=result)
+
+    return kernel
+
+
+def _beyond(table: Tensor, shifts: Shifts) -> Kernel:
+    """How much further than rho from the last level the weights outside of the levels are; 0 for the others."""
+    clip, half = _clip(table), (table[:, 1:] - table[:, :-1]) / 2
+    unit = half.amax(1, keepdim=True) if shifts.unit == "row" else torch.ones_like(half[:, :1])
+    low, high = (shifts.rho * (half[:, end] if shifts.unit == "gap" else unit) for end in (slice(1), slice(-1, None)))
+
+    def kernel(weights: Tensor, which: slice, result: Tensor, scratch: Tensor) -> Tensor:
+        rest = torch.sub(weights, clip(weights, which, result, scratch), out=result)
+        if shifts.rho == 0:
+            return rest
+        inside = torch.maximum(rest, -_of(low, which), out=scratch)
+        return rest.sub_(torch.minimum(inside, _of(high, which), out=scratch))
 
     return kernel
 

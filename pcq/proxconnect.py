@@ -34,7 +34,9 @@ class Target:
     """A parameter to quantize, how it is cut into rows, what chooses its levels, and those to start from if known.
 
     Levels to start from are followed by least squares. Others are chosen by the quantizer's rule for weights that train
-    (:func:`pcq.refit.following`), but where they are never refitted: then they are chosen once, for weights at rest.
+    (:func:`pcq.refit.following`), but where they are never refitted: then they are chosen once, for weights at rest. So
+    they are for methods that keep no latent: the mean magnitude of weights that lie on their levels is below these,
+    which would follow it down to 0.
     """
 
     parameter: Tensor
@@ -89,7 +91,7 @@ class _Tracked:
 
     def __init__(self, target: Target, method: Method, refitted: bool) -> None:
         self.parameter, self.rows = target.parameter, target.rows
-        follows = refitted and not method.posttraining and target.grid is None
+        follows = refitted and target.grid is None and method.updates == "latent" and not method.posttraining
         self.quantizer = following(target.quantizer) if follows else target.quantizer
         self.shown = shards.local(target.parameter.data)
         self.hidden = self.shown.clone() if method.gradient_at != method.updates else None
@@ -148,7 +150,9 @@ class ProxConnect:
         optimizer: any; its ``step`` has to be called without a closure.
         weights: what to quantize; each is one of the optimizer's parameters, others of which are left alone.
         method: one of METHODS, or a Method of your own.
-        schedule: the strength over the training.
+        schedule: the strength over the training. ProxQuant and reverse ProxConnect map what they have mapped at every
+            step before, so that pulls add up: they need strengths that stay small for long, such as
+            ``Geometric(0, 0.75, 0.001, 1)``.
         steps: optimizer steps that the training will have.
         refit: steps between refits of the levels to the moving weights; None: the levels stay as first fitted.
 

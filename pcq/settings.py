@@ -20,6 +20,14 @@ LEARNING_RATES = {"adamw": 2e-3, "sgd": 2e-2}
 MOST_AT_ONCE = 256
 """Samples that are scored at once, where a batch of training has more."""
 
+OWN_ANNEAL: dict[str, Literal["sigmoid", "geometric"]] = {
+    "parq": "sigmoid",
+    "binaryrelax": "geometric",
+    "proxquant": "geometric",
+    "reverse": "geometric",
+}
+"""What `auto` is; `linear` for the others."""
+
 EPOCHS = 10.0
 """Where the recipe does not say how long."""
 
@@ -30,7 +38,7 @@ class Finetune:
 
     Attributes:
         method: the algorithm; all of them work with the same other settings.
-        anneal: how the pull towards the levels grows; `auto`: as the method's authors have it.
+        anneal: how the pull towards the levels grows; `auto`: as suits the method.
         anneal_start: share of the training before which there is no pull.
         anneal_end: share of the training from which on every weight is on its nearest level.
         relative: each gap between levels hardens by its own width, all together; false: narrow gaps first.
@@ -180,13 +188,15 @@ def schedule_of(settings: Finetune) -> Schedule:
     """The strength over the training."""
     start, end, kind = settings.anneal_start, settings.anneal_end, settings.anneal
     if kind == "auto":
-        own: dict[str, Literal["sigmoid", "geometric"]] = {"parq": "sigmoid", "binaryrelax": "geometric"}
-        kind = own.get(settings.method, "linear")
+        kind = OWN_ANNEAL.get(settings.method, "linear")
     match kind:
         case "cosine":
             return Cosine(start, end)
         case "sigmoid":
             return MirroredSigmoid(start, end)
+        case "geometric" if METHODS[settings.method].updates == "weight":
+            # The map is applied to what it has mapped at every step before: pulls add up.
+            return Geometric(start, end, 0.001, 1.0)
         case "geometric":
             return Geometric(start, end)
         case "theory":

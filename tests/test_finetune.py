@@ -545,6 +545,8 @@ def test_the_word_for_each_method() -> None:
     for name in get_args(MethodName):
         settings_ = Finetune(method=name)
         assert schedule_of(settings_).strength(1.0, 1.0) == 1
+        # Where the pulls of all steps add up, each has to be small at first.
+        assert (0 < schedule_of(settings_).strength(0.1, 1.0) < 0.01) == (METHODS[name].updates == "weight")
         absolute = method_of(replace(settings_, relative=False))
         assert getattr(absolute.prox, "relative", False) is False
 

@@ -20,6 +20,8 @@ KINDS: list[Prox] = [
     BinaryRelax(clip=True),
     L(1.0, 0.5),
     L(0.25, 1.0, relative=False),
+    L(0.25, 1.0, clip=False),
+    L(0.5, 1.0, relative=False, clip=False),
 ]
 ULP = 2.0**-23
 laws = settings(deadline=None, max_examples=60)
@@ -29,8 +31,9 @@ def twin(w: float, levels: list[float], shifts: Shifts) -> float:
     """L(w) with the shifts of METHOD.md section 2 (arXiv 2110.13220, eq. 13), case by case, one weight."""
     q = levels
     if w <= q[0] or w >= q[-1]:
-        end = q[0] if w <= q[0] else q[-1]
-        return end + shifts.outside * (w - end)
+        end, half = (q[0], (q[1] - q[0]) / 2) if w <= q[0] else (q[-1], (q[-1] - q[-2]) / 2)
+        unit = {"gap": half, "row": max(b - a for a, b in pairwise(q)) / 2, "weight": 1.0}[shifts.unit]
+        return end + shifts.outside * math.copysign(max(0.0, abs(w - end) - shifts.rho * unit), w - end)
     k = max(i for i in range(len(q) - 1) if q[i] <= w)
     half = (q[k + 1] - q[k]) / 2
     unit = {"gap": half, "row": max(b - a for a, b in pairwise(q)) / 2, "weight": 1.0}[shifts.unit]
@@ -263,7 +266,7 @@ def test_strength_0_is_the_identity_within_the_levels(case: tuple[Tensor, Grid],
     mapped = proximal(rows, grid, kind.shifts(0.0))
     if isinstance(kind, Hard):
         assert torch.equal(mapped, proximal(rows, grid, kind.shifts(1.0)))
-    elif isinstance(kind, BinaryRelax) and not kind.clip:
+    elif isinstance(kind, ProxQuant) or (isinstance(kind, BinaryRelax | L) and not kind.clip):
         assert torch.equal(mapped, rows)
     else:
         assert torch.equal(mapped, torch.maximum(torch.minimum(rows, levels[:, -1:]), levels[:, :1]))
@@ -329,13 +332,12 @@ def _near_a_middle(rows: Tensor, grid: Grid) -> Tensor:
 @laws
 @given(grids(), st.floats(0.01, 0.99))
 def test_proxquant_is_the_soft_threshold_towards_the_nearest_level(case: tuple[Tensor, Grid], lam: float) -> None:
-    """arXiv 1810.00861: w = nearest + sign(w* - nearest) * max(|w* - nearest| - lam, 0), within the levels."""
+    """arXiv 1810.00861: w = nearest + sign(w* - nearest) * max(|w* - nearest| - lam, 0), outside of the levels too."""
     rows, grid = case
     levels = grid.levels()
     widest = (levels[:, 1:] - levels[:, :-1]).amax(1, keepdim=True).double() / 2
-    inside = torch.maximum(torch.minimum(rows, levels[:, -1:]), levels[:, :1])
-    nearest = grid.decode(grid.encode(inside)).double()
-    rest = inside.double() - nearest
+    nearest = grid.decode(grid.encode(rows)).double()
+    rest = rows.double() - nearest
     want = nearest + rest.sign() * (rest.abs() - lam * widest).clamp(min=0)
     got = proximal(rows, grid, ProxQuant(relative=False).shifts(lam)).double()
     near = _near_a_middle(rows, grid)
@@ -391,3 +393,5 @@ def test_empty_rows_stay_empty() -> None:
 def test_a_family_member_that_never_hardens_is_refused() -> None:
     with pytest.raises(PcqError, match="the larger of them 1"):
         L(0.5, 0.25)
+    with pytest.raises(PcqError, match="push weights away"):
+        L(1.0, 0.5, clip=False)

@@ -249,8 +249,22 @@ def test_proxquant_steps_from_the_weight_and_keeps_no_latent() -> None:
 def test_reverse_takes_the_gradient_at_the_latent_and_steps_from_the_weight() -> None:
     start, held, latent, after, grid = one_step("reverse")
     assert torch.equal(held, start)
-    assert torch.equal(latent, mapped(start, grid, L(), 0).add(held.sin(), alpha=-0.3))
+    assert torch.equal(latent, mapped(start, grid, L(clip=False), 0).add(held.sin(), alpha=-0.3))
     assert torch.equal(after, latent)
+
+
+@pytest.mark.parametrize("name", ["proxquant", "reverse"])
+def test_levels_refitted_to_weights_that_lie_on_them_stay(name: str) -> None:
+    """Without a latent the mean magnitude would shrink with the levels that it gives, refit by refit, down to 0."""
+    on_levels = torch.tensor([[0.5, 0.0, -0.5, 0.0, 0.5, 0.0]])
+    parameter = nn.Parameter(on_levels.clone())
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    target = Target(parameter, Rows((1, 6), 0), Ternary())
+    prox = ProxConnect(optimizer, {"w": target}, METHODS[name], steps=50, refit=5)
+    parameter.grad = torch.zeros_like(on_levels)
+    for _ in range(50):
+        optimizer.step()
+    torch.testing.assert_close(prox.finish()["w"].dequantize(), on_levels)
 
 
 def test_posttraining_trains_as_if_there_were_no_levels_and_rounds_once() -> None:

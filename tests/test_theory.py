@@ -106,7 +106,7 @@ def test_proxconnect_is_gcg_on_the_smoothed_dual(exponent: float) -> None:
     for share in shares:
         pi *= 1 - share
         rates.append(share / pi)
-    method = Method("weight", "latent", ProxQuant(relative=False))
+    method = Method("weight", "latent", L(relative=False))
     seen = run(method, Theory(0.9, first), rates)
     a, b = problem()
     dual, mu = start().double(), 1.0
@@ -263,8 +263,8 @@ def _half() -> Tensor:
     return HALF[torch.searchsorted(inner, _clipped())]
 
 
-def _soft(lam: Tensor) -> Tensor:
-    rest = _clipped() - _nearest()
+def _soft(lam: Tensor, weights: Tensor) -> Tensor:
+    rest = weights - _nearest()
     return _nearest() + rest.sign() * (rest.abs() - lam).clamp(min=0)
 
 
@@ -282,9 +282,12 @@ def _ramp(s: float) -> Tensor:
         (L(), 0.0, _clipped),
         (L(1.0, 0.0), 1.0, _nearest),
         (L(0.0, 1.0), 1.0, _nearest),
-        (L(), 0.4, lambda: _soft(0.4 * _half())),
-        (ProxQuant(), 0.4, lambda: _soft(0.4 * _half())),
-        (ProxQuant(relative=False), 0.4, lambda: _soft(torch.full_like(ROWS, 0.4 * 0.35))),
+        (L(), 0.4, lambda: _soft(0.4 * _half(), _clipped())),
+        (ProxQuant(), 0.4, lambda: _soft(0.4 * _half(), ROWS)),
+        (L(clip=False), 0.4, lambda: _soft(0.4 * _half(), ROWS)),
+        (ProxQuant(relative=False), 0.4, lambda: _soft(torch.full_like(ROWS, 0.4 * 0.35), ROWS)),
+        (ProxQuant(), 0.0, lambda: ROWS),
+        (ProxQuant(), 1.0, _nearest),
         (BinaryRelax(), 0.75, lambda: (3 * _nearest() + ROWS) / (1 + 3)),
         (L(0.0, 1.0), 0.75, lambda: (3 * _nearest() + _clipped()) / (1 + 3)),
         (Parq(), 0.75, lambda: _ramp(0.25)),
