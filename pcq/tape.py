@@ -3,11 +3,13 @@
 What calibration needs from a network is not its modules but its data flow: what enters each weight, which BatchNorm
 follows it, who else uses a value. :func:`record` runs the module once and writes down every ATen operation; nothing is
 traced symbolically, so any Python code will do (functional calls, padding inside ``forward``, tied modules).
-:func:`run` replays any stretch of the tape with any other parameters, on samples of the recorded shape. Recording ends
-with a full replay that must equal the module's own output bit for bit; a module that fails it (randomness, branches on
-the data, writes into views) is refused.
+:func:`run` replays any stretch of the tape with any other parameters, on samples of the recorded shape. What the pass
+writes in place becomes a new value; so do the tensors of which it was a part. Recording ends with a full replay that
+must equal the module's own output up to rounding; a module that fails it (randomness, branches on the data, tensors
+that share memory in other ways) is refused.
 """
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -187,18 +189,30 @@ def run(
                 continue
             args, kwargs = pytree.tree_map(look, (op.args, dict(op.kwargs)))
             other = interpret.get(op.name) if interpret else None
-            made = other(op, args) if other else op.function(*args, **kwargs)
+            made = other(op, args) if other else _again(op, args, kwargs)
             if op.read is not None and made != op.read:
                 raise PcqError(
                     "its forward pass takes another way for some of the samples than for others",
                     todo="Give samples that are alike: all of them padded, or none",
                 )
             tensors_made = [leaf for leaf in pytree.tree_leaves(made) if isinstance(leaf, Tensor)]
-            now.update(zip(op.outputs, tensors_made, strict=True))
+            # Where autograd follows, an operation may hand it more, behind what was recorded.
+            now.update(zip(op.outputs, tensors_made, strict=not gradient))
             for number in (*op.inputs, *op.outputs):
                 if tape.users.get(number, (-1,))[-1] <= index:
                     now.pop(number, None)
     return now
+
+
+def _again(op: Op, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What the operation makes of other tensors, which may lie in memory in another order."""
+    if op.name in ("view", "_unsafe_view") and not isinstance(args[1], torch.dtype):
+        return args[0].reshape(args[1])
+    return op.function(*args, **kwargs)
+
+
+_PARTS = {"slice": torch.ops.aten.slice_scatter.default, "select": torch.ops.aten.select_scatter.default}
+"""Operations that give a part of a tensor, and those that put another part in its place."""
 
 
 def output(tape: Tape, values: Mapping[int, Tensor]) -> Any:
@@ -222,6 +236,8 @@ class _Recorder(TorchDispatchMode):
         self.sampled: set[int] = set()
         self.discrete: set[int] = set()  # of those: tokens, masks, and what is made of nothing else
         self.ops: list[Op] = []
+        self.parts: dict[int, tuple[Op, weakref.ref[Tensor]]] = {}  # what made a part, of which tensor
+        self.became: dict[int, int] = {}  # what a tensor was before it was written to, and then
         self.count = 0
 
     def new(self, tensor: Tensor) -> int:
@@ -262,7 +278,31 @@ class _Recorder(TorchDispatchMode):
         if discrete and all(not t.is_floating_point() for t in pytree.tree_leaves(made) if isinstance(t, Tensor)):
             self.discrete.update(numbers)
         self.ops.append(replace(op, outputs=numbers))
+        if op.name in _PARTS and isinstance(made, Tensor):
+            self.parts[numbers[0]] = op, weakref.ref(args[0])
+        elif op.function is not function and isinstance(made, Tensor):
+            self.written(known_args[0].number, numbers[0])
         return made
+
+    def written(self, before: int, now: int) -> None:
+        """Value ``before`` has become ``now``: if it is a part of a tensor, that has become another, too."""
+        self.became[before] = now
+        if before not in self.parts:
+            return
+        made_by, whole = self.parts[now] = self.parts[before]
+        old: int = made_by.args[0].number
+        while old in self.became:
+            old = self.became[old]
+        args = (Value(old), Value(now), *made_by.args[1:])
+        self.count = new = self.count + 1
+        if (tensor := whole()) is not None:
+            self.known[tensor] = new
+        self.ops.append(Op(_PARTS[made_by.name], args, made_by.kwargs, (new,)))
+        if {old, now} & self.sampled:
+            self.sampled.add(new)
+        if {old, now} <= self.discrete:
+            self.discrete.add(new)
+        self.written(old, new)
 
 
 def _functional(function: Any) -> Any:
@@ -314,9 +354,19 @@ def record(module: nn.Module, samples: tuple[Tensor, ...]) -> Tape:
         )
         again = output(tape, run(tape, state(module), dict(zip(inputs, samples, strict=True)), 0, len(tape.ops)))
     pairs = zip(pytree.tree_leaves(result), pytree.tree_leaves(again), strict=True)
-    if not all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs):
+    if not all(_same(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs):
         raise PcqError(
             "its forward pass gives something else when its operations are run again",
-            todo="Take randomness and writes into views out of its forward pass.",
+            todo="Take randomness, and writes into tensors that share memory with others, out of its forward pass.",
         )
     return tape
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Up to rounding: in place and out of it, a processor may take other instructions."""
+    if torch.equal(one, other):
+        return True
+    if one.shape != other.shape or one.dtype != other.dtype or not one.is_floating_point() or not one.numel():
+        return False
+    slack = 64 * torch.finfo(one.dtype).eps * one.abs().max()
+    return bool(((one - other).abs() <= slack).all())

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from pcq import tape as tapes
+from pcq.calibrate.batchnorm import reestimate
 from pcq.calibrate.layers import find, patches
 from pcq.calibrate.moments import influence
 from pcq.calibrate.oneshot import Settings, View, calibrate, moments
@@ -27,6 +29,7 @@ from pcq.calibrate.quadratic import (
     refit,
 )
 from pcq.calibrate.starts import best_of, improved, search
+from pcq.calibrate.steps import calibrate_measured
 from pcq.calibrate.streams import Streams
 from pcq.demo.nets import resnet8
 from pcq.errors import PcqError
@@ -46,6 +49,7 @@ LAYERS = {
     "conv2d grouped": (nn.Conv2d(4, 6, 3, groups=2, bias=False), (4, 7, 8)),
     "conv2d depthwise": (nn.Conv2d(4, 8, 3, groups=4, padding="same"), (4, 7, 8)),
     "conv2d reflecting": (nn.Conv2d(4, 8, 3, padding=1, padding_mode="reflect"), (4, 7, 8)),
+    "conv2d circular": (nn.Conv2d(4, 8, 3, padding=1, padding_mode="circular"), (4, 7, 8)),
     "conv3d": (nn.Conv3d(2, 3, (1, 2, 3), padding=1), (2, 4, 5, 6)),
     "transposed1d": (nn.ConvTranspose1d(4, 6, 3, 2), (4, 5)),
     "transposed2d": (nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, groups=2), (4, 5, 6)),
@@ -343,7 +347,53 @@ class _Branching(nn.Module):
         return x if x.sum() > 0 else -x
 
 
-@pytest.mark.parametrize("module", [_Random(), _Branching()])
+class _Writing(nn.Module):
+    """Writes into parts, into parts of parts, and into the whole, and reads what was written and what was not."""
+
+    def forward(self, x):
+        y = x.clone()
+        inner = y[:, 1:][..., ::2]
+        inner.mul_(3)
+        y[0, 1] = inner[1, 0, 0]
+        y += 1
+        y[:, 0] -= y[:, 1]
+        return y * 2, y[:, :1]
+
+
+class _Sharing(nn.Module):
+    """Reads a part that was written to through the whole."""
+
+    def forward(self, x):
+        y = x.clone()
+        part = y[:, 1:]
+        y.mul_(3)
+        return part + 1
+
+
+@pytest.mark.parametrize(
+    "module", [_Writing(), nn.GRU(4, 5, 2, bidirectional=True), nn.LSTM(4, 5), nn.InstanceNorm1d(3)]
+)
+def test_writes_in_place_and_recurrent_layers_are_replayed(module):
+    x, other = (torch.randn(3, 3, 4, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    tape = tapes.record(module.eval(), (x,))
+    with torch.no_grad():
+        want = tree_leaves(module(other))
+    for gradient in (False, True):
+        values = tapes.run(tape, tapes.state(module), {tape.inputs[0]: other}, 0, len(tape.ops), gradient=gradient)
+        for got, exact in zip(tree_leaves(tapes.output(tape, values)), want, strict=True):
+            torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-6)
+
+
+def test_samples_may_lie_in_memory_in_another_order_than_those_recorded():
+    module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8), nn.Flatten(), nn.Unflatten(1, (4, 72))).eval()
+    x = torch.randn(2, 3, 8, 8)
+    tape = tapes.record(module, (x,))
+    swapped = {tape.inputs[0]: x.contiguous(memory_format=torch.channels_last)}
+    values = tapes.run(tape, tapes.state(module), swapped, 0, len(tape.ops))
+    torch.testing.assert_close(tapes.output(tape, values), module(x))
+
+
+@pytest.mark.parametrize("module", [_Random(), _Branching(), _Sharing()])
 def test_a_forward_pass_that_cannot_be_replayed_is_refused(module):
     with pytest.raises(PcqError):
         tapes.record(module, (torch.randn(3, 4),))
@@ -427,6 +477,37 @@ def test_calibration_is_deterministic_streams_and_beats_rounding():
         y = net(fresh)
     errors = [float((_apply(net, r, fresh) - y).square().mean()) for r in (whole, plain)]
     assert errors[0] < errors[1] / 2, errors
+
+
+class _Recurrent(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.first, self.layer, self.last = nn.Linear(8, 8), layer, nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.last(self.layer(self.first(x))[0][:, -1])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_a_block_with_a_recurrent_layer_is_refined(kind):
+    torch.manual_seed(0)
+    net = _Recurrent(kind(8, 8, batch_first=True)).eval()
+    x = torch.randn(96, 5, 8)
+    found = calibrate_measured(net, _plan(net, Uniform(2)), (x[:64],), (x[64:],), Settings(batch=32, refine=30))
+    assert [step for step in found.steps if step.name.endswith("blocks refined")]
+
+
+def test_norms_without_statistics_are_calibrated_around():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.InstanceNorm2d(8), nn.Conv2d(8, 4, 3),
+        nn.BatchNorm2d(4, track_running_stats=False),
+    ).eval()  # fmt: skip
+    x = torch.randn(64, 1, 8, 8)
+    found = calibrate(net, _plan(net, Uniform(3)), (x,), Settings(batch=32))
+    tape = tapes.record(net, (x[:32],))
+    assert reestimate(tape, tapes.state(net), [(x[:32],)]).keys() == {"1.running_mean", "1.running_var"}
+    assert torch.isfinite(_apply(net, found, x)).all()
 
 
 def test_what_enters_a_linear_comes_from_the_quantized_ones_before():

@@ -45,7 +45,10 @@ class Block:
 
 @dataclass(frozen=True)
 class BlockReport:
-    """One block: relative error of what leaves it, on the samples, with its layers as they were and refined."""
+    """One block: relative error of what leaves it, on the samples, with its layers as they were and refined.
+
+    Where that is not lower the block stayed as it was.
+    """
 
     weights: tuple[str, ...]
     before: float

@@ -196,9 +196,15 @@ def calibrate_measured(
             tape, blocks(tape, layers, list(plan)), best.quantized, best.changed, source, parts, settings.refine,
             settings.memory, settings.seed, progress, mask_at(module, samples),
         )  # fmt: skip
-        trial = replace(best, quantized=refined.quantized, changed=refined.changed, blocks=refined.blocks)
-        name = f"{len(refined.blocks)} blocks refined" + _fewer(refined.samples, used)
-        best = chosen(name, trial, best)
+        nearer = sum(block.after < block.before for block in refined.blocks)
+        of = f" of {len(refined.blocks)}" if nearer < len(refined.blocks) else ""
+        name = f"{nearer}{of} blocks refined" + _fewer(refined.samples, used)
+        if nearer:
+            trial = replace(best, quantized=refined.quantized, changed=refined.changed, blocks=refined.blocks)
+            best = chosen(name, trial, best)
+        else:
+            seconds = time.perf_counter() - start
+            steps.append(Step(name, None, None, "no block's output came nearer to the float one's", seconds))
     if settings.fresh:
         start = time.perf_counter()
         fresh = reestimate(tape, {**exact, **best.tensors()}, parts)
