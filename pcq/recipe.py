@@ -35,8 +35,8 @@ class Recipe:
         description: the comment that the file begins with; not compared.
         rules: the first that matches a weight decides.
         finetune: how `pcq finetune` trains; None: the file does not say, and it goes by the defaults.
-        budget: what the quantized file or its weights may take, such as `3MB` or `2.5bits`; levels are then chosen by
-            `pcq quantize`, for the weights to which the rules give any.
+        budget: what the quantized file or its weights may take, such as `3MB` or `2.5bits`; levels are then chosen
+            for the weights to which the rules give any.
         places: file and line of each rule, as far as known.
         shipped: whether it is one that came with pcq, as it came: there is no file to correct.
     """
@@ -92,16 +92,22 @@ def _without_none(fields: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in plain.items() if value is not None and value != []}
 
 
-def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path_or_name: str | Path | Recipe, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a file, or the shipped one of that name where there is no such file.
 
     Args:
-        path_or_name: a file, or a name with or without ``.yaml``.
+        path_or_name: a file, or a name with or without ``.yaml``; a loaded recipe is given back.
         overrides: ``path=value`` each, such as ``rules.0.levels.bits=3``; values are read as in a file.
 
     Raises:
-        PcqError: there is no such recipe, or there are mistakes in it; all of them, each with file and line.
+        PcqError: there is no such recipe, or there are mistakes in it; all of them, each with file and line; or changes
+            of a loaded recipe are asked for, which has no file any more.
     """
+    if isinstance(path_or_name, Recipe):
+        if overrides:
+            what = "the recipe is loaded already, and changes are made where one is read"
+            raise PcqError(what, where="overrides", todo="Give them to load_recipe, or give the recipe's file or name")
+        return path_or_name
     path = Path(path_or_name)
     try:
         is_folder, exists = path.is_dir(), path.exists()

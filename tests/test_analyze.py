@@ -9,10 +9,10 @@ import torch.nn.functional as F
 
 import pcq
 from pcq import cli, qtensor
-from pcq.commands.analyzing import worst
+from pcq.commands.analyzing import paste, worst
 from pcq.commands.calibrating import Calibration, draw
 from pcq.demo import HERE
-from pcq.plan import Quantized, make_plan
+from pcq.plan import Parameter, Quantized, make_plan
 from pcq.quantizers import Ternary
 from pcq.recipe import parse_recipe, shipped_text
 from pcq.rows import Rows
@@ -127,6 +127,13 @@ def test_the_rules_to_paste_do_what_they_say(found):
     assert planned.bytes_after - found.planned.plan.bytes_after == found.added > 0
 
 
+def test_any_name_can_be_pasted():
+    names = ["a[0]*", 'b"c', "d\\e", "f\ng", "é\t?", "h: #'"]
+    weights = [Parameter(name, (8, 8), "float32", "linear") for name in [*names, "other"]]
+    planned = make_plan(parse_recipe(f"pcq: 1\nrules:\n{paste(names)}", "pasted.yaml"), weights)
+    assert [e.parameter.name for e in planned.entries if isinstance(e, Quantized)] == names
+
+
 @pytest.mark.parametrize(
     ("damages", "count"), [([8, 1, 1, 1], 1), ([1] * 12, 3), ([5, 4, 1] + [0] * 9, 1), ([0.0, 0.0], 0), ([3], 1)]
 )
@@ -161,6 +168,7 @@ def test_invented_samples_are_called_so_and_a_picture_is_drawn(tmp_path, capsys)
         (["--calib", "random"], "--input 3x224x224"),
         (["--plot", "a.jpg"], "ends in .png"),
         (["--calib", "digits", "--set", "rules.0.levels=null"], "null"),
+        (["--set", "budget=20kB"], "has a budget, 20kB, which chooses the levels"),
     ],
 )
 def test_mistakes_are_answered(options, says, capsys, monkeypatch, tmp_path):

@@ -208,7 +208,7 @@ def test_with_samples_the_better_on_those_held_out_is_taken(tmp_path):
     [
         (["--budget", "3parsecs"], "such as 3MB, 900kB"),
         (["--budget", "9kB"], "less than the smallest levels for every weight take"),
-        (["--budget", "0.5bits"], "bits. Give it more"),
+        (["--budget", "0.5bits"], "bits. Give it more."),
         (["--budget", "3MB", "--set", "rules.0.levels=ternery"], "Did you mean 'ternary'"),
         (["--set", "budget=much", "-r", "w4"], "'much' is not a budget"),
     ],

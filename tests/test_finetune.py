@@ -34,6 +34,7 @@ from pcq.methods import METHODS
 from pcq.models import build
 from pcq.proxconnect import Telemetry
 from pcq.recipe import Recipe, load_recipe, parse_recipe
+from pcq.report import to_json as report_of
 from pcq.settings import Finetune, MethodName, changed, method_of, schedule_of
 from pcq.train import augment, batchnorm, graphs, loop, report, saving
 from pcq.train.batches import Batches, generator, own_randomness
@@ -405,6 +406,44 @@ def test_the_command_line_says_how_to_go_on(tmp_path: Path, capsys: pytest.Captu
     assert "go on with --resume" in capsys.readouterr().err
 
 
+def test_changed_data_is_refused(tmp_path: Path) -> None:
+    """Not only at the ends of a split."""
+    x = np.random.default_rng(0).normal(size=(300, 1, 8, 8)).astype(np.float32)
+    options: dict[str, Any] = {"arch": f"{__name__}:Small", "out": tmp_path / "x.safetensors", "steps": SHORT}
+    options |= {"save_every": 2, "distill": 1.0}
+    np.savez(tmp_path / "d.npz", x=x)
+    with pytest.raises(Killed):
+        pcq.finetune(small(tmp_path), "ternary", f"npz:{tmp_path}/d.npz", progress=dying(3), **options)
+    x[100:120] = 0
+    np.savez(tmp_path / "d.npz", x=x)
+    with pytest.raises(PcqError, match="other data"):
+        pcq.finetune(small(tmp_path), "ternary", f"npz:{tmp_path}/d.npz", resume=True, **options)
+
+
+@pytest.mark.parametrize("calibration", [None, "digits"])
+def test_a_budget_chooses_the_levels_first(calibration: str | None, tmp_path: Path) -> None:
+    recipe = tmp_path / "b.yaml"
+    recipe.write_text("pcq: 1\nbudget: 2.5bits\n" + RULES.removeprefix("pcq: 1\n"))
+    made = pcq.finetune(
+        small(tmp_path), recipe, "digits", arch=f"{__name__}:Small", steps=SHORT, calibration=calibration,
+        samples=calibration and 32,
+    )  # fmt: skip
+    assert made.allocation is not None
+    assert made.path == tmp_path / "small.b-2.5bits.ft.safetensors"
+    assert 2.4 < made.bits <= 2.5
+    assert made.planned.recipe.to_json() == pcq.read_artifact(made.path).recipe
+    assert report_of(made)["allocation"]["budget"] == "2.5bits"
+
+
+def test_a_run_of_a_budget_goes_on(tmp_path: Path) -> None:
+    budget = [f"budget={small(tmp_path).stat().st_size}B"]
+    with pytest.raises(Killed):
+        tune(tmp_path / "x.safetensors", overrides=budget, save_every=2, progress=dying(3))
+    again = tune(tmp_path / "x.safetensors", overrides=budget, resume=True)
+    assert again.resumed_at == 2
+    assert again.path.read_bytes() == tune(tmp_path / "y.safetensors", overrides=budget).path.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -498,6 +537,11 @@ def test_a_batch_of_all_samples_is_called_that(tmp_path: Path) -> None:
 def test_a_loss_that_explodes_is_said(tmp_path: Path) -> None:
     with pytest.raises(CheckFailed, match=r"not a number any more.*finetune\.lr"):
         tune(tmp_path / "x.safetensors", steps=30, overrides=["finetune.lr=1e30", "finetune.optimizer=sgd"])
+
+
+def test_outputs_that_are_no_numbers_are_laid_to_the_training(tmp_path: Path) -> None:
+    with pytest.raises(CheckFailed, match=r"training has diverged.*finetune\.lr"):
+        tune(tmp_path / "x.safetensors", steps=1, overrides=["finetune.lr=1e38", "finetune.optimizer=sgd"])
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------

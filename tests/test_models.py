@@ -13,12 +13,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pcq
 from pcq import models
+from pcq.commands import plan
 from pcq.errors import PcqError
 from pcq.inventory import inventory
 from pcq.recognition import Slot, read_index, recognise, signature, tree_hash
@@ -263,7 +264,7 @@ def test_timm_networks_are_recognised(name: str) -> None:
 
 OWN = """
 import torch
-from torch import nn
+from torch import Tensor, nn
 def net(width=4): return nn.Sequential(nn.Linear(3, width), nn.ReLU())
 class Net(nn.Module):
     def __init__(self, width=4):
@@ -576,3 +577,24 @@ def test_a_buffer_that_is_no_longer_saved_may_be_in_the_file():
     assert torch.equal(module.position_ids, torch.arange(4))
     with pytest.raises(PcqError, match="not in the network"):
         models.load_state(module, {**state, "positions": torch.zeros(4)})
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(12, 8), nn.Linear(8, 12, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.embed(x))
+        return out
+
+
+def test_two_values_for_what_the_architecture_makes_one_tensor_are_refused(tmp_path: Path) -> None:
+    state = {name: tensor.clone() for name, tensor in Tied().state_dict().items()}
+    torch.save(state, tmp_path / "same.pt")
+    made = plan(tmp_path / "same.pt", "w8", arch=f"{__name__}:Tied").plan
+    assert [entry.parameter.tied_to for entry in made.entries] == [None, "embed.weight"]
+    torch.save(state | {"head.weight": state["head.weight"] + 1e-3}, tmp_path / "other.pt")
+    with pytest.raises(PcqError, match=r"head\.weight: holds other values than embed\.weight"):
+        plan(tmp_path / "other.pt", "w8", arch=f"{__name__}:Tied")

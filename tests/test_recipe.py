@@ -693,6 +693,13 @@ def test_overrides_change_what_the_file_says() -> None:
     assert parse_recipe(BASE, "r.yaml", ["name=mine"]).name == "mine"
 
 
+def test_overrides_of_a_loaded_recipe_are_refused_and_not_forgotten() -> None:
+    recipe = load_recipe("ternary-all")
+    assert load_recipe(recipe) is recipe
+    with pytest.raises(PcqError, match="loaded already"):
+        load_recipe(recipe, ["rules.0.levels=binary"])
+
+
 def test_overrides_work_on_a_recipe_that_json_wrote() -> None:
     said = json.dumps(parse_recipe(BASE, "r.yaml").to_json())
     assert parse_recipe(said, "r.yaml", ["rules.1.match.0.name=x"]).rules[1].match == (Match(("x",), ("conv",)),)

@@ -1,5 +1,6 @@
 """``analyze(model, recipe)``: which weights a recipe hurts, measured one by one, and what to write against it."""
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -118,6 +119,10 @@ def analyze(
     planned = plan(
         model, recipe, arch=arch, overrides=overrides, key=key, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle
     )
+    if planned.recipe.budget is not None:
+        todo = "Leave it out to analyze the levels that its rules give; `pcq quantize --dry-run` shows those it chooses"
+        what = f"the recipe has a budget, {planned.recipe.budget}, which chooses the levels"
+        raise PcqError(what, where="budget", todo=todo)
     chosen = [entry for entry in planned.plan.quantized if entry.parameter.tied_to is None]
     if not chosen:
         raise PcqError("the recipe quantizes nothing, so there is nothing to analyze", where=planned.recipe.name)
@@ -235,14 +240,13 @@ def paste(names: Sequence[str]) -> str:
     """Rules in YAML that give the weights ``names`` 8 bits."""
     if not names:
         return ""
-    quoted = ", ".join(f'"{_literal(name)}"' for name in names)
+    quoted = ", ".join(_literal(name) for name in names)
     return f"  - match: {{name: [{quoted}]}}\n    levels: {{kind: uniform, bits: {SAFE.bits}}}\n"
 
 
 def _literal(name: str) -> str:
     """``name`` as a pattern that matches it, in a double-quoted YAML string."""
-    escaped = "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
-    return escaped.replace("\\", "\\\\").replace('"', '\\"')
+    return json.dumps("".join(f"[{letter}]" if letter in "*?[" else letter for letter in name), ensure_ascii=False)
 
 
 def draw_plot(result: AnalyzeResult, path: Path) -> None:

@@ -213,7 +213,7 @@ class Problem:
                 f"{self.budget} is less than the smallest levels for every weight take, {said}",
                 where="budget",
                 todo="Give it more"
-                + ("" if not self.planned.plan.kept else "; what stays float counts too, see `--dry-run`"),
+                + ("" if bits or not self.planned.plan.kept else "; what stays float counts too, see `--dry-run`"),
             )
 
     def solve(

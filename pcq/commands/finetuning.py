@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from pcq import checkpoint, models, qtensor, shards
 from pcq.atomic import held, sweep
+from pcq.budget import Bytes, parse_budget
 from pcq.commands import starting
+from pcq.commands.budgeting import Allocation, allocate, named
 from pcq.commands.calibrating import Calibrated, Calibration
 from pcq.commands.networks import load_network
 from pcq.commands.quantizing import Planned, default_path, plan
@@ -34,6 +36,10 @@ if TYPE_CHECKING:
     from pcq.train.activations import Weight8
     from pcq.train.loop import BatchNorm, Epoch, Job
     from pcq.train.splits import Splits
+
+
+LOOKED_AT = 64
+"""Samples of a split that tell whether the data is the same."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,7 @@ class FinetuneResult:
         seconds: all of it, without imports.
         shape: one sample's shape.
         calibrated: what it started from; None: from the float network.
+        allocation: how the levels were chosen; None where the recipe has no budget.
     """
 
     path: Path
@@ -91,6 +98,7 @@ class FinetuneResult:
     seconds: float
     shape: tuple[int, ...]
     calibrated: Calibrated | None = None
+    allocation: Allocation | None = None
 
 
 @own_randomness()
@@ -134,6 +142,7 @@ def finetune(
     Args:
         model: a float checkpoint in any form of the README's table.
         recipe: a recipe file, the name of a shipped one, or a loaded one; its section ``finetune`` says how to train.
+            If it has a budget, levels are chosen first, as ``pcq.quantize`` chooses them.
         data: a data spec; trained on is its split ``train``, looked at on the way ``val``, and once, at the end,
             ``test``.
         out: the artifact's path; default ``<model>.<recipe>.ft.safetensors`` beside the model.
@@ -165,7 +174,7 @@ def finetune(
     begun = time.perf_counter()
     if tensorboard is not None:
         board.writer()
-    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    loaded = load_recipe(recipe, overrides)
     said = {"method": method, "distill": distill, "activations": activations, "ranges": ranges, "seed": seed}
     said |= {"epochs": epochs, "steps": steps, "minutes": minutes}
     given = {key: value for key, value in said.items() if value is not None}
@@ -174,6 +183,8 @@ def finetune(
     here = ranks.current(shard)
     settings = loop.settled(changed(loaded.finetune or Finetune(), **given), data, here.device)
     rules = replace(loaded, finetune=settings)
+    if rules.budget is not None:
+        rules = replace(rules, name=named(rules, rules.budget))
     if samples is not None and not isinstance(calibration, str):
         todo = "Say on what: --calib folder:DIR"
         raise PcqError("this is about calibration, which was not asked for", where="--samples", todo=todo)
@@ -232,11 +243,17 @@ def _finetune(
         if here.first:
             saving.check(files.saved, mark)
         here.wait()  # before calibration, which takes minutes
+    allocation = None
+    if rules.budget is not None:
+        asked = None if calibration is None else starting.shaped(calibration, splits.plain.shape)
+        allocation = allocate(replace(planned, recipe=rules), rules.budget, asked, progress)
+        planned, rules = allocation.planned, allocation.planned.recipe
     original = build(planned)
     module = original_or_new(planned, original, settings.seed if scratch else None).to(here.device)
     begin = None
     if calibration is not None:
-        begin = starting.start(planned, calibration, module, splits.plain.shape, here, progress)
+        known = None if allocation is None else allocation.calibrated
+        begin = starting.start(planned, calibration, module, splits.plain.shape, here, progress, known)
         mark["number of calibration samples"] = str(begin.calibrated.outcome.samples)
     fixed = freeze(module, planned, settings, begin)
     weights = targets(planned.plan, dict(module.named_parameters()))
@@ -285,7 +302,7 @@ def _finetune(
         trained.epochs,
         trained.batchnorm,
         trained.telemetry[-1],
-        (*splits.notes, *report.warnings(trained, settings)),
+        (*splits.notes, *report.warnings(trained, settings), *over(allocation, size)),
         trained.steps,
         trained.resumed_at,
         trained.unquantized,
@@ -295,7 +312,15 @@ def _finetune(
         time.perf_counter() - begun,
         splits.plain.shape,
         None if begin is None else begin.calibrated,
+        allocation,
     )
+
+
+def over(allocation: Allocation | None, size: int) -> tuple[str, ...]:
+    """What to say where ranges of activations, which no allocation knows, make the file larger than the budget."""
+    if allocation is None or not isinstance(parse_budget(allocation.budget), Bytes) or size <= allocation.limit:
+        return ()
+    return (f"The artifact takes {size:,} bytes, more than {allocation.budget}: ranges of activations are in it too.",)
 
 
 def forms8(planned: Planned, module: nn.Module) -> "dict[Tensor, Weight8]":
@@ -396,13 +421,17 @@ def freeze(
 def fingerprint(
     planned: Planned, recipe: Recipe, splits: "Splits", data: str, scratch: bool, calibration: Calibration | None
 ) -> dict[str, str]:
-    """What has to be the same for a run to go on, as far as it is known from what was asked for."""
+    """What has to be the same for a run to go on, as far as it is known from what was asked for.
+
+    Of the data these are the labels and some LOOKED_AT samples of each split, evenly spaced.
+    """
     samples = hashlib.sha256()
     for part in (splits.train, splits.val):
         samples.update(f"{part.n} {part.shape}".encode())
         if part.labels is not None:
             samples.update(part.labels.numpy().tobytes())
-        samples.update(part.take([0, part.n - 1]).numpy().tobytes())
+        for some in (0, *range(part.n - 1, 0, -max(1, part.n // LOOKED_AT))):
+            samples.update(part.take([some]).numpy().tobytes())
     weights = hashlib.sha256()
     for name in planned.source.names:
         weights.update(name.encode())

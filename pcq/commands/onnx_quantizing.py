@@ -80,7 +80,9 @@ def plan_onnx(
     if recipe is None:
         loaded, made = Recipe(DETECTED, "", ()), _detected(inventory)
     else:
-        loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+        loaded = load_recipe(recipe, overrides)
+        if loaded.budget is not None:
+            raise PcqError("budgets are for checkpoints, and an ONNX model was given", where="budget")
         made = make_plan(loaded, inventory.parameters)
     entries = tuple(_settled(entry) for entry in made.entries)
     notes = list(opened.notes)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from pcq import checkpoint, models, sources
@@ -13,7 +14,7 @@ from pcq.budget import Bytes, parse_budget
 from pcq.commands.budgeting import Allocation, allocate, everything, named
 from pcq.commands.calibrating import Calibrated, Calibration, calibrated, stored
 from pcq.commands.networks import architecture
-from pcq.errors import CheckFailed, PcqError
+from pcq.errors import CheckFailed, PcqError, raise_all
 from pcq.plan import Plan, Quantized, make_plan
 from pcq.progress import Progress, silent
 from pcq.qtensor import QuantizedTensor
@@ -97,7 +98,8 @@ def plan(
     allow_globals: Sequence[str] = (),
     unsafe_pickle: bool = False,
 ) -> Planned:
-    """Open ``model``, read ``recipe``, and settle what happens to each tensor, without reading the weights' values.
+    """Open ``model``, read ``recipe``, and settle what happens to each tensor, without reading the weights' values (but
+    for those that the architecture makes one tensor and the file has several of: they have to be equal).
 
     Args:
         model: a checkpoint in any form of the README's table.
@@ -112,7 +114,7 @@ def plan(
     Raises:
         PcqError: the model, the recipe or the architecture is not usable; the message says what to do.
     """
-    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    loaded = load_recipe(recipe, overrides)
     source = sources.open_source(Path(model), key=key, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle)
     notes = list(source.notes)
     shapes = {name: source.shape(name) for name in source.names}
@@ -122,6 +124,19 @@ def plan(
         ordered = [name for name in module.state_dict() if name in shapes]
         shapes = {name: shapes[name] for name in dict.fromkeys([*ordered, *shapes])}
     parameters = models.inventory(shapes, dtypes, module, source.tied)
+    raise_all(
+        [
+            PcqError(
+                f"holds other values than {tied.tied_to}, and in this architecture both are one tensor",
+                where=f"{model}: {tied.name}",
+                todo="Give an architecture in which they are two, or a checkpoint that has the value of one for both",
+            )
+            for tied in parameters
+            if tied.tied_to is not None
+            and tied.name not in source.tied
+            and not torch.equal(source.tensor(tied.name), source.tensor(tied.tied_to))
+        ]
+    )
     made = make_plan(loaded, parameters)
     return Planned(Path(model), source, loaded, made, spec, (*notes, *made.notes))
 

@@ -56,18 +56,23 @@ def check(settings: Finetune, asked: Calibration | None, scratch: bool) -> None:
 
 
 def start(
-    planned: "Planned", asked: Calibration, module: nn.Module, shape: tuple[int, ...], here: "Ranks", progress: Progress
+    planned: "Planned",
+    asked: Calibration,
+    module: nn.Module,
+    shape: tuple[int, ...],
+    here: "Ranks",
+    progress: Progress,
+    made: Calibrated | None = None,
 ) -> Start:
     """Calibrate, and give ``module`` what training starts from: latents that round to the calibrated weights.
 
-    Norms, biases and statistics are the calibrated ones. Several processes start from the first one's.
+    Norms, biases and statistics are the calibrated ones. Several processes start from the first one's. ``made``: what
+    calibration found, if that is known.
 
     Raises:
         PcqError: the calibration samples are not usable.
     """
-    if asked.input_shape is None:
-        asked = replace(asked, input_shape=shape)
-    made = calibrated(planned, asked, progress)
+    made = made or calibrated(planned, shaped(asked, shape), progress)
     outcome, floats = made.outcome, dict(made.network.named_parameters())
     state = module.state_dict()
     with torch.no_grad():
@@ -78,6 +83,11 @@ def start(
             state[name].copy_(centred(exact, quantized))
     here.share(state.values())
     return Start(made, outcome.tensors())
+
+
+def shaped(asked: Calibration, shape: tuple[int, ...]) -> Calibration:
+    """``asked`` with the shape of a sample, if it does not say one."""
+    return asked if asked.input_shape is not None else replace(asked, input_shape=shape)
 
 
 def centred(weight: Tensor, quantized: QuantizedTensor, times: int = 4) -> Tensor:

@@ -38,7 +38,7 @@ def _(result: commands.FinetuneResult) -> RenderableType:
     if result.unquantized is not None:
         lines.append(f"Held out before the weights were rounded: {result.unquantized:.2f} %.")
     lines.append(f"Measurements: {result.metrics}")
-    began = [] if result.calibrated is None else [render(result.calibrated)]
+    began = [render(part) for part in (result.allocation, result.calibrated) if part is not None]
     return Group(*began, made, *[Text(line) for line in (*lines, *result.warnings)])
 
 
@@ -58,6 +58,7 @@ def _(result: commands.FinetuneResult) -> dict[str, Any]:
             }
             for row in result.rows
         ],
+        "allocation": None if result.allocation is None else to_json(result.allocation),
         "calibration": None if result.calibrated is None else to_json(result.calibrated),
         "epochs": [vars(epoch) for epoch in result.epochs],
         "batchnorm": None if result.batchnorm is None else vars(result.batchnorm),

@@ -357,20 +357,24 @@ class _ScoringStopped(Exception):
 
 def _refuse_nan(job: Job, run: _Run) -> None:
     if not bool(torch.isfinite(run.losses)):
-        kept = f" The last saved state is {job.saved}." if job.saved.is_file() else ""
-        raise CheckFailed(
-            f"the loss is not a number any more at step {run.step}",
-            todo=f"Lower the learning rate (--set finetune.lr={job.settings.learning_rate / 4:g}), "
-            f"or limit the gradient (--set finetune.clip=1).{kept}",
-        )
+        raise _diverged(job, f"the loss is not a number any more at step {run.step}")
+
+
+def _diverged(job: Job, what: str) -> CheckFailed:
+    kept = f" The last saved state is {job.saved}." if job.saved.is_file() else ""
+    rate = f"Lower the learning rate (--set finetune.lr={job.settings.learning_rate / 4:g})"
+    return CheckFailed(what, todo=f"{rate}, or limit the gradient (--set finetune.clip=1).{kept}")
 
 
 def scored(module: nn.Module, job: Job, progress: Progress = silent) -> Scores:
     """Of the held-out samples; without labels, agreement with the float network."""
     reference = None if job.teacher is None or job.splits.val.labels is not None else module_predictor(job.teacher)
-    return job.ranks.evaluate(
-        module_predictor(module), job.splits.val, reference=reference, batch=job.settings.at_once, progress=progress
-    )
+    try:
+        return job.ranks.evaluate(
+            module_predictor(module), job.splits.val, reference=reference, batch=job.settings.at_once, progress=progress
+        )
+    except CheckFailed as error:
+        raise _diverged(job, f"training has diverged: {error.what}") from error
 
 
 def number(scores: Scores) -> float:
