@@ -16,7 +16,7 @@ from pcq import cli
 from pcq.commands import plan_onnx, quantize_onnx
 from pcq.errors import CheckFailed, PcqError
 from pcq.export import read_packed
-from pcq.onnx_input import detect, open_graph, packing, trials
+from pcq.onnx_input import detect, graph, open_graph, packing, trials
 from pcq.plan import Kept
 
 
@@ -197,6 +197,47 @@ def test_an_old_operator_set_is_raised_and_said(tmp_path: Path) -> None:
         "Raised the operator set from 11 to 12: packed weights need it.",
         "Raised the IR version from 6 to 8: packed weights need it.",
     )
+
+
+def enlarged(path: Path, opset: int, mode: str, factor: float, branch: bool) -> Path:
+    """A convolution whose output an old Resize or Upsample enlarges; or both branches of an If do."""
+    kind = "Upsample" if opset < 10 else "Resize"
+
+    def resize(name: str) -> onnx.NodeProto:
+        if opset < 9:
+            return helper.make_node(kind, ["h"], [name], mode=mode, scales=[1.0, 1.0, factor, factor])
+        return helper.make_node(kind, ["h", "s"], [name], mode=mode)
+
+    def body(name: str) -> onnx.GraphProto:
+        made = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None)]
+        return helper.make_graph([resize(name)], name, [], made)
+
+    choice = helper.make_node("If", ["c"], ["y"], then_branch=body("a"), else_branch=body("b"))
+    nodes = [helper.make_node("Conv", ["x", "w"], ["h"]), choice if branch else resize("y")]
+    tensors = {"w": normal(32, 3, 3, 3), "c": np.array(True)}
+    tensors |= {"s": np.array([1, 1, factor, factor], np.float32)} if opset >= 9 else {}
+    return save(path, nodes, tensors, [images("n", 3, 8, 8)], ["y"], opset, 4)
+
+
+@pytest.mark.parametrize("opset", [8, 9, 10])
+@pytest.mark.parametrize(("mode", "factor"), [("linear", 2.0), ("nearest", 1.5)])
+@pytest.mark.parametrize("branch", [False, True])
+def test_old_resizing_stays_what_it_was(tmp_path: Path, opset: int, mode: str, factor: float, branch: bool) -> None:
+    path = enlarged(tmp_path / "m.onnx", opset, mode, factor, branch)
+    result = quantize_onnx(path, "w8")
+    assert result.proof.opset == 12
+    assert result.proof.drift < 0.01
+
+
+@pytest.mark.parametrize("calibration", [None, "random"])
+def test_a_model_that_raising_changes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calibration: str | None
+) -> None:
+    path = enlarged(tmp_path / "m.onnx", 10, "linear", 2.0, False)
+    monkeypatch.setattr(graph, "OLD_RESIZE", {})
+    with pytest.raises(PcqError, match=r"raised from operator set 10 to 12 it computes something else: outputs differ"):
+        quantize_onnx(path, "w8", calibration=calibration)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
 
 
 def test_what_stays_float_has_a_reason(tmp_path: Path) -> None:

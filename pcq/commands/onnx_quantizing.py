@@ -135,8 +135,8 @@ def run_onnx(
         progress: called at each stage.
 
     Raises:
-        PcqError: a weight holds NaN or infinity, no input is known that the model runs on, or it does not run on the
-            calibration samples.
+        PcqError: a weight holds NaN or infinity, no input is known that the model runs on, it does not run on the
+            calibration samples, or raising its operator set changes what it computes.
         CheckFailed: the file is not bit-exact, computes something else, or has another size than predicted.
     """
     from pcq import onnx_input
@@ -148,7 +148,7 @@ def run_onnx(
     opened = onnx_input.open_graph(planned.model)
     graph = opened.model.graph
     inputs = [value.name or "" for value in graph.inputs if value.name not in graph.initializers]
-    trials = [read_sample(Path(sample), inputs) for sample in samples]
+    given = [read_sample(Path(sample), inputs) for sample in samples]
     inventory = onnx_input.take_inventory(opened)
     entries = planned.plan.quantized
     ledger: list[LedgerRow] = []
@@ -161,6 +161,8 @@ def run_onnx(
         except PcqError as problem:
             problems.append(problem)
     raise_all(problems)
+    progress("find inputs", 0, 1)
+    trials = onnx_input.find_inputs(opened, given)
     made = (
         None
         if calibration is None or planned.recipe.name == DETECTED
@@ -184,9 +186,8 @@ def run_onnx(
     if made is not None:
         metadata["calibration"] = json.dumps(made.to_json())
     proof = onnx_input.write_packed(
-        opened, inventory, quantized, path,
-        changed=None if made is None else made.outcome.changed, metadata=metadata,
-        samples=trials, progress=progress,
+        opened, inventory, quantized, path, trials,
+        changed=None if made is None else made.outcome.changed, metadata=metadata, progress=progress,
     )  # fmt: skip
     weights = sum(math.prod(row.shape) for row in ledger)
     bits = 8 * sum(row.nbytes for row in ledger) / weights

@@ -3,7 +3,7 @@
 from pcq.onnx_input.detect import Exact, detect
 from pcq.onnx_input.graph import Opened, open_graph
 from pcq.onnx_input.inventory import Inventory, take_inventory
-from pcq.onnx_input.packing import Rewritten, write_packed
+from pcq.onnx_input.packing import Rewritten, find_inputs, write_packed
 from pcq.onnx_input.trials import Trial
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Rewritten",
     "Trial",
     "detect",
+    "find_inputs",
     "open_graph",
     "take_inventory",
     "write_packed",

@@ -34,6 +34,12 @@ WIDENED = {
 }
 """Operators whose new version at this operator set only takes more types or has attributes with the old default."""
 
+OLD_RESIZE = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+"""What Resize and Upsample did up to operator set 10; the converter leaves Resize the defaults of 11."""
+
+AGAIN = "Export the model again with operator set 13 or later"
+"""What to do about a model that cannot be raised."""
+
 
 @dataclass(frozen=True)
 class Opened:
@@ -146,12 +152,16 @@ def _raised(path: Path, model: ir.Model, opset: int) -> ir.Model:
         converted = onnx.version_converter.convert_version(proto, OPSET)
         del converted.metadata_props[:]
         converted.metadata_props.extend(proto.metadata_props)
-        return ir.from_proto(converted)
+        raised = ir.from_proto(converted)
     except Exception as error:  # the converter's C++ exceptions share no class
         raise PcqError(
             f"its operator set {opset} is too old, and {', '.join(sorted(changed))} could not be converted to {OPSET}",
-            where=str(path), todo="Export the model again with operator set 13 or later",
+            where=str(path), todo=AGAIN,
         ) from error  # fmt: skip
+    for node in nodes(raised):
+        if opset < 11 and node.op_type == "Resize" and node.domain in ("", "ai.onnx"):
+            node.attributes.update({name: ir.AttrString(name, value) for name, value in OLD_RESIZE.items()})
+    return raised
 
 
 def _changes(kind: str, opset: int) -> bool:

@@ -24,7 +24,7 @@ from pcq.export import scheme, verify, writing
 from pcq.export.body import DOMAIN, Lowered
 from pcq.export.frame import can_transpose
 from pcq.export.lowering import lower
-from pcq.onnx_input.graph import Opened, open_graph
+from pcq.onnx_input.graph import AGAIN, OPSET, Opened, open_graph
 from pcq.onnx_input.inventory import Inventory, Operand, Weight, oriented, take_inventory
 from pcq.onnx_input.trials import QUIET, Trial, find_trials
 from pcq.progress import Progress, silent
@@ -63,15 +63,46 @@ class Rewritten:
     ort_version: str
 
 
+def find_inputs(opened: Opened, samples: Sequence[Trial] = ()) -> list[Trial]:
+    """What to run the model on: ``samples`` and random inputs. On these a graph that was raised is compared with the
+    file itself, for everything else is compared with the graph.
+
+    Raises:
+        PcqError: no inputs are known that the model runs on, or raising its operator set changes what it computes.
+    """
+    trials = [*samples]
+    try:
+        trials += find_trials(opened.path, opened.model)
+    except PcqError:
+        if not trials:
+            raise
+    if opened.opset >= OPSET:
+        return trials
+    before = _run(verify.open_session(str(opened.path), optimised=False), trials)
+    with tempfile.TemporaryDirectory() as folder:
+        raised = Path(folder) / "raised.onnx"
+        writing.save(open_graph(opened.path).model, raised, 1_500_000_000)
+        after = _run(verify.open_session(str(raised), optimised=False), trials)
+    pairs = [pair for now, then in zip(after, before, strict=True) for pair in zip(now, then, strict=True)]
+    error = max((_error(ours, theirs) for ours, theirs in pairs), default=0.0)
+    if not error <= verify.TOLERANCE:
+        raise PcqError(
+            f"raised from operator set {opened.opset} to {OPSET} it computes something else: outputs differ by "
+            f"{error:.2g} of their scale from the file's own", where=str(opened.path),
+            allowed=f"up to {verify.TOLERANCE:g}", todo=AGAIN,
+        )  # fmt: skip
+    return trials
+
+
 def write_packed(
     opened: Opened,
     inventory: Inventory,
     quantized: Mapping[str, QuantizedTensor],
     out: Path,
+    trials: Sequence[Trial],
     *,
     changed: Mapping[str, Tensor] | None = None,
     metadata: Mapping[str, str] | None = None,
-    samples: Sequence[Trial] = (),
     external_above: int = writing.EXTERNAL_ABOVE,
     progress: Progress = silent,
 ) -> Rewritten:
@@ -82,25 +113,18 @@ def write_packed(
         inventory: its weights.
         quantized: codes by weight name, in torch's orientation.
         out: the file.
+        trials: from :func:`find_inputs`: what to run both on.
         changed: new numbers of biases, by the initializer's name.
         metadata: more for the file's metadata, each under ``pcq.<key>``.
-        samples: real inputs to run both on besides random ones.
         external_above: bytes of initializers beyond which they get a file of their own.
         progress: called at each stage.
 
     Raises:
-        PcqError: no inputs are known that the model runs on, or nothing can be written there.
+        PcqError: nothing can be written there.
         CheckFailed: the file is not right; nothing was written.
     """
     with writing.draft(out):  # to say so now rather than after the work
         pass
-    progress("find inputs", 0, 1)
-    trials = [*samples] if samples else []
-    try:
-        trials += find_trials(opened.path, opened.model)
-    except PcqError:
-        if not trials:
-            raise
     predicted = predict(opened, inventory, quantized)
     read = (operand.chain.dtype for name in quantized for operand in inventory.weights[name].operands)
     tolerance = verify.TOLERANCE if all(dtype == ir.DataType.FLOAT for dtype in read) else HALF_TOLERANCE
