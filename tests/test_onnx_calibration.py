@@ -109,6 +109,12 @@ def test_new_samples_lose_less(tmp_path: Path, bias: bool, method: str) -> None:
     assert json.loads(kept) == {"data": asked.data, "method": method, "samples": 48, "seed": 0}
 
 
+def test_a_recipe_of_any_name_is_calibrated(tmp_path: Path) -> None:
+    recipe = tmp_path / "exact.yaml"
+    recipe.write_text('pcq: 1\nrules:\n  - match: "*"\n    levels: {kind: uniform, bits: 4}\n')
+    assert quantize_onnx(layers(tmp_path / "m.onnx", True), recipe, calibration="random").calibrated is not None
+
+
 def test_several_inputs_and_what_is_only_rounded(tmp_path: Path) -> None:
     path = branches(tmp_path / "m.onnx")
     np.savez(tmp_path / "feeds.npz", x=normal(40, 32), rate=np.array(16000))

@@ -163,11 +163,8 @@ def run_onnx(
     raise_all(problems)
     progress("find inputs", 0, 1)
     trials = onnx_input.find_inputs(opened, given)
-    made = (
-        None
-        if calibration is None or planned.recipe.name == DETECTED
-        else calibrated_onnx(planned, calibration, progress)
-    )
+    detected = not planned.recipe.rules  # and so nothing is rounded
+    made = None if calibration is None or detected else calibrated_onnx(planned, calibration, progress)
     for entry in entries:
         name = entry.parameter.name
         progress(f"quantizing {name}", done, total)
