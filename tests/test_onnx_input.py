@@ -149,6 +149,31 @@ def test_every_branch_is_run(tmp_path: Path) -> None:
     assert len(result.proof.agreements) == 2 * len(found)
 
 
+@pytest.mark.parametrize("constant", [False, True])
+def test_branches_may_use_the_same_names(tmp_path: Path, constant: bool) -> None:
+    def branch(name: str, width: int) -> onnx.GraphProto:
+        tensors = [numpy_helper.from_array(normal(32, width), "w"), numpy_helper.from_array(normal(width, 40), "v")]
+        held = [helper.make_node("Constant", [], [tensor.name], value=tensor) for tensor in tensors if constant]
+        nodes = [*held, helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("MatMul", ["h", "v"], [name])]
+        made = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None)]
+        return helper.make_graph(nodes, name, [], made, [] if constant else tensors)
+
+    chosen = helper.make_node("If", ["c"], ["y"], then_branch=branch("a", 48), else_branch=branch("b", 2))
+    inputs = [images("n", 32), helper.make_tensor_value_info("c", TensorProto.BOOL, [])]
+    path = save(tmp_path / "m.onnx", [chosen], {}, inputs, ["y"])
+    result = quantize_onnx(path, "w8")
+    kept = {e.parameter.shape: e.reason for e in result.planned.plan.entries if isinstance(e, Kept)}
+    assert {row.shape for row in result.ledger} == {(48, 32), (40, 48)}
+    assert kept == dict.fromkeys([(2, 32), (40, 2)], "too small to gain by packing")
+    before, after = ort.InferenceSession(path), ort.InferenceSession(result.path)
+    for c in (False, True):
+        feed = {"x": normal(3, 32), "c": np.array(c)}
+        want, got = (session.run(None, feed)[0] for session in (before, after))
+        assert np.linalg.norm(got - want) < 0.02 * np.linalg.norm(want)
+    tensors = plan_onnx(path, "w8").source.entries
+    assert {tuple(tensor.read().shape) for tensor in tensors.values()} == {(2, 32), (40, 2), (48, 32), (40, 48)}
+
+
 def test_shapes_that_would_fill_a_memory_are_not_tried(tmp_path: Path) -> None:
     """Of pictures of any size, of which those of 64 points alone run."""
     nodes = [helper.make_node("Flatten", ["x"], ["f"]), helper.make_node("MatMul", ["f", "w"], ["y"])]

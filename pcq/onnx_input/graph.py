@@ -5,8 +5,9 @@ model keeps what it has. External data stays on disk until a tensor is asked for
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import onnx
@@ -101,6 +102,7 @@ def open_graph(path: Path) -> Opened:
             model.graph.inputs.remove(value)
         if inputs:
             notes.append(f"{len(inputs)} weights are no longer listed as inputs.")
+    _name_apart(model)
     return Opened(path, model, size, opset, version, tuple(notes))
 
 
@@ -115,6 +117,18 @@ def constants(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
                 yield node.outputs[0], node.attributes["value"].as_tensor()
 
 
+def values(model: ir.Model) -> Iterator[ir.Value]:
+    """Every value of the graph and of its subgraphs, once."""
+    for graph in model.graphs():
+        made = (output for node in graph for output in node.outputs)
+        yield from dict.fromkeys([*graph.inputs, *graph.initializers.values(), *made])
+
+
+def free(name: str, taken: Container[str | None]) -> str:
+    """The first of ``name_2``, ``name_3``, ... that is not taken."""
+    return next(other for i in count(2) if (other := f"{name}_{i}") not in taken)
+
+
 def nodes(model: ir.Model) -> Iterator[ir.Node]:
     """Every node of the graph and of its subgraphs, a subgraph's after the node that holds it."""
     yield from model.graph.all_nodes()
@@ -125,13 +139,23 @@ def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
         yield tensor
 
 
+def _name_apart(model: ir.Model) -> None:
+    """A name of its own for each constant: branches of an If may use the same ones."""
+    taken = Counter(value.name for value in values(model))
+    for value, _ in reversed([*constants(model)]):
+        if taken[value.name] > 1 and not (value.is_graph_input() or value.is_graph_output()):
+            taken[value.name] -= 1
+            value.name = free(value.name or "", taken)
+            taken[value.name] = 1
+
+
 def _refuse_quantized(path: Path, model: ir.Model) -> None:
     if KEY in model.metadata_props:
         raise PcqError("pcq has packed this file already", where=str(path), todo="Give the float model it was made of")
     bodies = (node for function in model.functions.values() for node in function)
     found = Counter(node.op_type for each in (nodes(model), bodies) for node in each if node.op_type in QUANTIZED)
     if found:
-        listed = ", ".join(f"{count} {kind}" for kind, count in found.most_common(4))
+        listed = ", ".join(f"{number} {kind}" for kind, number in found.most_common(4))
         raise PcqError(
             f"this model is quantized already ({listed})", where=str(path),
             todo="Give the float model it was made of: packing integers that other tools chose would keep their "
