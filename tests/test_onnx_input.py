@@ -224,6 +224,13 @@ def test_an_old_operator_set_is_raised_and_said(tmp_path: Path) -> None:
     )
 
 
+def test_old_attributes_become_inputs(tmp_path: Path) -> None:
+    """Clip is what there is to convert."""
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Clip", ["h"], ["y"], min=0.0, max=6.0)]
+    path = save(tmp_path / "m.onnx", nodes, {"w": normal(64, 64)}, [images("n", 64)], ["y"], 9, 4)
+    assert quantize_onnx(path, "w8").proof.opset == 12
+
+
 def enlarged(path: Path, opset: int, mode: str, factor: float, branch: bool) -> Path:
     """A convolution whose output an old Resize or Upsample enlarges; or both branches of an If do."""
     kind = "Upsample" if opset < 10 else "Resize"

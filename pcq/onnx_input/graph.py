@@ -30,7 +30,7 @@ QUANTIZED = {
 """Operators of graphs whose weights or activations are integers already."""
 
 WIDENED = {
-    11: {"Clip", "Gemm"},
+    11: {"Gemm"},
     12: {"ArgMax", "ArgMin", "Clip", "Constant", "GatherND", "Max", "MaxPool", "Min", "Pow", "ReduceMax", "ReduceMin"},
 }
 """Operators whose new version at this operator set only takes more types or has attributes with the old default."""
