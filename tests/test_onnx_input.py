@@ -13,7 +13,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from pcq import cli
-from pcq.commands import plan_onnx, quantize_onnx
+from pcq.commands import FileView, inspect, plan_onnx, quantize_onnx
 from pcq.errors import CheckFailed, PcqError
 from pcq.export import read_packed
 from pcq.onnx_input import detect, graph, open_graph, packing, trials
@@ -214,6 +214,23 @@ def test_external_data(tmp_path: Path) -> None:
         quantize_onnx(path, "w8")
 
 
+def test_sparse_tensors_are_refused(tmp_path: Path) -> None:
+    """In branches too."""
+    places = numpy_helper.from_array(np.arange(40), "w")
+    sparse = helper.make_sparse_tensor(numpy_helper.from_array(normal(40), "w"), places, [64, 64])
+
+    def body(name: str) -> onnx.GraphProto:
+        made = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None)]
+        nodes = [helper.make_node("MatMul", ["x", "w"], [name])]
+        return helper.make_graph(nodes, name, [], made, sparse_initializer=[sparse])
+
+    chosen = helper.make_node("If", ["c"], ["y"], then_branch=body("a"), else_branch=body("b"))
+    path = save(tmp_path / "m.onnx", [chosen], {"c": np.array(True)}, [images("n", 64)], ["y"])
+    for use in (lambda: quantize_onnx(path, "w8"), lambda: inspect(path)):
+        with pytest.raises(PcqError, match="2 of its tensors are stored as sparse ones, such as 'w'. Allowed: dense"):
+            use()
+
+
 def test_an_old_operator_set_is_raised_and_said(tmp_path: Path) -> None:
     path = convolutions(tmp_path / "m.onnx", opset=11, ir_version=6)
     result = quantize_onnx(path, "w8")
@@ -399,8 +416,6 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_inspect_lists_what_would_be_quantized(tmp_path: Path) -> None:
     import onnxscript.optimizer
 
-    from pcq.commands import FileView, inspect
-
     path = words(tmp_path / "m.onnx")
     view = inspect(path)
     assert isinstance(view, FileView)
@@ -436,8 +451,6 @@ def test_inspect_lists_what_would_be_quantized(tmp_path: Path) -> None:
 
 def test_inspect_says_what_runs_in_int8(tmp_path: Path) -> None:
     from onnxruntime.quantization import quantize_dynamic
-
-    from pcq.commands import FileView, inspect
 
     path = save(
         tmp_path / "m.onnx", [helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": normal(32, 32)},

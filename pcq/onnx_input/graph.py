@@ -71,10 +71,16 @@ def open_graph(path: Path) -> Opened:
     """Open ``path``.
 
     Raises:
-        PcqError: no ONNX file, one that is quantized or packed already, or one that cannot be raised.
+        PcqError: no ONNX file, one that is quantized or packed already, one whose tensors cannot be read, or one that
+            cannot be raised.
     """
     try:
-        model = ir.load(path)
+        proto = onnx.load_model(path, load_external_data=False)
+        _refuse_sparse(path, proto)
+        model = ir.from_proto(proto)
+        ir.external_data.set_base_dir(model.graph, path.parent)
+    except PcqError:
+        raise
     except OSError as error:
         raise PcqError(f"cannot be read ({error.strerror or error})", where=str(path)) from error
     except Exception as error:  # protobuf's DecodeError has no public home, and onnx_ir wraps what it meets
@@ -137,6 +143,18 @@ def nodes(model: ir.Model) -> Iterator[ir.Node]:
 def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
     for _, tensor in constants(model):
         yield tensor
+
+
+def _refuse_sparse(path: Path, model: onnx.ModelProto) -> None:
+    graphs, found = [model.graph], []
+    for graph in graphs:
+        found += [tensor.values.name for tensor in graph.sparse_initializer]
+        graphs += [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]
+    if found:
+        raise PcqError(
+            f"{len(found)} of its tensors are stored as sparse ones, such as '{found[0]}'", where=str(path),
+            allowed="dense tensors", todo="Store all initializers as dense ones",
+        )  # fmt: skip
 
 
 def _name_apart(model: ir.Model) -> None:
