@@ -209,6 +209,11 @@ def test_external_data(tmp_path: Path) -> None:
     path = convolutions(tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
     assert quantize_onnx(path, "w8", out=tmp_path / "w8.onnx").bytes_before > 20_000
     assert quantize_onnx(path, "w8", calibration="random").calibrated is not None
+    data = (tmp_path / "m.data").read_bytes()
+    (tmp_path / "m.data").write_bytes(data[:-1])
+    for use in (lambda: quantize_onnx(path, "w8"), lambda: inspect(path)):
+        with pytest.raises(PcqError, match=rf"is cut off: .*m\.data has {len(data) - 1:,} bytes of {len(data):,}\."):
+            use()
     (tmp_path / "m.data").unlink()
     with pytest.raises(PcqError, match=r"its external data is missing: .*m\.data"):
         quantize_onnx(path, "w8")

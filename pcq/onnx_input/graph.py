@@ -90,11 +90,7 @@ def open_graph(path: Path) -> Opened:
             raise PcqError("is not an ONNX model: it imports no operator set", where=str(path))
         model.opset_imports[""] = model.opset_imports.pop("ai.onnx")
     _refuse_quantized(path, model)
-    external = {tensor.path for tensor in _tensors(model) if isinstance(tensor, ir.ExternalTensor)}
-    missing = [str(place) for place in external if not Path(place).is_file()]
-    if missing:
-        raise PcqError(f"its external data is missing: {missing[0]}", where=str(path), todo="Put it beside the model")
-    size = path.stat().st_size + sum(Path(place).stat().st_size for place in external)
+    size = path.stat().st_size + _external_bytes(path, model)
     opset, version, notes = model.opset_imports[""], model.ir_version, []
     if opset < OPSET:
         model = _raised(path, model, opset)
@@ -143,6 +139,21 @@ def nodes(model: ir.Model) -> Iterator[ir.Node]:
 def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
     for _, tensor in constants(model):
         yield tensor
+
+
+def _external_bytes(path: Path, model: ir.Model) -> int:
+    needed: dict[Path, int] = {}
+    for tensor in _tensors(model):
+        if isinstance(tensor, ir.ExternalTensor):
+            end = (tensor.offset or 0) + tensor.nbytes
+            needed[Path(tensor.path)] = max(end, needed.get(Path(tensor.path), 0))
+    for place, end in needed.items():
+        if not place.is_file():
+            raise PcqError(f"its external data is missing: {place}", where=str(path), todo="Put it beside the model")
+        if (size := place.stat().st_size) < end:
+            raise PcqError(f"its external data is cut off: {place} has {size:,} bytes of {end:,}", where=str(path),
+                           todo="Copy it beside the model anew")  # fmt: skip
+    return sum(place.stat().st_size for place in needed)
 
 
 def _refuse_sparse(path: Path, model: onnx.ModelProto) -> None:
