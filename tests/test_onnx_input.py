@@ -323,6 +323,13 @@ def test_what_stays_float_has_a_reason(tmp_path: Path) -> None:
     assert {row.name for row in result.ledger} == {"added", "w"}
 
 
+def test_weights_without_numbers_stay(tmp_path: Path) -> None:
+    nodes = [helper.make_node("MatMul", ["x", name], [f"{name}y"]) for name in ("none", "w")]
+    nodes.append(helper.make_node("Concat", ["noney", "wy"], ["y"], axis=1))
+    path = save(tmp_path / "m.onnx", nodes, {"none": normal(64, 0), "w": normal(64, 64)}, [images("n", 64)], ["y"])
+    assert [row.name for row in quantize_onnx(path, "w8").ledger] == ["w"]
+
+
 def test_quantized_and_packed_models_are_refused(tmp_path: Path) -> None:
     nodes = [
         helper.make_node("DequantizeLinear", ["q", "scale"], ["w"]),

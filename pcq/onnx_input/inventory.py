@@ -185,6 +185,8 @@ def _role(node: ir.Node, index: int, chain: Chain) -> tuple[str, int, View] | st
 
 def _problem(root: ir.Value, chains: list[Chain], sites: dict[ir.Value, tuple[str, int, View]]) -> str | None:
     """Why a constant that layers read cannot be taken out of the graph, or None."""
+    if 0 in chains[0].shape:
+        return "it holds no numbers"
     along = {node for chain in chains for node in chain.nodes}
     values = {root, *(output for node in along for output in node.outputs)}
     ends = {chain.value for chain in chains}
