@@ -376,6 +376,12 @@ def test_detected_models_compute_the_same_bits(tmp_path: Path) -> None:
     (before,), (after,) = (ort.InferenceSession(p).run(None, {"x": x}) for p in (path, result.path))
     np.testing.assert_array_equal(before, after)
     assert result.bits < 1.1
+    array = np.sign(normal(64, 40))
+    array[0, 0] = np.inf
+    model.graph.initializer[2].CopyFrom(numpy_helper.from_array(array, "w"))
+    onnx.save(model, path)
+    planned = plan_onnx(path, None, detect=True)
+    assert [entry.reason for entry in planned.plan.entries if isinstance(entry, Kept)] == ["it holds NaN or infinity"]
     with pytest.raises(PcqError, match="no weight has few enough different values"):
         quantize_onnx(convolutions(tmp_path / "float.onnx"), detect=True)
 

@@ -107,9 +107,12 @@ def _detected(inventory: "Inventory") -> Plan:
     for weight in inventory.weights.values():
         parameter: Parameter = weight.parameter
         transposed = parameter.groups if parameter.kind.startswith("conv_transpose") else None
-        found = onnx_input.detect(weight.read(), transposed)
+        values = weight.read()
+        found = onnx_input.detect(values, transposed)
         if found is None:
-            entries.append(Kept(parameter, "more than 256 different values a channel"))
+            finite = bool(values.isfinite().all())
+            why = "more than 256 different values a channel" if finite else "it holds NaN or infinity"
+            entries.append(Kept(parameter, why))
         else:
             entries.append(Quantized(parameter, found[1], found[0], 0))  # type: ignore[arg-type]
     return Plan((*entries, *(Kept(parameter, parameter.why) for parameter in inventory.others)))

@@ -31,12 +31,15 @@ def detect(weight: Tensor, transposed_conv_groups: int | None = None) -> tuple[E
     """The levels of a weight all of whose numbers are on few of them, per tensor or per channel; None: it has more.
 
     Of the forms that give back every bit the one that takes the fewest bytes is chosen: evenly spaced levels, per
-    tensor or per channel, or listed ones. A weight that would take more bytes than in float32 is not taken.
+    tensor or per channel, or listed ones. A weight that would take more bytes than in float32 is not taken, nor is one
+    that holds NaN or infinity.
 
     Args:
         weight: float32, in torch's orientation.
         transposed_conv_groups: its groups, for the weight of a transposed convolution.
     """
+    if not weight.isfinite().all():
+        return None
     shape = tuple(weight.shape)
     by_channel = Rows(shape, 0) if transposed_conv_groups is None else Rows(shape, 1, transposed_conv_groups)
     best: tuple[int, Exact, Rows] | None = None
