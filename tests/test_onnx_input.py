@@ -330,6 +330,22 @@ def test_weights_without_numbers_stay(tmp_path: Path) -> None:
     assert [row.name for row in quantize_onnx(path, "w8").ledger] == ["w"]
 
 
+@pytest.mark.parametrize("parts", [("packed", "scale"), ("zero_point",), ("transposed",), ("turned",)])
+def test_names_that_packing_uses_may_be_taken(tmp_path: Path, parts: tuple[str, ...]) -> None:
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["0"]), helper.make_node("Gemm", ["0", "w"], ["1"], transB=1)]
+    for i, part in enumerate(parts):
+        nodes.append(helper.make_node("Add", [f"{i + 1}", f"w/{part}"], [f"{i + 2}"]))
+    nodes.append(helper.make_node("MatMul", [f"{len(parts) + 1}", "v"], ["y"]))
+    tensors = {"w": normal(64, 64), "v": normal(64, 64)} | {f"w/{part}": normal(64) for part in parts}
+    path = save(tmp_path / "m.onnx", nodes, tensors, [images("n", 64)], ["y"])
+    result = quantize_onnx(path, "w4")
+    assert [row.name for row in result.ledger] == ["w_2", "v"]
+    assert set(read_packed(result.path)) == {"w_2", "v"}
+    view = inspect(result.path)
+    assert isinstance(view, FileView)
+    assert [row.name for row in view.tensors] == ["w_2", "v"]
+
+
 def test_quantized_and_packed_models_are_refused(tmp_path: Path) -> None:
     nodes = [
         helper.make_node("DequantizeLinear", ["q", "scale"], ["w"]),

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pcq.onnx_input.chains import Chain, chain_to, constant_ints, stored_in, users
-from pcq.onnx_input.graph import Opened, constants, nodes
+from pcq.onnx_input.graph import Opened, constants, free, nodes, values
 from pcq.rules import Parameter
 from pcq.sources.source import Entry, Source
 
@@ -32,6 +32,12 @@ View = Literal["same", "transposed", "flat"]
 NORMS = {"BatchNormalization", "InstanceNormalization", "LayerNormalization", "GroupNormalization", "RMSNormalization"}
 SMALL = 64
 """Constants of fewer numbers than this are not listed: shapes, epsilons."""
+
+PARTS = {
+    "packed", "scale", "zero_point", "levels", "transposed", "turned", "shape", "shaped", "float", "float16",
+    "bfloat16", "double",
+}  # fmt: skip
+"""What values are called behind the name of the weight that they are made of when it is packed."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,8 @@ def take_inventory(opened: Opened) -> Inventory:
     by_root: dict[ir.Value, list[ir.Value]] = {}
     for operand, chain in chains.items():
         by_root.setdefault(chain.root, []).append(operand)
+    taken = {value.name for value in values(model)}
+    occupied = {weight for name in taken for weight in _weights_of(name or "")}
     weights: dict[str, Weight] = {}
     twins: dict[tuple[tuple[int, ...], str, int], list[str]] = {}
     for root, operands in by_root.items():
@@ -113,6 +121,7 @@ def take_inventory(opened: Opened) -> Inventory:
             continue
         shape, dtype = oriented_shape(views[0].shape, views[0].view), _torch_dtype(views[0].chain.tensor.dtype)
         name = root.name or ""
+        name = free(name, taken | occupied) if name in occupied else name
         weight = Weight(Parameter(name, shape, dtype, kind, groups), tuple(views))
         alike = twins.setdefault((shape, kind, _mark(views[0])), [])
         twin = next((n for n in alike if _equal(weights[n], weight)), None)
@@ -121,9 +130,16 @@ def take_inventory(opened: Opened) -> Inventory:
             alike.append(name)
         else:
             weights[twin] = Weight(weights[twin].parameter, (*weights[twin].operands, *views))
-    taken = {operand.chain.root for weight in weights.values() for operand in weight.operands}
-    others = tuple(_others(model, taken, reasons))
+    packed = {operand.chain.root for weight in weights.values() for operand in weight.operands}
+    others = tuple(_others(model, packed, reasons))
     return Inventory(weights, others, _source(opened, weights, others))
+
+
+def _weights_of(value: str) -> Iterator[str]:
+    """The names of weights of which packing might make a value of this name."""
+    while value.rpartition("/")[2] in PARTS:
+        value = value.rpartition("/")[0]
+        yield value
 
 
 def canonical(operand: Operand) -> npt.NDArray[np.float32]:
