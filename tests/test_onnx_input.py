@@ -294,6 +294,16 @@ def test_a_model_that_raising_changes_is_refused(
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
 
 
+@pytest.mark.parametrize("ir_version", [3, 8])
+def test_weights_that_are_no_longer_inputs_are_said(tmp_path: Path, ir_version: int) -> None:
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
+    inputs = [images("n", 64), images(64, 64, name="w")]
+    path = save(tmp_path / "m.onnx", nodes, {"w": normal(64, 64)}, inputs, ["y"], 12, ir_version)
+    result = quantize_onnx(path, "w8")
+    assert result.planned.notes[-1:] == ("1 weights are no longer listed as inputs.",)
+    assert [value.name for value in onnx.load(result.path).graph.input] == ["x"]
+
+
 def test_what_stays_float_has_a_reason(tmp_path: Path) -> None:
     nodes = [
         helper.make_node("MatMul", ["x", "stack"], ["a"]),

@@ -85,11 +85,14 @@ def plan_onnx(
             raise PcqError("budgets are for checkpoints, and an ONNX model was given", where="budget")
         made = make_plan(loaded, inventory.parameters)
     entries = tuple(_settled(entry) for entry in made.entries)
-    notes = list(opened.notes)
-    if not any(isinstance(entry, Quantized) for entry in entries):
+    packed = [entry.parameter.name for entry in entries if isinstance(entry, Quantized)]
+    if not packed:
         why = "no weight has few enough different values" if detect else "no weight of a layer is left to quantize"
         raise PcqError(why, where=str(model), todo="`pcq inspect` lists the tensors")
-    return Planned(Path(model), inventory.source, loaded, Plan(entries, made.notes), None, tuple(notes))
+    roots = {operand.chain.root for name in packed for operand in inventory.weights[name].operands}
+    inputs = sum(root.is_graph_input() for root in roots)
+    notes = (*opened.notes, *([f"{inputs} weights are no longer listed as inputs."] if inputs else []))
+    return Planned(Path(model), inventory.source, loaded, Plan(entries, made.notes), None, notes)
 
 
 def _settled(entry: Quantized | Kept) -> Quantized | Kept:
