@@ -455,6 +455,11 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         ["quantize", path, "-r", "w4", "--calib", "x"],
     ):
         assert cli.run([str(argument) for argument in wrong]) == 2
+    capsys.readouterr()
+    for option in (["--arch", "a:b"], ["--key", "ema"], ["--allow-global", "a.B"], ["--unsafe-pickle"]):
+        assert cli.run(["quantize", str(path), "-r", "w4", "-o", str(tmp_path / "o.onnx"), *option]) == 2
+        told = f"{option[0]}: this is about checkpoints, and an ONNX model was given."
+        assert told in capsys.readouterr().err
 
 
 def test_inspect_lists_what_would_be_quantized(tmp_path: Path) -> None:

@@ -85,8 +85,10 @@ def quantize(
         raise PcqError("this is about calibration, which was not asked for", where=said[0], todo=todo)
 
     if model.suffix == ".onnx":
-        if arch is not None or input_shape is not None:
-            raise PcqError("this is about checkpoints, and an ONNX model was given", where="--arch, --input")
+        theirs = {"--arch": arch, "--input": input_shape, "--key": key, "--allow-global": allow_global,
+                  "--unsafe-pickle": unsafe_pickle or None}  # fmt: skip
+        if said := [option for option, value in theirs.items() if value is not None]:
+            raise PcqError("this is about checkpoints, and an ONNX model was given", where=", ".join(said))
         if budget is not None:
             raise PcqError("budgets are for checkpoints, and an ONNX model was given", where="--budget")
         if refine is not None:
