@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pcq import cli, read_artifact
 from pcq.checkpoint import compressed
-from pcq.commands import export_compressed, export_pt2, export_state_dict, quantize
+from pcq.commands import export_compressed, export_onnx, export_pt2, export_state_dict, open_network, quantize
 from pcq.commands.programs import _apart
 from pcq.demo import HERE
 from pcq.errors import CheckFailed, PcqError
@@ -46,6 +46,21 @@ def test_the_state_dict_is_the_dequantized_one(artifact: Path, tmp_path: Path) -
         export_state_dict(artifact, tmp_path / "f.safetensors")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("recipe", ["w8", "ternary-all", "codebook4"])
+def test_what_was_half_precision_runs_as_its_codes_say(tmp_path: Path, dtype: torch.dtype, recipe: str) -> None:
+    """A float network holds the very levels, and so does its ONNX file; a state dict has the checkpoint's dtype."""
+    state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in load_file(DIGITS).items()}
+    torch.save(state, tmp_path / "m.pt")
+    made = quantize(tmp_path / "m.pt", recipe, arch=ARCH).path
+    held, codes = open_network(made).module.state_dict(), read_artifact(made).quantized
+    assert all(torch.equal(held[name], weight.dequantize()) for name, weight in codes.items())
+    report = export_onnx(made, input_shape=(1, 8, 8)).report
+    assert {tensor.name for tensor in report.tensors} == codes.keys()
+    read = load_file(export_state_dict(made).path)
+    assert {tensor.dtype for tensor in read.values() if tensor.is_floating_point()} == {dtype}
+
+
 def test_tied_tensors_are_there_under_every_name(tmp_path: Path) -> None:
     weight = torch.randn(40, 16)
     torch.save({"tok.weight": weight, "head.weight": weight}, tmp_path / "m.pt")
@@ -58,8 +73,6 @@ def test_tied_tensors_are_there_under_every_name(tmp_path: Path) -> None:
 
 
 def test_the_program_puts_out_the_same_bits(artifact: Path, tmp_path: Path) -> None:
-    from pcq import open_network
-
     result = export_pt2(artifact, tmp_path / "n.pt2", input_shape=(1, 8, 8))
     program = torch.export.load(result.path).module()
     x = torch.randn(5, 1, 8, 8)

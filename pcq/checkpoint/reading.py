@@ -73,9 +73,15 @@ class Artifact:
 
     def state_dict(self) -> dict[str, Tensor]:
         """A plain state dict for the original network, in the original dtypes; tied names hold the same tensor."""
-        stored = dict(self.floats)
-        for name, quantized in self.quantized.items():
-            stored[name] = quantized.dequantize().to(getattr(torch, self.dtypes[name]))
+        levels = self.quantized.items()
+        return self._named({name: weight.dequantize().to(getattr(torch, self.dtypes[name])) for name, weight in levels})
+
+    def dequantized(self) -> dict[str, Tensor]:
+        """The same with quantized weights in float32: the very numbers that their codes stand for."""
+        return self._named({name: weight.dequantize() for name, weight in self.quantized.items()})
+
+    def _named(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        stored = {**self.floats, **weights}
         return {name: stored[self.tied.get(name, name)] for name in self.names}
 
     def exported_program(self) -> "ExportedProgram":

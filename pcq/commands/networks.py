@@ -63,7 +63,7 @@ class Network:
 
 
 def load_network(stored: "checkpoint.Artifact", path: Path, arch: str | None = None) -> Network:
-    """Build the artifact's architecture (or ``arch``) and load its dequantized weights.
+    """Build the artifact's architecture (or ``arch``) and load its dequantized weights, in the network's own dtypes.
 
     Raises:
         PcqError: no architecture is recorded or given, or the weights do not fit it.
@@ -78,7 +78,7 @@ def load_network(stored: "checkpoint.Artifact", path: Path, arch: str | None = N
             todo="Name it: --arch torchvision:resnet18, --arch timm:NAME, or --arch file.py:function",
         )
     module = models.build(spec)
-    models.load_state(module, stored.state_dict(), spec)
+    models.load_state(module, stored.dequantized(), spec)
     return Network(module.eval(), spec, models.example_shape(spec))
 
 
