@@ -204,6 +204,35 @@ def test_half_precision_stays(tmp_path: Path) -> None:
     assert y.dtype == np.float16
 
 
+@pytest.mark.parametrize("detected", [False, True])
+def test_what_is_rounded_on_its_way_to_a_layer_stays_so(tmp_path: Path, detected: bool) -> None:
+    """A weight of two layers, one of which reads it through float16 and back."""
+    nodes = [
+        helper.make_node("Cast", ["w"], ["half"], to=TensorProto.FLOAT16),
+        helper.make_node("Cast", ["half"], ["rounded"], to=TensorProto.FLOAT),
+        helper.make_node("MatMul", ["x", "rounded"], ["a"]),
+        helper.make_node("MatMul", ["a", "w"], ["y"]),
+    ]
+    levels = np.random.choice([-1, 0, 1], (64, 64)).astype(np.float32) * np.float32(0.1)
+    path = save(tmp_path / "m.onnx", nodes, {"w": levels}, [images("n", 64)], ["y", "a"])
+    result = quantize_onnx(path, None if detected else "w8", detect=detected)
+    x = normal(3, 64)
+    before, after = (ort.InferenceSession(each).run(None, {"x": x}) for each in (path, result.path))
+    assert all(np.allclose(a, b, rtol=0, atol=1e-6) for a, b in zip(before, after, strict=True))
+
+
+def test_a_tied_weight_in_half_precision(tmp_path: Path) -> None:
+    """Read as it is by one layer and transposed by the other, both in float16."""
+    nodes = [
+        helper.make_node("Gather", ["w", "ids"], ["e"]),
+        helper.make_node("Transpose", ["w"], ["t"], perm=[1, 0]),
+        helper.make_node("MatMul", ["e", "t"], ["y"]),
+    ]
+    ids = images("n", "t", kind=TensorProto.INT64, name="ids")
+    path = save(tmp_path / "m.onnx", nodes, {"w": normal(80, 64, dtype=np.float16)}, [ids], ["y"], kind=10)
+    assert [row.name for row in quantize_onnx(path, "w8").ledger] == ["w"]
+
+
 def test_external_data(tmp_path: Path) -> None:
     """Of what is packed and of what stays float, biases here; torch.onnx.export writes all of it so."""
     path = convolutions(tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -54,8 +55,14 @@ class Chain:
     @property
     def dtype(self) -> ir.DataType:
         """Of what the layer reads."""
-        casts = [node for node in self.nodes if node.op_type == "Cast"]
-        return ir.DataType(casts[-1].attributes["to"].as_int()) if casts else self.tensor.dtype
+        return self.casts[-1] if self.casts else ir.DataType.FLOAT
+
+    @property
+    def casts(self) -> tuple[ir.DataType, ...]:
+        """What numbers in float32 are cast to in turn before the layer reads them."""
+        casts = [ir.DataType(node.attributes["to"].as_int()) for node in self.nodes if node.op_type == "Cast"]
+        passed = [ir.DataType.FLOAT, *(casts or [self.tensor.dtype])]
+        return tuple(after for before, after in pairwise(passed) if after != before)
 
     def _follow(self, stored: Any) -> Any:
         known = {self.root: stored}

@@ -194,9 +194,9 @@ def substitute(model: ir.Model, weight: Weight, quantized: QuantizedTensor) -> t
         lowered.function.name, inputs, f"{name}/transposed" if transposed else name, lowered.shape, ir.DataType.FLOAT,
         lowered.attributes, DOMAIN,
     )  # fmt: skip
-    forms = [(operand.view, operand.shape, operand.chain.dtype) for operand in operands]
-    views: dict[tuple[str, tuple[int, ...], ir.DataType], ir.Value] = {}
-    for view, shape, dtype in dict.fromkeys(forms):
+    forms = [(operand.view, operand.shape, operand.chain.casts) for operand in operands]
+    views: dict[tuple[str, tuple[int, ...], tuple[ir.DataType, ...]], ir.Value] = {}
+    for view, shape, casts in dict.fromkeys(forms):
         value = stored
         if (view == "transposed") != transposed:
             perm: dict[str, int | list[int]] = {"perm": [1, 0]}
@@ -204,9 +204,9 @@ def substitute(model: ir.Model, weight: Weight, quantized: QuantizedTensor) -> t
         if view == "flat":
             sizes = node("Constant", [], f"{name}/shape", (len(shape),), ir.DataType.INT64, {"value_ints": list(shape)})
             value = node("Reshape", [value, sizes], f"{name}/shaped", shape, ir.DataType.FLOAT, {})
-        if dtype != ir.DataType.FLOAT:
-            value = node("Cast", [value], f"{name}/{dtype.name.lower()}", shape, dtype, {"to": int(dtype)})
-        views[view, shape, dtype] = value
+        for dtype in casts:
+            value = node("Cast", [value], f"{value.name}/{dtype.name.lower()}", shape, dtype, {"to": int(dtype)})
+        views[view, shape, casts] = value
     model.graph.insert_before(model.graph[0], made)
     for operand, form in zip(operands, forms, strict=True):
         ir.convenience.replace_all_uses_with(operand.chain.value, views[form], replace_graph_outputs=True)
