@@ -262,6 +262,31 @@ def test_matrices_run_dynamically_without_samples(tmp_path: Path) -> None:
     assert json.loads(meta.custom_metadata_map["pcq.int8"])["a.weight"] == "dynamic"
 
 
+class Branches(nn.Module):
+    """A layer, then one of two by what it puts out, then another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.d(torch.cond(x.sum() > 0, self.b, self.c, (x,)))  # type: ignore[no-any-return]
+
+
+def test_layers_in_branches_stay_float(tmp_path: Path) -> None:
+    network = Branches()
+    weights = quantize(network, ("ternary", "3 bit"))
+    exact, out = tmp_path / "exact.onnx", tmp_path / "int8.onnx"
+    write_onnx(network, weights, (torch.zeros(1, 32),), exact, fold=False)
+    samples = [torch.randn(2, 32) for _ in range(8)]
+    report = write_int8(exact, out, lambda: samples, [(x, None) for x in samples], max_drop=100)
+    said = {layer.weight: (layer.activations, layer.reason) for layer in report.layers}
+    float_ = (None, "Gemm in a branch or a loop stays float")
+    static = ("static", "")
+    assert said == {"a.weight": static, "b.weight": float_, "c.weight": float_, "d.weight": static}
+
+
 def test_float_layers_stay_float(residual: tuple[Path, Weights], samples: list[Tensor], tmp_path: Path) -> None:
     exact, _ = residual
     out = tmp_path / "int8.onnx"

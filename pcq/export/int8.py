@@ -77,6 +77,7 @@ class Found:
 def find_sites(model: ir.Model, weights: Mapping[str, QuantizedTensor]) -> Found:
     """Where packed weights meet operations that have int8 kernels."""
     sites, left = [], {}
+    order = {node: i for i, node in enumerate(model.graph)}
     for call in [node for node in model.graph if node.domain == DOMAIN]:
         value = call.outputs[0]
         name = (value.name or "").removesuffix("/transposed")
@@ -86,6 +87,8 @@ def find_sites(model: ir.Model, weights: Mapping[str, QuantizedTensor]) -> Found
             kind = _activations(node, use.idx, transposed)
             if isinstance(form, str):
                 left[name] = form
+            elif node not in order:
+                left[name] = f"{node.op_type} in a branch or a loop stays float"
             elif kind is None:
                 left[name] = f"{node.op_type} has no int8 kernel that serves"
             else:
@@ -94,7 +97,6 @@ def find_sites(model: ir.Model, weights: Mapping[str, QuantizedTensor]) -> Found
                 depthwise = node.op_type == "Conv" and alone
                 saturates = not depthwise and large(weights[name].grid)
                 sites.append(Site(node.name or name, node, name, transposed, form, kind, saturates))
-    order = {node: i for i, node in enumerate(model.graph)}
     return Found(tuple(sorted(sites, key=lambda site: order[site.node])), left)
 
 
