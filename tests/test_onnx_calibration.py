@@ -189,6 +189,25 @@ def test_files_that_are_no_samples_of_several_inputs(tmp_path: Path) -> None:
     assert quantize_onnx(path, "w4", calibration=f"npz:{tmp_path / 'more.npz'}").calibrated is not None
 
 
+@pytest.mark.parametrize("ir_version", [3, 8])
+@pytest.mark.parametrize("shape", [(1, 64), (1, 1, 64)])
+def test_a_constant_may_enter_a_layer(tmp_path: Path, shape: tuple[int, ...], ir_version: int) -> None:
+    """The model of IR version 3 lists it among its inputs."""
+    nodes = [
+        helper.make_node("MatMul", ["k", "w"], ["a"]),
+        helper.make_node("MatMul", ["x", "v"], ["b"]),
+        helper.make_node("Add", ["a", "b"], ["y"]),
+    ]
+    tensors = {"k": normal(*shape), "w": normal(64, 64), "v": normal(64, 64)}
+    inputs = [images("n", 64), *(images(*a.shape, name=name) for name, a in tensors.items())]
+    path = save(tmp_path / "m.onnx", nodes, tensors, inputs if ir_version == 3 else inputs[:1], ["y"], 13, ir_version)
+    np.savez(tmp_path / "x.npz", x=normal(40, 64))
+    for data in ("random", f"npz:{tmp_path / 'x.npz'}"):
+        made = quantize_onnx(path, "w4", calibration=data, force=True).calibrated
+        assert made is not None
+        assert dict(made.outcome.plain) == {}
+
+
 def test_models_that_cannot_be_calibrated(tmp_path: Path) -> None:
     """Of no inputs, which is packed all the same; and of ones so large that random samples would fill a memory."""
     nodes = [helper.make_node("MatMul", ["a", "w"], ["y"])]

@@ -158,7 +158,8 @@ class _Work:
 
     def moments(self, stage: Sequence[Site], tensors: _Tensors, settings: Settings) -> list[Moments]:
         """Second moments of what enters each layer of the stage, in the float model and in the one of ``tensors``."""
-        inputs = {value.name for value in self.opened.model.graph.inputs}
+        graph = self.opened.model.graph
+        inputs = {value.name for value in graph.inputs} - graph.initializers.keys()
         weights = self.inventory.weights
         wanted = {site.x: weights[site.layer.weight].operands[0].chain.dtype for site in stage if site.x not in inputs}
         pair = [self.session(each, wanted) for each in (FLOAT, tensors)] if wanted else []
@@ -183,7 +184,7 @@ class _Work:
         model = reference(open_graph(self.path), tensors.weights, tensors.biases, lazy=wanted is None)
         if wanted is not None:
             known = {value.name: value for node in model.graph for value in node.outputs}
-            known |= {value.name: value for value in model.graph.inputs}
+            known |= {value.name: value for value in (*model.graph.inputs, *model.graph.initializers.values())}
             model.graph.outputs.clear()
             for name, dtype in wanted.items():
                 value = known[name]
