@@ -167,6 +167,20 @@ def test_too_few_and_wrong_samples(tmp_path: Path, capsys: pytest.CaptureFixture
     assert next(step["name"] for step in answer["calibration"]["steps"]) == "nearest levels"
 
 
+def test_samples_that_are_no_numbers(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Log", ["x"], ["l"]), helper.make_node("MatMul", ["l", "w"], ["y"])]
+    path = save(tmp_path / "m.onnx", nodes, {"w": normal(64, 64)}, [images("n", 64)], ["y"])
+    x = np.abs(normal(40, 64)) + 1
+    for number, says in (
+        (np.nan, r"x.npz, x: 2 of 40 samples hold NaN, such as sample 3. Repair them, or leave them out"),
+        (0, "^w: NaN or infinity enters its layer on the samples"),
+    ):
+        x[[3, 4], 5] = number
+        np.savez(tmp_path / "x.npz", x=x)
+        with pytest.raises(PcqError, match=says):
+            quantize_onnx(path, "w4", calibration=f"npz:{tmp_path / 'x.npz'}")
+
+
 def test_files_that_are_no_samples_of_several_inputs(tmp_path: Path) -> None:
     nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Mul", ["h", "s"], ["y"])]
     tensors = {"w": normal(64, 64)}

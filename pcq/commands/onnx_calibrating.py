@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from pcq.commands.calibrating import FEWEST, RANDOM, SAMPLES, Calibration, draw
 from pcq.errors import PcqError
@@ -67,6 +68,7 @@ def feeds(model: Path, asked: Calibration) -> "tuple[Feeds, Feeds, str]":
     Raises:
         PcqError: the data is not there, too little, or not for this model.
     """
+    from pcq.data.arrays import refuse
     from pcq.onnx_input import open_graph
     from pcq.onnx_input.feeds import invented, named
     from pcq.onnx_input.trials import KINDS, find_trials, input_session, listed, read_arrays
@@ -100,6 +102,9 @@ def feeds(model: Path, asked: Calibration) -> "tuple[Feeds, Feeds, str]":
             todo="Save an array for each and give --calib npz:FILE",
         )  # fmt: skip
     arrays = {value.name: np.asarray(arrays[value.name]).astype(KINDS[value.type], copy=False) for value in inputs}
+    for name, array in arrays.items():
+        if array.ndim and array.dtype.kind == "f":  # masks may be infinite
+            refuse(torch.from_numpy(np.isnan(array)), "NaN", f"{asked.data}, {name}")
     everything = named(arrays, batch, count, asked.seed, asked.data)
     return _divided(everything, most, said, asked.data)
 

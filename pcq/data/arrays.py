@@ -70,6 +70,17 @@ def open_npz(path: str, split: str, *, mean: Any = (0.0,), std: Any = (1.0,)) ->
     return from_arrays(f"npz {file}", split, x, y, mean=mean, std=std)
 
 
+def refuse(bad: Tensor, what: str, where: str) -> None:
+    """Samples of which numbers are ``bad``, if any are.
+
+    Raises:
+        PcqError: so it is; how many of them hold ``what``.
+    """
+    if lost := bad.reshape(len(bad), -1).any(1).nonzero().flatten().tolist():
+        said = f"{len(lost)} of {len(bad):,} samples hold {what}, such as sample {lost[0]}"
+        raise PcqError(said, where=where, todo="Repair them, or leave them out")
+
+
 def _of_split(names: Sequence[str], split: str) -> list[str]:
     """Those that end in ``_test`` and so on; where none does, those of no split."""
     mine = [name for name in names if name.endswith(f"_{split}")]
@@ -102,10 +113,8 @@ def from_arrays(name: str, split: str, x: Any, y: Any, *, mean: Any = (0.0,), st
     samples, labels = _tensor(name, x), None if y is None else _tensor(name, y)
     if not samples.ndim or not len(samples):
         raise PcqError("there are no samples", where=name)
-    if samples.is_floating_point() and not bool((finite := samples.isfinite()).all()):
-        lost = (~finite).reshape(len(samples), -1).any(1).nonzero().flatten().tolist()
-        what = f"{len(lost)} of {len(samples):,} samples hold NaN or infinity, such as sample {lost[0]}"
-        raise PcqError(what, where=name, todo="Repair them, or leave them out")
+    if samples.is_floating_point():
+        refuse(~samples.isfinite(), "NaN or infinity", name)
     notes = []
     if samples.dtype == torch.uint8 and samples.ndim == 3:
         samples = samples[:, None]

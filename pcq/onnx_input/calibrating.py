@@ -306,6 +306,9 @@ class _Entering:
     def add(self, float_: Array, quantized: Array, index: int, rows: Tensor | None) -> None:
         """One batch of what enters in the float and in the quantized network, of which these rows count."""
         entering = [self._entering(x) for x in (float_, quantized)]
+        if not all(bool(x.isfinite().all()) for x in entering):
+            what = "NaN or infinity enters its layer on the samples"
+            raise PcqError(what, where=self.site.layer.weight, todo="Give others: --calib npz:FILE")
         entering = entering if rows is None else [x[rows] for x in entering]
         layer = self.site.layer
         self.sums.add(*(patches(layer, x, self.count, self.settings.generator(layer.op, index)) for x in entering))
