@@ -174,6 +174,25 @@ def test_branches_may_use_the_same_names(tmp_path: Path, constant: bool) -> None
     assert {tuple(tensor.read().shape) for tensor in tensors.values()} == {(2, 32), (40, 2), (48, 32), (40, 48)}
 
 
+def compared(path: Path, kind: int, as_: int, bound: np.ndarray) -> Path:
+    """An integer that is cast and compared with a constant."""
+    nodes = [
+        helper.make_node("Cast", ["i"], ["j"], to=as_),
+        helper.make_node("Greater", ["j", "bound"], ["more"]),
+        helper.make_node("Cast", ["more"], ["f"], to=TensorProto.FLOAT),
+        helper.make_node("Add", ["x", "f"], ["a"]),
+        helper.make_node("MatMul", ["a", "w"], ["y"]),
+    ]
+    inputs = [images("n", 64), images(1, kind=kind, name="i")]
+    return save(path, nodes, {"bound": bound, "w": normal(64, 64)}, inputs, ["y"])
+
+
+@pytest.mark.parametrize("bound", [np.inf, -np.inf, np.nan])
+def test_a_number_compared_with_infinity(tmp_path: Path, bound: float) -> None:
+    path = compared(tmp_path / "m.onnx", TensorProto.INT64, TensorProto.FLOAT, np.float32(bound))
+    assert [row.name for row in quantize_onnx(path, "w8").ledger] == ["w"]
+
+
 def test_shapes_that_would_fill_a_memory_are_not_tried(tmp_path: Path) -> None:
     """Of pictures of any size, of which those of 64 points alone run."""
     nodes = [helper.make_node("Flatten", ["x"], ["f"]), helper.make_node("MatMul", ["f", "w"], ["y"])]

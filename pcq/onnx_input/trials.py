@@ -251,8 +251,10 @@ def _alike(value: ir.Value) -> list[ir.Value]:
 
 
 def _scalar(value: ir.Value) -> list[int]:
+    """A constant's one number; empty where it is none, or infinite."""
     tensor = stored_in(value)
-    return [int(tensor.numpy().reshape(-1)[0])] if tensor is not None and tensor.size == 1 else []
+    numbers = [] if tensor is None or tensor.size != 1 else tensor.numpy().reshape(-1).tolist()
+    return [int(number) for number in numbers if isinstance(number, (int, float)) and math.isfinite(number)]
 
 
 def _tables(model: ir.Model) -> dict[str, int]:
