@@ -193,6 +193,15 @@ def test_a_number_compared_with_infinity(tmp_path: Path, bound: float) -> None:
     assert [row.name for row in quantize_onnx(path, "w8").ledger] == ["w"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "as_", "bound"),
+    [("UINT8", "INT64", np.array(300)), ("INT8", "FLOAT", np.float32(-3e9)), ("INT64", "FLOAT", np.float32(3e38))],
+)
+def test_a_number_compared_with_what_it_cannot_be(tmp_path: Path, kind: str, as_: str, bound: np.ndarray) -> None:
+    path = compared(tmp_path / "m.onnx", TensorProto.DataType.Value(kind), TensorProto.DataType.Value(as_), bound)
+    assert [row.name for row in quantize_onnx(path, "w8").ledger] == ["w"]
+
+
 def test_shapes_that_would_fill_a_memory_are_not_tried(tmp_path: Path) -> None:
     """Of pictures of any size, of which those of 64 points alone run."""
     nodes = [helper.make_node("Flatten", ["x"], ["f"]), helper.make_node("MatMul", ["f", "w"], ["y"])]

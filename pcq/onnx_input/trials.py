@@ -223,7 +223,7 @@ def _numbers(outputs: list[Array]) -> float:
 
 
 def _compared(model: ir.Model) -> dict[str, list[int]]:
-    """Integer input -> the numbers that it is compared with, and one more."""
+    """Integer input -> the numbers that it can hold of those that it is compared with, and one more."""
     found: dict[str, list[int]] = {}
     for value in model.graph.inputs:
         if value.dtype is None or not value.dtype.is_integer():
@@ -233,7 +233,8 @@ def _compared(model: ir.Model) -> dict[str, list[int]]:
             for node, _ in users(alike):
                 if node.op_type in ("Equal", "Greater", "Less", "GreaterOrEqual", "LessOrEqual"):
                     numbers.update(*(_scalar(other) for other in node.inputs if other is not None))
-        if numbers:
+        held = np.iinfo(value.dtype.numpy())
+        if numbers := {number for number in numbers if held.min <= number <= held.max}:
             lowest = min(numbers)
             found[value.name or ""] = [*sorted(numbers, reverse=True), lowest // 2 if lowest > 1 else lowest + 1]
     return found
