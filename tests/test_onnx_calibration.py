@@ -19,7 +19,7 @@ from pcq.export import read_packed
 from pcq.onnx_input import open_graph, take_inventory
 from pcq.onnx_input.feeds import Feeds
 from pcq.onnx_input.sites import find_sites
-from tests.test_onnx_input import branches, convolutions, images, normal, save, words
+from tests.test_onnx_input import branches, compared, convolutions, images, normal, save, words
 
 NODES = [
     ("Conv", (6, 4, 3, 3), (2, 4, 9, 8), {"pads": [1, 0, 2, 1], "strides": [2, 1]}),
@@ -148,6 +148,26 @@ def test_half_precision_and_fixed_batches(tmp_path: Path) -> None:
     samples, held_out, _ = feeds(path, Calibration(f"npz:{tmp_path / 'x.npz'}"))
     assert (samples.batch, samples.n, held_out.n) == (2, 32, 8)
     assert quantize_onnx(path, "w4", calibration=f"npz:{tmp_path / 'x.npz'}").calibrated is not None
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.uint32, np.uint64])
+def test_unsigned_inputs(tmp_path: Path, kind: type) -> None:
+    number = helper.np_dtype_to_tensor_dtype(np.dtype(kind))
+    path = compared(tmp_path / "m.onnx", number, TensorProto.FLOAT, np.float32(2), samples="n")
+    np.savez(tmp_path / "x.npz", x=normal(40, 64), i=np.arange(40).astype(kind)[:, None])
+    for data in ("random", f"npz:{tmp_path / 'x.npz'}"):
+        assert quantize_onnx(path, "w4", calibration=data, force=True).calibrated is not None
+
+
+@pytest.mark.parametrize("kind", ["STRING", "BFLOAT16"])
+def test_inputs_that_are_no_numbers(tmp_path: Path, kind: str) -> None:
+    """NumPy has none of bfloat16 either."""
+    path = compared(tmp_path / "m.onnx", TensorProto.DataType.Value(kind), TensorProto.FLOAT, np.float32(2))
+    np.savez(tmp_path / "x.npz", x=normal(40, 64), i=np.ones((40, 1)))
+    says = rf"its input 'i' is a tensor\({kind.lower()}\), and pcq can run it on arrays of numbers only.*extract_model"
+    for data in (None, "random", f"npz:{tmp_path / 'x.npz'}"):
+        with pytest.raises(PcqError, match=says):
+            quantize_onnx(path, "w4", calibration=data)
 
 
 def test_too_few_and_wrong_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

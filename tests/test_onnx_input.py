@@ -174,7 +174,7 @@ def test_branches_may_use_the_same_names(tmp_path: Path, constant: bool) -> None
     assert {tuple(tensor.read().shape) for tensor in tensors.values()} == {(2, 32), (40, 2), (48, 32), (40, 48)}
 
 
-def compared(path: Path, kind: int, as_: int, bound: np.ndarray) -> Path:
+def compared(path: Path, kind: int, as_: int, bound: np.ndarray, samples: object = 1) -> Path:
     """An integer that is cast and compared with a constant."""
     nodes = [
         helper.make_node("Cast", ["i"], ["j"], to=as_),
@@ -183,7 +183,7 @@ def compared(path: Path, kind: int, as_: int, bound: np.ndarray) -> Path:
         helper.make_node("Add", ["x", "f"], ["a"]),
         helper.make_node("MatMul", ["a", "w"], ["y"]),
     ]
-    inputs = [images("n", 64), images(1, kind=kind, name="i")]
+    inputs = [images("n", 64), images(samples, 1, kind=kind, name="i")]
     return save(path, nodes, {"bound": bound, "w": normal(64, 64)}, inputs, ["y"])
 
 

@@ -71,9 +71,11 @@ def feeds(model: Path, asked: Calibration) -> "tuple[Feeds, Feeds, str]":
     from pcq.data.arrays import refuse
     from pcq.onnx_input import open_graph
     from pcq.onnx_input.feeds import invented, named
-    from pcq.onnx_input.trials import KINDS, find_trials, input_session, listed, read_arrays
+    from pcq.onnx_input.trials import KINDS, find_trials, input_session, listed, read_arrays, refuse_strange
 
-    inputs = input_session(model).get_inputs()
+    session = input_session(model)
+    refuse_strange(session, model)
+    inputs = session.get_inputs()
     if not inputs:
         raise PcqError(
             "it takes no inputs, so there is nothing to calibrate on", where=str(model), todo="Leave --calib out"

@@ -33,7 +33,8 @@ FREE = 3
 KINDS = {
     "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64,
     "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8,
-    "tensor(int16)": np.int16, "tensor(bool)": np.bool_,
+    "tensor(int16)": np.int16, "tensor(uint16)": np.uint16, "tensor(uint32)": np.uint32, "tensor(uint64)": np.uint64,
+    "tensor(bool)": np.bool_,
 }  # fmt: skip
 
 
@@ -61,9 +62,7 @@ def find_trials(path: Path, model: ir.Model) -> list[Trial]:
         PcqError: none was found, or ONNX Runtime does not load the model.
     """
     session = input_session(path)
-    unknown = [value for value in session.get_inputs() if value.type not in KINDS]
-    if unknown:
-        raise PcqError(f"its input '{unknown[0].name}' is a {unknown[0].type}", where=str(path), todo=SAMPLE)
+    refuse_strange(session, path)
     compared, tables = _compared(model), _tables(model)
     trials, last = [], ""
     for batch in (1, 3):
@@ -86,6 +85,14 @@ def find_trials(path: Path, model: ir.Model) -> list[Trial]:
     if not trials:
         raise PcqError(f"no random input was found that the model runs on ({last[:200]})", where=str(path), todo=SAMPLE)
     return trials
+
+
+def refuse_strange(session: ort.InferenceSession, path: Path) -> None:
+    """Raise PcqError if the model takes anything but arrays of numbers that NumPy has."""
+    if strange := [value for value in session.get_inputs() if value.type not in KINDS]:
+        what = f"its input '{strange[0].name}' is a {strange[0].type}, and pcq can run it on arrays of numbers only"
+        todo = "Give the part of the model behind that input, which onnx.utils.extract_model cuts out"
+        raise PcqError(what, where=str(path), allowed=", ".join(KINDS), todo=todo)
 
 
 SAMPLE = "Give real inputs with --sample FILE.npz, an array for each input's name"
