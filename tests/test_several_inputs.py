@@ -252,6 +252,27 @@ def test_exported_with_an_example_of_each_input(kind: str, model: Path, tmp_path
     assert found.top1 == pytest.approx(100 * float((out.argmax(1) == labels).float().mean()), abs=10)
 
 
+def test_a_program_with_an_example_of_each_input(model: Path, tmp_path: Path, capsys) -> None:
+    spec, _, _ = _labelled(tmp_path)
+    arch = f"{__file__}:masked"
+    made = pcq.quantize(model, "w8", arch=arch, out=tmp_path / "q.safetensors")
+    for options in ([], ["--input", "6"]):
+        assert cli.run(["export", str(made.path), "--arch", arch, "--pt2", *options]) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert "takes 2 inputs" in said
+        assert "--example SPEC" in said
+    assert cli.run(["export", str(made.path), "--arch", arch, "--pt2", "--example", f"npz:{spec}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["proof"].endswith("at batch 1 and 3")
+    program = torch.export.load(tmp_path / "q.pt2").module()
+    inputs = {name: array[:5] for name, array in _samples().items()}
+    with torch.no_grad():
+        wanted = pcq.open_network(made.path, arch).module(**inputs)
+        torch.testing.assert_close(program(inputs["input_ids"], inputs["attention_mask"]), wanted)
+    again = pcq.quantize(tmp_path / "q.pt2", "w8", out=tmp_path / "again.safetensors").path
+    with pytest.raises(PcqError, match="--example: the exported program says what its inputs are"):
+        pcq.commands.export_pt2(again, example=f"npz:{spec}")
+
+
 def test_an_example_of_one_input(tmp_path: Path) -> None:
     digits = Path(pcq.__file__).parent / "demo" / "digits-resnet8.safetensors"
     arch = "pcq.demo.nets:resnet8"
@@ -260,6 +281,9 @@ def test_an_example_of_one_input(tmp_path: Path) -> None:
     assert [(run.inputs, run.batch) for run in report.agreements].count(("sample", 4)) == 2
     with pytest.raises(PcqError, match="--input: the example says the shapes"):
         pcq.export_onnx(made.path, example="digits", input_shape=(1, 8, 8), force=True)
+    assert "at batch 1 and 3" in pcq.commands.export_pt2(made.path, example="digits").proof
+    with pytest.raises(PcqError, match="--input: the example says the shapes"):
+        pcq.commands.export_pt2(made.path, example="digits", input_shape=(1, 8, 8), force=True)
 
 
 def test_what_several_inputs_are_has_to_be_said(model: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ Compressed = Annotated[
     typer.Option("--compressed-tensors", help="Write a folder for compressed-tensors instead (Linear, Embedding)."),
 ]
 
-TAKES = {"--state-dict": (), "--pt2": ("--arch", "--input"), "--compressed-tensors": ("--arch",)}
+TAKES = {"--state-dict": (), "--pt2": ("--arch", "--input", "--example"), "--compressed-tensors": ("--arch",)}
 """Which of the options of ``pcq export`` each form uses, besides those of every output."""
 
 
@@ -28,6 +28,7 @@ def export_other(
     out: Path | None,
     arch: str | None,
     input_shape: str | None,
+    example: str | None,
     force: bool,
     as_json: bool,
 ) -> bool:
@@ -49,7 +50,7 @@ def export_other(
                 result = commands.export_state_dict(artifact, out, force=force)
             case "--pt2":
                 shape = shape_of(input_shape)
-                result = commands.export_pt2(artifact, out, arch=arch, input_shape=shape, force=force)
+                result = commands.export_pt2(artifact, out, arch=arch, input_shape=shape, example=example, force=force)
             case _:
                 result = commands.export_compressed(artifact, out, arch=arch, force=force, progress=progress)
     emit(result, as_json)

@@ -147,7 +147,7 @@ def export(
         raise PcqError(f"the file is named twice, {out} and {named}", where="--out", todo="Give one of them")
     out = out or named
     forms = {"--onnx": onnx, "--state-dict": state_dict, "--pt2": pt2, "--compressed-tensors": compressed_tensors}
-    if export_other(forms, given, artifact, out, arch, input_shape, force, as_json):
+    if export_other(forms, given, artifact, out, arch, input_shape, example, force, as_json):
         return
     with starting():
         from pcq import commands

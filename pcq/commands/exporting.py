@@ -130,7 +130,7 @@ def export_onnx(
     stored = checkpoint.read_artifact(source)
     refuse(stored.quantized, goal, layout, level)
     network = load_network(stored, source, arch)
-    given = () if example is None else _first(example, network.module)
+    given = () if example is None else first(example, network.module)
     if given and input_shape:
         raise PcqError("the example says the shapes of the inputs", where="--input", todo="Leave it out")
     shape = tuple(given[0].shape[1:]) if len(given) == 1 else tuple(input_shape) if input_shape else network.input_shape
@@ -203,7 +203,7 @@ FIRST = 4
 """Samples of an example."""
 
 
-def _first(spec: str, module: nn.Module) -> tuple[Tensor, ...]:
+def first(spec: str, module: nn.Module) -> tuple[Tensor, ...]:
     """The first samples of the data: a tensor for each input, in the order of the network's."""
     from pcq.data import open_data
     from pcq.data.inputs import Several, inputs

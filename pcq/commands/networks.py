@@ -52,7 +52,7 @@ class Network:
         if len(names) > 1:
             what = f"the network takes {len(names)} inputs, and the file does not say what they are: {', '.join(names)}"
             allowed = "one input, or an exported program (.pt2)"
-            todo = "Hand it in as such a program; to export ONNX, give data with an array for each: --example SPEC"
+            todo = "Hand it in as such a program; to export it, give data with an array for each: --example SPEC"
             raise PcqError(what, where=str(path), allowed=allowed, todo=todo)
 
     @staticmethod

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,10 @@ from torch.utils import _pytree as pytree
 
 from pcq import checkpoint
 from pcq.commands.doors import DoorResult, opened
+from pcq.commands.exporting import first
 from pcq.commands.networks import Network, load_network
 from pcq.errors import CheckFailed, PcqError, first_line
 from pcq.sources.pt2 import counting
-
-if TYPE_CHECKING:
-    from pcq.data.inputs import Random
 
 TOLERANCE = 1e-5
 """Largest difference of a program's outputs, relative to their scale; nearly all have none."""
@@ -31,6 +29,7 @@ def export_pt2(
     *,
     arch: str | None = None,
     input_shape: Sequence[int] | None = None,
+    example: str | None = None,
     force: bool = False,
 ) -> DoorResult:
     """Write the dequantized network as an exported program: ``torch.export.load`` runs it without its source code.
@@ -42,6 +41,7 @@ def export_pt2(
         out: the file; default: the artifact's name with ``.pt2``.
         arch: the architecture, where the artifact does not record it.
         input_shape: one sample's shape without the batch; default: what the architecture is made for.
+        example: a data spec instead; it also says what the inputs of a network of several are: an array for each.
         force: replace a file at ``out``.
 
     Raises:
@@ -54,9 +54,15 @@ def export_pt2(
     if arch is None and stored.program is not None:
         if input_shape:
             raise PcqError("the exported program says the shapes of its inputs", where="--input", todo="Leave it out")
+        if example:
+            raise PcqError("the exported program says what its inputs are", where="--example", todo="Leave it out")
         made = _of_program(stored.exported_program(), source)
     else:
-        made = _of_network(load_network(stored, source, arch), source, input_shape)
+        network = load_network(stored, source, arch)
+        given = () if example is None else first(example, network.module)
+        if given and input_shape:
+            raise PcqError("the example says the shapes of the inputs", where="--input", todo="Leave it out")
+        made = _of_network(network, source, input_shape, given)
     with checkpoint.atomic(path) as draft:
         with tempfile.TemporaryDirectory() as folder:  # torch insists on the suffix
             place = Path(folder) / "program.pt2"
@@ -85,18 +91,27 @@ class _Program:
     trials: dict[int, tuple[tuple[Any, ...], dict[str, Any]]]
 
 
-def _of_network(network: Network, source: Path, input_shape: Sequence[int] | None) -> _Program:
-    """Traced, for any batch if torch manages it."""
-    from pcq.data.inputs import taken
+def _of_network(
+    network: Network, source: Path, input_shape: Sequence[int] | None, given: tuple[Tensor, ...]
+) -> _Program:
+    """Traced, for any batch if torch manages it; on the samples ``given``, or else random ones."""
+    from pcq.data.inputs import needed, taken
 
+    if len(given) < len(needed(network.module)):
+        network.refuse_several(source)
     shape = tuple(input_shape) if input_shape else network.input_shape
-    if shape is None:
+    if shape is None and not given:
         raise PcqError(f"the input shape of {network.arch} is not known", where=str(source),
                        todo="Give one sample's shape without the batch, such as --input 3x224x224")  # fmt: skip
-    network.refuse_several(source)
-    samples = taken(network.module, shape)
+    random = taken(network.module, shape or ()) if not given else None
+
+    def samples(batch: int) -> tuple[Tensor, ...]:
+        if random is not None:
+            return (random(batch, seed=batch),)
+        return tuple(torch.cat([x] * batch)[:batch] for x in given)
+
     program, batches = _exported(network.module, samples, str(source))
-    return _Program(program, network.module, {batch: ((samples(batch, seed=batch),), {}) for batch in batches})
+    return _Program(program, network.module, {batch: (samples(batch), {}) for batch in batches})
 
 
 def _of_program(program: torch.export.ExportedProgram, source: Path) -> _Program:
@@ -107,9 +122,7 @@ def _of_program(program: torch.export.ExportedProgram, source: Path) -> _Program
     leaves, tree = pytree.tree_flatten(program.example_inputs)
     if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
         raise PcqError("the exported program says no tensors that it takes", where=str(source))
-    users = program.graph_signature.user_inputs
-    sizes = [node.meta["val"].shape for node in program.graph.nodes if node.name in users]
-    open_ = counting(sizes)
+    open_ = counting(_shapes(program))
 
     def call(*values: Tensor) -> object:
         args, named = pytree.tree_unflatten(list(values), tree)
@@ -148,20 +161,23 @@ def _apart(
     return worst
 
 
-def _exported(module: nn.Module, samples: "Random", where: str) -> tuple[torch.export.ExportedProgram, tuple[int, ...]]:
+def _exported(
+    module: nn.Module, samples: Callable[[int], tuple[Tensor, ...]], where: str
+) -> tuple[torch.export.ExportedProgram, tuple[int, ...]]:
     """The program, for any batch if torch manages it, and the batches it takes."""
-    example = (torch.cat([samples.example, samples.example]),)
+    example = samples(2)
     try:
-        moving = torch.export.export(module, example, dynamic_shapes=({0: torch.export.Dim.AUTO},), strict=False)
-        if any(isinstance(size, torch.SymInt) for size in _first_shape(moving)):
+        sizes = tuple({0: torch.export.Dim.AUTO} for _ in example)
+        moving = torch.export.export(module, example, dynamic_shapes=sizes, strict=False)
+        if all(isinstance(shape[0], torch.SymInt) for shape in _shapes(moving)):
             return moving, (1, 3)
-        return torch.export.export(module, (example[0][:1],), strict=False), (1,)
+        return torch.export.export(module, tuple(x[:1] for x in example), strict=False), (1,)
     except Exception as error:  # torch.export raises many kinds
         told = first_line(error)
         raise PcqError(f"torch cannot export the network: {told}", where=where) from error
 
 
-def _first_shape(program: torch.export.ExportedProgram) -> Sequence[object]:
+def _shapes(program: torch.export.ExportedProgram) -> list[Sequence[object]]:
+    """Of every input."""
     names = program.graph_signature.user_inputs
-    node = next(node for node in program.graph.nodes if node.name in names)
-    return tuple(node.meta["val"].shape)
+    return [tuple(node.meta["val"].shape) for node in program.graph.nodes if node.name in names]
