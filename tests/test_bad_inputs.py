@@ -141,7 +141,7 @@ BAD = [
     Bad("an empty file", "model.pt", written(b""), f"the file is empty. {AGAIN}"),
     Bad("text", "model.pt", written(b"hello\n"), f"it is not a checkpoint pcq knows. {STATE_DICT}"),
     Bad("a page", "model.pt", written(b"\n <!DOCTYPE html>\n<html>"),
-        "it is a web page, not a checkpoint. The download answered with a page: fetch it again, perhaps logged in."),
+        "it is a web page, not the file itself. The download answered with a page: fetch it again, perhaps logged in."),
     Bad("a git-lfs pointer", "model.safetensors", written(b"version https://git-lfs.github.com/spec/v1\noid sha256:0"),
         "it is a git-lfs pointer, not the file itself. Run `git lfs pull` where it came from."),
     Bad("a cut zip", "model.pt", cut(saved(weights()), 700),

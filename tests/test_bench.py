@@ -192,6 +192,27 @@ def test_mistakes(tmp_path: Path) -> None:
         bench([])
 
 
+@pytest.mark.parametrize("command", ["bench", "inspect", "quantize"])
+def test_files_that_are_no_onnx(tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Or not all of it: the same sentence from whatever command opens them."""
+    (tmp_path / "folder.onnx").mkdir()
+    (tmp_path / "text.onnx").write_text("text")
+    (tmp_path / "lfs.onnx").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    (tmp_path / "page.onnx").write_text("<!DOCTYPE html><html></html>")
+    convolutions(tmp_path / "part.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
+    (tmp_path / "m.data").unlink()
+    for name, says in (
+        ("folder", "cannot be read (Is a directory)."),
+        ("text", "is not an ONNX file."),
+        ("lfs", "it is a git-lfs pointer, not the file itself. Run `git lfs pull` where it came from."),
+        ("page", "it is a web page, not the file itself. The download answered with a page: fetch it again,"),
+        ("part", f"its external data is missing: {tmp_path}/m.data. Put it beside the model."),
+    ):
+        path = tmp_path / f"{name}.onnx"
+        assert cli.run([command, str(path), *(["-r", "w8"] if command == "quantize" else [])]) == 2
+        assert f"{path}: {says}" in " ".join(capsys.readouterr().err.split())
+
+
 def test_shapes_that_a_file_does_not_take(tmp_path: Path) -> None:
     """Said from what the file declares, before anything runs; what only a run shows, with the shapes that it had."""
     small, large = convolutions(tmp_path / "small.onnx"), tmp_path / "large.onnx"

@@ -185,7 +185,7 @@ def _of_onnx(path: Path, given: bool) -> tuple[Input, ...]:
     """
     from pcq.onnx_input.trials import KINDS, input_session
 
-    if not path.is_file():
+    if not path.exists():
         raise PcqError("there is no such file", where=str(path))
     values = input_session(path).get_inputs()
     if strange := [value.type for value in values if value.type not in KINDS]:

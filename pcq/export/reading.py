@@ -20,6 +20,7 @@ from pcq.export.scheme import KEY, Scheme, from_json
 from pcq.grids import Affine, Codebook, Grid
 from pcq.qtensor import QuantizedTensor
 from pcq.rows import Rows
+from pcq.sources.opening import unfetched
 
 PARTS = ("packed", "scale", "zero_point", "levels")
 
@@ -213,15 +214,22 @@ def _check_zero(scheme: Scheme, stored: torch.Tensor | None) -> None:
         raise ValueError("its zero point is another one")
 
 
+def not_onnx(path: Path) -> PcqError:
+    """What to say of a file that is no ONNX model."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    return unfetched(path, head) or PcqError("is not an ONNX file", where=str(path))
+
+
 def _load(path: Path) -> onnx.ModelProto:
     try:
         model = onnx.load_model(path, load_external_data=False)
     except OSError as error:
         raise PcqError(f"cannot be read ({error.strerror or error})", where=str(path)) from error
     except Exception as error:  # protobuf's DecodeError has no public home
-        raise PcqError("is not an ONNX file", where=str(path)) from error
+        raise not_onnx(path) from error
     if not model.ir_version or not model.HasField("graph"):
-        raise PcqError("is not an ONNX file", where=str(path))
+        raise not_onnx(path)
     return model
 
 

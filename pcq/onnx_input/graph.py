@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from pcq.errors import PcqError
 from pcq.export.facts import LOCAL_FUNCTION_IR, oldest
+from pcq.export.reading import not_onnx
 from pcq.export.scheme import KEY
 
 OPSET = 12
@@ -74,23 +75,13 @@ def open_graph(path: Path) -> Opened:
         PcqError: no ONNX file, one that is quantized or packed already, one whose tensors cannot be read, or one that
             cannot be raised.
     """
-    try:
-        proto = onnx.load_model(path, load_external_data=False)
-        _refuse_sparse(path, proto)
-        model = ir.from_proto(proto)
-        ir.external_data.set_base_dir(model.graph, path.parent)
-    except PcqError:
-        raise
-    except OSError as error:
-        raise PcqError(f"cannot be read ({error.strerror or error})", where=str(path)) from error
-    except Exception as error:  # protobuf's DecodeError has no public home, and onnx_ir wraps what it meets
-        raise PcqError("is not an ONNX file", where=str(path)) from error
+    model = read(path)
     if "" not in model.opset_imports or not model.ir_version:
         if "ai.onnx" not in model.opset_imports:
             raise PcqError("is not an ONNX model: it imports no operator set", where=str(path))
         model.opset_imports[""] = model.opset_imports.pop("ai.onnx")
     _refuse_quantized(path, model)
-    size = path.stat().st_size + _external_bytes(path, model)
+    size = path.stat().st_size + external_bytes(path, model)
     opset, version, notes = model.opset_imports[""], model.ir_version, []
     if opset < OPSET:
         model = _raised(path, model, opset)
@@ -106,6 +97,26 @@ def open_graph(path: Path) -> Opened:
             notes.append(f"{len(inputs)} weights are no longer listed as inputs.")
     _name_apart(model)
     return Opened(path, model, size, opset, version, tuple(notes))
+
+
+def read(path: Path) -> ir.Model:
+    """The model as it is in the file.
+
+    Raises:
+        PcqError: it cannot be read, is no ONNX file, or has sparse tensors.
+    """
+    try:
+        proto = onnx.load_model(path, load_external_data=False)
+        _refuse_sparse(path, proto)
+        model = ir.from_proto(proto)
+        ir.external_data.set_base_dir(model.graph, path.parent)
+        return model
+    except PcqError:
+        raise
+    except OSError as error:
+        raise PcqError(f"cannot be read ({error.strerror or error})", where=str(path)) from error
+    except Exception as error:  # protobuf's DecodeError has no public home, and onnx_ir wraps what it meets
+        raise not_onnx(path) from error
 
 
 def constants(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
@@ -141,7 +152,12 @@ def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
         yield tensor
 
 
-def _external_bytes(path: Path, model: ir.Model) -> int:
+def external_bytes(path: Path, model: ir.Model) -> int:
+    """Bytes of the files that its external data is in.
+
+    Raises:
+        PcqError: one of them is missing, or too short.
+    """
     needed: dict[Path, int] = {}
     for tensor in _tensors(model):
         if isinstance(tensor, ir.ExternalTensor):

@@ -18,6 +18,7 @@ import onnxruntime as ort
 from pcq.errors import PcqError, first_line
 from pcq.export.verify import open_session
 from pcq.onnx_input.chains import REARRANGING, stored_in, users
+from pcq.onnx_input.graph import external_bytes, read
 
 Array = npt.NDArray[np.generic]
 
@@ -148,12 +149,13 @@ def input_session(path: Path) -> ort.InferenceSession:
     """The model as it was handed in.
 
     Raises:
-        PcqError: ONNX Runtime does not load it.
+        PcqError: it is no ONNX file, its external data is missing, or ONNX Runtime does not load it.
     """
     try:
         return open_session(str(path), optimised=False)
     except PcqError as error:
-        raise PcqError(f"ONNX Runtime does not run this model itself: {error.what}", where=str(path)) from error
+        external_bytes(path, read(path))
+        raise PcqError(error.what, where=str(path)) from error
 
 
 def _shapes(session: ort.InferenceSession, batch: int) -> Iterator[dict[str, list[int]]]:

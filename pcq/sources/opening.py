@@ -168,25 +168,32 @@ def from_zip(path: Path, names: Sequence[str], inner: set[str]) -> Source:
     raise PcqError(f"it is {kind}", where=str(path), todo=SAVE_STATE)
 
 
+def unfetched(path: Path, head: bytes) -> PcqError | None:
+    """What to say where something else was downloaded in the file's place."""
+    text = head.lstrip().lower()
+    if text.startswith(b"version https://git-lfs"):
+        todo = "Run `git lfs pull` where it came from"
+        return PcqError("it is a git-lfs pointer, not the file itself", where=str(path), todo=todo)
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        todo = "The download answered with a page: fetch it again, perhaps logged in"
+        return PcqError("it is a web page, not the file itself", where=str(path), todo=todo)
+    return None
+
+
 def refuse_foreign(path: Path, head: bytes) -> None:
     """One sentence for each kind of file that is no checkpoint, or not one for pcq.
 
     Raises:
         PcqError: it is one of them.
     """
-    text = head.lstrip().lower()
     if path.suffix == ".onnx":
         todo = (
             "`pcq quantize`, or pcq.commands.quantize_onnx, packs ONNX models; for anything else save the network's "
             "weights as a state dict: torch.save(model.state_dict(), 'weights.pt')"
         )
         raise PcqError("it is an ONNX file, and this takes PyTorch checkpoints", where=str(path), todo=todo)
-    if text.startswith(b"version https://git-lfs"):
-        todo = "Run `git lfs pull` where it came from"
-        raise PcqError("it is a git-lfs pointer, not the file itself", where=str(path), todo=todo)
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        todo = "The download answered with a page: fetch it again, perhaps logged in"
-        raise PcqError("it is a web page, not a checkpoint", where=str(path), todo=todo)
+    if (error := unfetched(path, head)) is not None:
+        raise error
     for offset, magic, kind in FOREIGN:
         if head[offset:].startswith(magic):
             todo = "Unpack it first" if "compressed" in kind or "archive" in kind else SAVE_STATE
