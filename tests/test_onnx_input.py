@@ -162,6 +162,8 @@ def test_branches_may_use_the_same_names(tmp_path: Path, constant: bool) -> None
     inputs = [images("n", 32), helper.make_tensor_value_info("c", TensorProto.BOOL, [])]
     path = save(tmp_path / "m.onnx", [chosen], {}, inputs, ["y"])
     result = quantize_onnx(path, "w8")
+    chosen_by = [bool(trial.feed["c"]) for trial in trials.find_trials(path, open_graph(path).model)]
+    assert sorted(chosen_by) == [False, False, True, True]  # each branch runs, on one sample and on three
     kept = {e.parameter.shape: e.reason for e in result.planned.plan.entries if isinstance(e, Kept)}
     assert {row.shape for row in result.ledger} == {(48, 32), (40, 48)}
     assert kept == dict.fromkeys([(2, 32), (40, 2)], "too small to gain by packing")

@@ -232,9 +232,12 @@ def _numbers(outputs: list[Array]) -> float:
 
 
 def _compared(model: ir.Model) -> dict[str, list[int]]:
-    """Integer input -> the numbers that it can hold of those that it is compared with, and one more."""
+    """Integer input -> the numbers that it can hold of those that it is compared with, and one more; one truth value ->
+    both."""
     found: dict[str, list[int]] = {}
     for value in model.graph.inputs:
+        if value.dtype == ir.DataType.BOOL and value.shape is not None and all(length == 1 for length in value.shape):
+            found[value.name or ""] = [0, 1]
         if value.dtype is None or not value.dtype.is_integer():
             continue
         numbers: set[int] = set()
