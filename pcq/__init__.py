@@ -1,10 +1,11 @@
 """pcq: pretrained networks made tiny without breaking them.
 
-The names below are the Python interface; each is imported when first used, so ``import pcq`` is quick and loads no
-torch.
+The names below are the Python interface. They and the modules are imported when first used, so ``import pcq`` is quick
+and loads no torch.
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 _HOME = {
@@ -29,6 +30,8 @@ __all__ = sorted(_HOME)
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
+    if not name.startswith("_") and find_spec(f"pcq.{name}") is not None:
+        return import_module(f"pcq.{name}")
     raise AttributeError(f"module 'pcq' has no attribute '{name}'")
 
 

@@ -5,12 +5,16 @@ import errno
 import glob
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from pcq.errors import PcqError
+
+LEFT = 1 << 20
+"""Bytes that are left on a disk where a library ran out of room; its last write may have been of more."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -43,6 +47,10 @@ def atomic(path: str | Path) -> Iterator[Path]:
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, target)
+        except Exception as error:
+            if filled(error, target.parent):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+            raise
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
@@ -55,6 +63,11 @@ def atomic(path: str | Path) -> Iterator[Path]:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def filled(error: Exception, folder: Path) -> bool:
+    """Whether a library failed for want of room, by an exception of its own: safetensors, torch."""
+    return not isinstance(error, OSError | PcqError) and shutil.disk_usage(folder).free < LEFT
 
 
 def _beside(target: Path, chance: str) -> Path:

@@ -64,6 +64,13 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
+def refuse_other(word: object, known: Iterable[object], where: str) -> None:
+    """Raise PcqError unless ``word`` is one of the ``known``."""
+    if word not in (words := [*known]):
+        todo = did_you_mean(str(word), [str(each) for each in words])
+        raise PcqError(f"there is no {word!r}", where=where, allowed=", ".join(map(str, words)), todo=todo)
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``" Did you mean 'x'?"`` for the closest known word, or an empty string."""
     import difflib

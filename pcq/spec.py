@@ -102,7 +102,7 @@ def running(spec: Spec, what: str) -> Iterator[None]:
         yield
     except PcqError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raised = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         raise PcqError(f"{what} raised {raised}", where=str(spec), todo=_line_in(error, spec)) from error
     finally:
@@ -151,7 +151,7 @@ def _load_file(path: Path) -> object:
     return module
 
 
-def _line_in(error: Exception, spec: Spec) -> str:
+def _line_in(error: BaseException, spec: Spec) -> str:
     """``"See line 12 of nets.py"`` for the innermost line of the user's own file in the traceback, or nothing."""
     line, trace = 0, error.__traceback__
     while trace is not None:

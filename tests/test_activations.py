@@ -356,6 +356,7 @@ def test_trained_exported_and_resumed(tmp_path: Path) -> None:
     assert known["layer1.0.conv2.weight/sum"].low == 0
     assert known["layer1.0.conv2.weight/output"].low < 0
     made = pcq.export_onnx(path, input_shape=(1, 8, 8), int8=pcq.commands.Int8())
+    assert made.report.path == made.path
     assert made.int8 is not None
     assert made.int8.fused == {"QLinearConv": 7, "QGemm": 1}
     assert pcq.evaluate(made.path, "digits").scores.top1 == result.rows[3].test.top1  # type: ignore[union-attr]

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -476,6 +478,17 @@ def test_a_disk_that_fills_up_on_the_way(tmp_path: Path) -> None:
     with pytest.raises(PcqError, match="no room left to write it") as error:
         write_artifact(tmp_path / "a.safetensors", header_of(a=(3,)), tensors())
     assert error.value.exit_code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("free", "says"), [(1000, "no room left to write it"), (1 << 30, "unexpected pos 704")])
+def test_a_library_that_says_no_more_than_that_it_failed(
+    free: int, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors and torch raise errors of their own where a disk is full."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    with pytest.raises((PcqError, RuntimeError), match=says), atomic(tmp_path / "a.pt"):
+        raise RuntimeError("unexpected pos 704 vs 598")
     assert list(tmp_path.iterdir()) == []
 
 

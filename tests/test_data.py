@@ -387,6 +387,7 @@ def samples():
     for x, y in zip(X, Y): yield x, int(y)
 def scaled(by=1): return X * by, Y
 def raises(): return {}["missing"]
+def leaves(): raise SystemExit(0)
 def breaks():
     yield X, Y
     raise OSError("disk on fire")
@@ -421,6 +422,7 @@ def test_own_functions_get_split_and_options(own: str) -> None:
 @pytest.mark.parametrize(
     ("function", "told"),
     [
+        ("leaves", r"leaves\(\) raised SystemExit: 0"),
         ("raises", r"raises\(\) raised KeyError.*See line \d+ of .*mine\.py"),
         ("breaks", "disk on fire"),
         ("number", "returned a int"),

@@ -8,7 +8,6 @@ import typer
 from pcq.cli.app import app
 from pcq.cli.frame import answers, bar, emit, starting
 from pcq.cli.options import AllowGlobal, Arch, Input, Json, Key, Model, Set, UnsafePickle, shape_of
-from pcq.errors import PcqError
 
 
 @app.command()
@@ -41,17 +40,13 @@ def analyze(
     with starting():
         from pcq import commands
 
-    given = {"--samples": samples, "--seed": seed, "--input": input_shape}
-    if calib is None and (said := [option for option, value in given.items() if value is not None]):
-        todo = "Say which: --calib folder:DIR, or --calib random"
-        raise PcqError("this is about samples, and none were asked for", where=said[0], todo=todo)
     with bar("analyzing") as progress:
         result = commands.analyze(
             model,
             recipe,
             calib=calib,
             samples=samples,
-            seed=seed or 0,
+            seed=seed,
             input_shape=shape_of(input_shape),
             arch=arch,
             overrides=overrides or (),

@@ -89,7 +89,7 @@ def analyze(
     *,
     calib: str | None = None,
     samples: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     input_shape: tuple[int, ...] | None = None,
     arch: str | None = None,
     overrides: Sequence[str] = (),
@@ -107,7 +107,7 @@ def analyze(
         calib: a data spec, whose split ``train`` is used without labels; or ``random``: invented samples. None: only
             what the weights alone tell.
         samples: how many; default 128, or four fifths of what is there.
-        seed: which samples are drawn.
+        seed: which samples are drawn; default 0.
         input_shape: one sample's shape, for ``random`` where the architecture does not tell.
         arch, overrides, key, allow_globals, unsafe_pickle: as for :func:`pcq.quantize`.
         plot: a PNG to draw.
@@ -116,6 +116,10 @@ def analyze(
     Raises:
         PcqError: the model, the recipe, the samples or the plot's path are not usable.
     """
+    given = {"--samples": samples, "--seed": seed, "--input": input_shape}
+    if calib is None and (asked := [option for option, value in given.items() if value is not None]):
+        todo = "Say which: --calib folder:DIR, or --calib random"
+        raise PcqError("this is about samples, and none were asked for", where=asked[0], todo=todo)
     planned = plan(
         model, recipe, arch=arch, overrides=overrides, key=key, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle
     )
@@ -126,7 +130,7 @@ def analyze(
     chosen = [entry for entry in planned.plan.quantized if entry.parameter.tied_to is None]
     if not chosen:
         raise PcqError("the recipe quantizes nothing, so there is nothing to analyze", where=planned.recipe.name)
-    bench, said = (None, "") if calib is None else open_bench(planned, calib, samples, seed, input_shape)
+    bench, said = (None, "") if calib is None else open_bench(planned, calib, samples, seed or 0, input_shape)
     rows, whole = measured(planned, chosen, bench, progress)
     ranked = sorted(rows, key=lambda row: -row.damage)
     better = {e.parameter.name: replace(e, quantizer=SAFE).nbytes - e.nbytes for e in chosen}

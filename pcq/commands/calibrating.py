@@ -1,13 +1,13 @@
 """Calibration of a planned quantization: the network, the samples, and what each step bought."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from pcq import checkpoint, models
-from pcq.errors import PcqError
+from pcq.errors import PcqError, refuse_other
 from pcq.plan import Quantized
 from pcq.progress import Progress, silent
 
@@ -46,6 +46,7 @@ class Calibration:
     refine: int | None = None
 
     def __post_init__(self) -> None:
+        refuse_other(self.method, (*get_args(Method), None), "--method")
         if self.refine is not None and self.refine < 0:
             raise PcqError(f"{self.refine} steps cannot be made", where="--refine", allowed="0 or more")
         if self.refine and self.data == RANDOM:

@@ -1,5 +1,6 @@
 """Other ways out of an artifact: a float state dict, a folder for compressed-tensors."""
 
+import errno
 import json
 import os
 import secrets
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pcq import checkpoint
-from pcq.atomic import unwritable
+from pcq.atomic import filled, unwritable
 from pcq.checkpoint import compressed
 from pcq.commands.networks import load_network
 from pcq.errors import CheckFailed, PcqError
@@ -170,6 +171,10 @@ def _write_folder(path: Path, tensors: dict[str, Tensor], described: str) -> Non
             if path.exists():
                 shutil.rmtree(path)
             os.replace(draft, path)
+        except Exception as error:
+            if filled(error, draft.parent):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+            raise
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     except OSError as error:

@@ -2,15 +2,15 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from torch import Tensor, nn
 
 from pcq import checkpoint
 from pcq.commands.networks import ONNX_SUFFIX, load_network
-from pcq.errors import PcqError
+from pcq.errors import PcqError, refuse_other
 from pcq.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -68,6 +68,9 @@ class Int8:
     vnni: bool = False
 
     def __post_init__(self) -> None:
+        from pcq.export.ranges import Method
+
+        refuse_other(self.ranges, get_args(Method), "--ranges")
         if self.samples < 2:
             raise PcqError(f"{self.samples} samples are too few", where="--samples", allowed="2 or more")
         if not 0 <= self.max_drop <= 100:
@@ -114,8 +117,11 @@ def export_onnx(
     from pcq.data.inputs import needed, taken, varied
     from pcq.export import write_int8, write_onnx, writing
     from pcq.export.facts import target
-    from pcq.export.layouts import refuse
+    from pcq.export.layouts import Aim, Layout, Level, refuse
 
+    refuse_other(layout, get_args(Layout), "layout")
+    refuse_other(aim, (*get_args(Aim), None), "aim")
+    refuse_other(level, get_args(Level), "level")
     goal = target(target_ort)
     if int8 is not None and (layout != "exact" or aim is not None):
         raise PcqError(
@@ -196,7 +202,7 @@ def export_onnx(
             max_drop=int8.max_drop,
             progress=progress,
         )
-    return ExportResult(path, source, network.arch, report, made, said, "int8")
+    return ExportResult(path, source, network.arch, replace(report, path=path), made, said, "int8")
 
 
 FIRST = 4
