@@ -269,6 +269,25 @@ def test_folder_names_the_broken_image(tmp_path: Path) -> None:
             everything(open_data(f"folder:{tmp_path}?size=8"))
 
 
+@pytest.mark.parametrize("ending", ["png", "tif", "pgm"])
+def test_folder_scales_16_bits_to_8(tmp_path: Path, ending: str) -> None:
+    bytes_ = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
+    wide = bytes_.astype(np.uint16) * 257
+    if ending == "pgm":
+        (tmp_path / "a.pgm").write_bytes(b"P5 8 8 65535\n" + wide.astype(">u2").tobytes())
+    else:
+        Image.fromarray(wide).save(tmp_path / f"a.{ending}")
+    x, _ = everything(open_data(f"folder:{tmp_path}?size=8&resize=0&mean=0&std=1"))
+    assert torch.equal(x[0, 0], torch.from_numpy(bytes_).float() / 255)
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_folder_refuses_numbers_without_a_white(tmp_path: Path, kind: type) -> None:
+    Image.fromarray(np.full((8, 8), 300, kind)).save(tmp_path / "a.tif")
+    with pytest.raises(PcqError, match=r"a\.tif: the image's values are .*Allowed: images of 8 or 16 bits"):
+        everything(open_data(f"folder:{tmp_path}?size=8"))
+
+
 @pytest.mark.parametrize(
     ("query", "told"),
     [

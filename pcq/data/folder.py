@@ -61,13 +61,19 @@ class Preprocessing:
 
 
 def open_image(path: Path, mode: str) -> Image.Image:
-    """Decoded and converted.
+    """Decoded and converted; 16-bit values become 8-bit ones, so that white stays white.
 
     Raises:
-        PcqError: the file is no image, or damaged.
+        PcqError: the file is no image, or damaged, or of numbers that have no greatest one.
     """
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+                wide = np.asarray(image).astype(np.uint32)
+                return Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert(mode)
+            if image.mode in ("I", "F"):
+                held = "32-bit integers" if image.mode == "I" else "floating-point numbers"
+                raise PcqError(f"the image's values are {held}", where=str(path), allowed="images of 8 or 16 bits")
             return image.convert(mode)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise PcqError(f"the image cannot be decoded: {error}", where=str(path), todo="Repair or remove it") from error
