@@ -294,7 +294,23 @@ def test_folder_refuses_numbers_without_a_white(tmp_path: Path, kind: type) -> N
         ("siz=8", "no option 'siz'.*Did you mean 'size'"),
         ("size=0", "size: the option is out of range"),
         ("size=8.5", "size"),
-        ("size=30&resize=20", "resize.*0, or 30 or more"),
+        ("size=abc", "size: the option is out of range. Allowed: a whole number from 1 to 4096"),
+        ("size=True", "size: the option is out of range"),
+        ("size=", "size: the option is out of range"),
+        ("size=99999999", "1 to 4096"),
+        ("size=30&resize=20", "resize.*0, or 30 to 8192"),
+        ("size=30&resize=abc", "resize.*0, or 30 to 8192"),
+        ("size=30&resize=99999999", "resize.*0, or 30 to 8192"),
+        ("size=8&mean=abc", r"mean: 'abc' is not a number\. Allowed: a number, or one for each channel"),
+        ("size=8&mean=", "mean: '' is not a number"),
+        ("size=8&mean=0.5,abc,0.2", "mean: '0.5,abc,0.2' is not a number"),
+        ("size=8&mean=true", "mean: 'true' is not a number"),
+        ("size=8&mean=True", "mean: True is not a number"),
+        ("size=8&mean=()", r"mean: \(\) is not a number"),
+        ("size=8&std=none", "std: 'none' is not a positive number"),
+        ("size=8&classes=5", "5: the list of classes cannot be read"),
+        ("size=8&classes=0", "0: the list of classes cannot be read"),
+        ("size=8&interpolation=[1]", "bilinear or bicubic"),
         ("size=8&std=1,0,1", "std.*positive"),
         ("size=8&mean=1,2", "mean and std"),
         ("size=8&interpolation=best", "bilinear or bicubic"),
@@ -364,6 +380,28 @@ def test_npz_that_is_wrong(tmp_path: Path, arrays: dict[str, np.ndarray], told: 
     np.savez(tmp_path / "d.npz", **arrays)
     with pytest.raises(PcqError, match=told):
         open_data(f"npz:{tmp_path / 'd.npz'}")
+
+
+@pytest.mark.parametrize(
+    ("query", "told"),
+    [
+        ("mean=abc", "mean: 'abc' is not a number"),
+        ("mean=", "mean: '' is not a number"),
+        ("mean={}", "mean: {} is not a number"),
+        ("mean=[1,[2]]", r"mean: \[2\] is not a number"),
+        ("mean=1e999", "mean: inf is not a number"),
+        ("mean=1,2", "mean and std have 2 values for 1 channels"),
+        ("std=nan", "std: 'nan' is not a positive number"),
+        ("std=None", "std: None is not a positive number"),
+        ("std=0", "std: 0 is not a positive number"),
+        ("std=-1", "std: -1 is not a positive number"),
+        ("std=1e-60", "std: 1e-60 is not a positive number"),
+    ],
+)
+def test_npz_options_that_are_wrong(tmp_path: Path, query: str, told: str) -> None:
+    np.savez(tmp_path / "d.npz", x=np.zeros(3))
+    with pytest.raises(PcqError, match=told):
+        everything(open_data(f"npz:{tmp_path / 'd.npz'}?{query}"))
 
 
 def test_npz_of_several_splits_without_labels(tmp_path: Path) -> None:

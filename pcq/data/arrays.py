@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pcq.data.dataset import Data
-from pcq.data.inputs import Several, numbers
+from pcq.data.inputs import Several, numbers, per_channel
 from pcq.errors import CheckFailed, PcqError
 from pcq.spec import Spec, call, running
 
@@ -108,7 +108,7 @@ def from_arrays(name: str, split: str, x: Any, y: Any, *, mean: Any = (0.0,), st
     [n, c, h, w]. Other integers stay as they are, as tokens; other numbers become float32.
 
     Raises:
-        PcqError: the arrays do not fit one another, or are not numbers.
+        PcqError: the arrays do not fit one another, or are not numbers; or mean or std are not, or std not positive.
     """
     samples, labels = _tensor(name, x), None if y is None else _tensor(name, y)
     if not samples.ndim or not len(samples):
@@ -124,10 +124,12 @@ def from_arrays(name: str, split: str, x: Any, y: Any, *, mean: Any = (0.0,), st
         notes.append("The channels were last and are first now.")
     if samples.dtype == torch.uint8:
         notes.append("8-bit values were divided by 255.")
-    means, stds = (torch.tensor(v, dtype=torch.float32).reshape(-1) for v in (mean, std))
+    means = torch.tensor(per_channel(mean, "mean", name))
+    stds = torch.tensor(per_channel(std, "std", name, positive=True))
+    channels = samples.shape[1] if samples.ndim > 1 else 1
     for value in (means, stds):
-        if samples.ndim > 1 and len(value) not in (1, samples.shape[1]):
-            raise PcqError(f"mean and std have {len(value)} values for {samples.shape[1]} channels", where=name)
+        if len(value) not in (1, channels):
+            raise PcqError(f"mean and std have {len(value)} values for {channels} channels", where=name)
     shift, scale = (v.reshape(-1, *[1] * (samples.ndim - 2)) if samples.ndim > 1 else v for v in (means, stds))
     plain = not shift.any() and bool((scale == 1).all())
     tokens = not samples.is_floating_point() and samples.dtype != torch.uint8

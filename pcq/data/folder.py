@@ -11,11 +11,14 @@ from PIL import Image
 from torch import Tensor
 
 from pcq.data.dataset import Data
+from pcq.data.inputs import per_channel
 from pcq.errors import PcqError
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SPLITS = {"test": ("test", "val"), "val": ("val",), "train": ("train",)}
+LARGEST = 4096
+"""Longest side of a sample; images may be twice that before their middle is cut out."""
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
@@ -146,19 +149,21 @@ def open_folder(
     others = [name for name in ("train", "val", "test") if folder == base and (base / name).is_dir()]
     if others:
         raise PcqError(f"it has {' and '.join(f'{o}/' for o in others)} but no {split}/", where=str(base))
-    means, stds = (tuple(map(float, v)) if isinstance(v, (tuple, list)) else (float(v),) for v in (mean, std))
-    shorter = round(size * 256 / 224) if resize is None else resize
+    means = per_channel(mean, "mean", f"folder:{root}")
+    stds = per_channel(std, "std", f"folder:{root}", positive=True)
+    sized = type(size) is int and 0 < size <= LARGEST  # the options are what the user typed, of any type
+    shorter = (round(size * 256 / 224) if sized else 0) if resize is None else resize
+    fits = sized and type(shorter) is int and (shorter == 0 or size <= shorter <= 2 * LARGEST)
     checks = (
         (len(means) == len(stds) and len(means) in (1, 3), "mean and std", "one value each, or three"),
-        (all(value > 0 for value in stds), "std", "positive numbers"),
-        (isinstance(size, int) and size > 0, "size", "a positive whole number"),
-        (isinstance(shorter, int) and (shorter == 0 or shorter >= size), "resize", f"0, or {size} or more"),
-        (interpolation in INTERPOLATIONS, "interpolation", " or ".join(INTERPOLATIONS)),
+        (sized, "size", f"a whole number from 1 to {LARGEST}"),
+        (fits, "resize", f"0, or {size} to {2 * LARGEST}"),
+        (interpolation in tuple(INTERPOLATIONS), "interpolation", " or ".join(INTERPOLATIONS)),
     )
     for holds, option, allowed in checks:
         if not holds:
             raise PcqError("the option is out of range", where=f"folder:{root}, {option}", allowed=allowed)
-    found = find_images(folder, _names(Path(classes).expanduser()) if classes else ())
+    found = find_images(folder, _names(Path(str(classes)).expanduser()) if classes != "" else ())
     prepare = Preprocessing(size, shorter, means, stds, INTERPOLATIONS[interpolation])
     cut = f"shorter side to {shorter} ({interpolation}), middle {size}x{size}" if shorter else f"middle {size}x{size}"
     notes = [f"Preprocessing: {cut}, mean {_listed(means)}, std {_listed(stds)}."]

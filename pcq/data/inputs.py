@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,24 @@ def numbers(arrays: Mapping[str, Any], spec: str) -> dict[str, Tensor]:
         said = ", ".join(f"{name} {length}" for name, length in lengths.items())
         raise PcqError(f"its arrays do not have as many samples each: {said}", where=spec)
     return found
+
+
+def per_channel(value: Any, option: str, where: str, *, positive: bool = False) -> tuple[float, ...]:
+    """Means or standard deviations: a number, or one for each channel, within what float32 holds.
+
+    Raises:
+        PcqError: one is not a finite number, or is not ``positive``.
+    """
+    value = value.tolist() if isinstance(value, (Tensor, np.ndarray)) else value
+    kind, held = "a positive number" if positive else "a number", torch.finfo(torch.float32)
+    several = tuple(value) if isinstance(value, (tuple, list)) and value else (value,)
+    for one in several:
+        real = isinstance(one, Real) and not isinstance(one, bool)
+        if not real or not (held.tiny if positive else -held.max) <= one <= held.max:
+            raise PcqError(
+                f"{one!r} is not {kind}", where=f"{where}, {option}", allowed=f"{kind}, or one for each channel"
+            )
+    return tuple(map(float, several))
 
 
 def names(module: nn.Module) -> list[str]:
