@@ -442,6 +442,12 @@ def batches():
     yield X[4:], Y[4:]
 def samples():
     for x, y in zip(X, Y): yield x, int(y)
+def triples():
+    for x, y in zip(X, Y): yield x, y, 1
+def words(): yield from ("ab", "cd")
+def sparse(): return X.to_sparse(), Y
+def sparse_samples():
+    for x, y in zip(X, Y): yield x.to_sparse(), y
 def scaled(by=1): return X * by, Y
 def raises(): return {}["missing"]
 def leaves(): raise SystemExit(0)
@@ -484,6 +490,10 @@ def test_own_functions_get_split_and_options(own: str) -> None:
         ("breaks", "disk on fire"),
         ("number", "returned a int"),
         ("pil", "samples are not tensors but Image"),
+        ("triples", r"it yields 3 values at a time\. Allowed: x alone, or \(x, y\)"),
+        ("words", r"an array is not made of numbers: .*Allowed: arrays or tensors of numbers"),
+        ("sparse", r"a tensor is sparse\. Allowed: dense tensors.*to_dense"),
+        ("sparse_samples", "a tensor is sparse"),
         ("aray", "has no 'aray'.*Did you mean 'arrays'"),
     ],
 )

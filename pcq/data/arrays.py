@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pcq.data.dataset import Data
-from pcq.data.inputs import Several, numbers, per_channel
+from pcq.data.inputs import Several, numbers, per_channel, tensor
 from pcq.errors import CheckFailed, PcqError
 from pcq.spec import Spec, call, running
 
@@ -97,7 +97,7 @@ def numbered(several: Several, split: str) -> Data:
     found = numbers(several.arrays, name)
     n = len(next(iter(found.values())))
     said = ", ".join(f"{key} {'x'.join(map(str, array.shape[1:])) or 'of one number'}" for key, array in found.items())
-    labels = None if several.labels is None else _labels(name, _tensor(name, several.labels), n)
+    labels = None if several.labels is None else _labels(name, tensor(several.labels, name), n)
     return Data(name, split, n, (), torch.as_tensor, labels, sample=said)
 
 
@@ -110,7 +110,7 @@ def from_arrays(name: str, split: str, x: Any, y: Any, *, mean: Any = (0.0,), st
     Raises:
         PcqError: the arrays do not fit one another, or are not numbers; or mean or std are not, or std not positive.
     """
-    samples, labels = _tensor(name, x), None if y is None else _tensor(name, y)
+    samples, labels = tensor(x, name), None if y is None else tensor(y, name)
     if not samples.ndim or not len(samples):
         raise PcqError("there are no samples", where=name)
     if samples.is_floating_point():
@@ -144,15 +144,6 @@ def from_arrays(name: str, split: str, x: Any, y: Any, *, mean: Any = (0.0,), st
     return Data(
         name, split, len(samples), tuple(samples.shape[1:]), take, _labels(name, labels, len(samples)), (), tuple(notes)
     )
-
-
-def _tensor(name: str, array: Any) -> Tensor:
-    if isinstance(array, Tensor):
-        return array.detach().cpu()
-    try:
-        return torch.from_numpy(np.ascontiguousarray(array))
-    except (TypeError, ValueError) as error:
-        raise PcqError(f"an array is not made of numbers: {error}", where=name) from error
 
 
 def _labels(name: str, labels: Tensor | None, n: int) -> Tensor | None:
@@ -238,11 +229,16 @@ def _indexed(spec: Spec, split: str, found: Indexed) -> Data:
 def _collected(name: str, split: str, items: list[Any]) -> Data:
     xs, ys = [], []
     for item in items:
+        if (
+            isinstance(item, (tuple, list))
+            and len(item) != 2
+            and any(isinstance(a, (Tensor, np.ndarray)) for a in item)
+        ):
+            raise PcqError(f"it yields {len(item)} values at a time", where=name, allowed="x alone, or (x, y)")
         x, y = item if _is_pair(item) else (item, None)
-        x = torch.as_tensor(x)
-        single = y is not None and torch.as_tensor(y).ndim == 0
-        xs.append(x[None] if single else x)
-        ys.append(None if y is None else torch.as_tensor(y).reshape(-1))
+        x, y = tensor(x, name), None if y is None else tensor(y, name)
+        xs.append(x[None] if y is not None and y.ndim == 0 else x)
+        ys.append(None if y is None else y.reshape(-1))
     if not xs:
         raise PcqError("the iterable is empty", where=name)
     if any(y is None for y in ys) != all(y is None for y in ys) or len({x.shape[1:] for x in xs}) > 1:

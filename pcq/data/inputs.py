@@ -98,12 +98,26 @@ def _arguments(module: nn.Module) -> dict[str, inspect.Parameter]:
     }
 
 
-def _numbers(array: Any, where: str) -> Tensor:
+def tensor(array: Any, where: str) -> Tensor:
+    """An array, a tensor, a number or a list of them as a dense tensor in main memory.
+
+    Raises:
+        PcqError: it is not made of numbers, or is sparse.
+    """
+    allowed = "arrays or tensors of numbers"
+    if isinstance(array, Tensor):
+        if array.layout != torch.strided:
+            raise PcqError("a tensor is sparse", where=where, allowed="dense tensors", todo="Call its `to_dense()`")
+        return array.detach().cpu()
     try:
-        tensor = array.detach().cpu() if isinstance(array, Tensor) else torch.from_numpy(np.ascontiguousarray(array))
-    except (TypeError, ValueError) as error:
-        raise PcqError(f"an array is not made of numbers: {error}", where=where) from error
-    return tensor.float() if tensor.is_floating_point() else tensor.long()
+        return torch.from_numpy(np.asarray(array, order="C"))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PcqError(f"an array is not made of numbers: {error}", where=where, allowed=allowed) from error
+
+
+def _numbers(array: Any, where: str) -> Tensor:
+    found = tensor(array, where)
+    return found.float() if found.is_floating_point() else found.long()
 
 
 @dataclass(frozen=True)
