@@ -448,6 +448,8 @@ def words(): yield from ("ab", "cd")
 def sparse(): return X.to_sparse(), Y
 def sparse_samples():
     for x, y in zip(X, Y): yield x.to_sparse(), y
+def halves(): return torch.utils.data.TensorDataset(X, Y + 0.7)
+def endless(): return torch.utils.data.TensorDataset(X, Y / 0)
 def scaled(by=1): return X * by, Y
 def raises(): return {}["missing"]
 def leaves(): raise SystemExit(0)
@@ -494,6 +496,8 @@ def test_own_functions_get_split_and_options(own: str) -> None:
         ("words", r"an array is not made of numbers: .*Allowed: arrays or tensors of numbers"),
         ("sparse", r"a tensor is sparse\. Allowed: dense tensors.*to_dense"),
         ("sparse_samples", "a tensor is sparse"),
+        ("halves", "the labels are not whole numbers"),
+        ("endless", "the labels are not whole numbers"),
         ("aray", "has no 'aray'.*Did you mean 'arrays'"),
     ],
 )

@@ -153,7 +153,7 @@ def _labels(name: str, labels: Tensor | None, n: int) -> Tensor | None:
         labels = labels[:, 0]
     if labels.ndim != 1 or len(labels) != n:
         raise PcqError(f"the labels have shape {list(labels.shape)}", where=name, allowed=f"[{n}], class numbers")
-    if labels.is_floating_point() and not torch.equal(labels, labels.round()):
+    if labels.is_floating_point() and not (labels.isfinite() & (labels == labels.round())).all():
         raise PcqError("the labels are not whole numbers", where=name, allowed="class numbers, counted from 0")
     labels = labels.long()
     if int(labels.min()) < 0:
@@ -213,8 +213,8 @@ def _indexed(spec: Spec, split: str, found: Indexed) -> Data:
         given = getattr(found, "targets", None)  # torchvision's sets tell all labels without reading the samples
         with running(spec, "reading its labels"):
             if given is None or len(given) != len(found):
-                given = [int(found[i][1]) for i in range(len(found))]
-            labels = _labels(name, torch.as_tensor(given), len(found))
+                given = [float(found[i][1]) for i in range(len(found))]
+            labels = _labels(name, tensor(given, name), len(found))
     classes = tuple(str(c) for c in getattr(found, "classes", ()) or ())
 
     def take(chosen: Sequence[int]) -> Tensor:
