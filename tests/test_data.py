@@ -373,6 +373,8 @@ def test_arrays_of_every_layout() -> None:
         ({"x": np.array([[0, 1], [2, np.nan], [np.inf, 0]])}, "2 of 3 samples hold NaN or infinity, such as sample 1"),
         ({"x": np.array(["a", "b"])}, "not made of numbers"),
         ({"x": np.array([{}, {}], dtype=object)}, r"holds Python objects\. Allowed: arrays of numbers"),
+        ({"x": np.ones((2, 2)) * 1j}, r"the numbers are complex\. Allowed: real ones"),
+        ({"x": np.zeros((2, 2)), "y": np.ones(2) * 1j}, "the numbers are complex"),
         ({"images": np.zeros((2, 2)), "targets": np.zeros(2)}, "it holds images, targets. Allowed: x and y"),
     ],
 )
@@ -450,6 +452,7 @@ def sparse_samples():
     for x, y in zip(X, Y): yield x.to_sparse(), y
 def halves(): return torch.utils.data.TensorDataset(X, Y + 0.7)
 def endless(): return torch.utils.data.TensorDataset(X, Y / 0)
+def waves(): return torch.utils.data.TensorDataset(X * 1j, Y)
 def scaled(by=1): return X * by, Y
 def raises(): return {}["missing"]
 def leaves(): raise SystemExit(0)
@@ -498,6 +501,7 @@ def test_own_functions_get_split_and_options(own: str) -> None:
         ("sparse_samples", "a tensor is sparse"),
         ("halves", "the labels are not whole numbers"),
         ("endless", "the labels are not whole numbers"),
+        ("waves", "the numbers are complex"),
         ("aray", "has no 'aray'.*Did you mean 'arrays'"),
     ],
 )

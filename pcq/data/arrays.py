@@ -208,6 +208,7 @@ def _indexed(spec: Spec, split: str, found: Indexed) -> Data:
     if not isinstance(first, (Tensor, np.ndarray)):
         todo = "Give the data set a transform that makes tensors, such as torchvision's ToTensor"
         raise PcqError(f"its samples are not tensors but {type(first).__name__}", where=name, todo=todo)
+    first = tensor(first, name)
     labels = None
     if label is not None:
         given = getattr(found, "targets", None)  # torchvision's sets tell all labels without reading the samples

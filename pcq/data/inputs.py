@@ -102,17 +102,21 @@ def tensor(array: Any, where: str) -> Tensor:
     """An array, a tensor, a number or a list of them as a dense tensor in main memory.
 
     Raises:
-        PcqError: it is not made of numbers, or is sparse.
+        PcqError: it is not made of numbers, or of complex ones, or is sparse.
     """
-    allowed = "arrays or tensors of numbers"
     if isinstance(array, Tensor):
         if array.layout != torch.strided:
             raise PcqError("a tensor is sparse", where=where, allowed="dense tensors", todo="Call its `to_dense()`")
-        return array.detach().cpu()
-    try:
-        return torch.from_numpy(np.asarray(array, order="C"))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise PcqError(f"an array is not made of numbers: {error}", where=where, allowed=allowed) from error
+        found = array.detach().cpu()
+    else:
+        try:
+            found = torch.from_numpy(np.asarray(array, order="C"))
+        except (TypeError, ValueError, RuntimeError) as error:
+            allowed = "arrays or tensors of numbers"
+            raise PcqError(f"an array is not made of numbers: {error}", where=where, allowed=allowed) from error
+    if found.is_complex():
+        raise PcqError("the numbers are complex", where=where, allowed="real ones")
+    return found
 
 
 def _numbers(array: Any, where: str) -> Tensor:
