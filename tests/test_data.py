@@ -406,6 +406,13 @@ def test_npz_options_that_are_wrong(tmp_path: Path, query: str, told: str) -> No
         everything(open_data(f"npz:{tmp_path / 'd.npz'}?{query}"))
 
 
+def test_npz_in_the_byte_order_of_other_machines(tmp_path: Path) -> None:
+    np.savez(tmp_path / "d.npz", x=np.array([[0.5], [2]], ">f4"), y=np.array([1, 258], ">i8"))
+    x, y = everything(open_data(f"npz:{tmp_path / 'd.npz'}"))
+    assert y is not None
+    assert (x.tolist(), y.tolist()) == ([[0.5], [2]], [1, 258])
+
+
 def test_npz_of_several_splits_without_labels(tmp_path: Path) -> None:
     np.savez(tmp_path / "d.npz", x_train=np.zeros((3, 2)), x_test=np.zeros((2, 2)))
     assert (open_data(f"npz:{tmp_path / 'd.npz'}").n, open_data(f"npz:{tmp_path / 'd.npz'}", "train").n) == (2, 3)

@@ -110,7 +110,8 @@ def tensor(array: Any, where: str) -> Tensor:
         found = array.detach().cpu()
     else:
         try:
-            found = torch.from_numpy(np.asarray(array, order="C"))
+            held = np.asarray(array)
+            found = torch.from_numpy(held.astype(held.dtype.newbyteorder("="), order="C", copy=False))
         except (TypeError, ValueError, RuntimeError) as error:
             allowed = "arrays or tensors of numbers"
             raise PcqError(f"an array is not made of numbers: {error}", where=where, allowed=allowed) from error
