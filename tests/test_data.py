@@ -242,6 +242,19 @@ def test_folder_notes_numbers_in_alphabetical_order(tmp_path: Path) -> None:
     assert "alphabetical" not in listed.describe()
 
 
+def test_folder_reads_the_list_of_classes_as_it_is(tmp_path: Path) -> None:
+    picture(tmp_path / "a" / "x.png")
+    spec = f"folder:{tmp_path}?size=8&classes={tmp_path / 'list.txt'}"
+    (tmp_path / "list.txt").write_text("a\nb\n", "utf-8-sig")
+    assert open_data(spec).classes == ("a", "b")
+    (tmp_path / "list.txt").write_text("a\nb\na\nc\n")
+    with pytest.raises(PcqError, match=r"list\.txt: it names a more than once\. Allowed: each class once"):
+        open_data(spec)
+    (tmp_path / "list.txt").write_text("\n")
+    with pytest.raises(PcqError, match="it names no class"):
+        open_data(spec)
+
+
 def test_folder_picks_its_split(tmp_path: Path) -> None:
     for split in ("train", "val"):
         picture(tmp_path / split / "cat" / f"{split}.png")

@@ -1,6 +1,7 @@
 """Folders of images: one subfolder a class, sorted by name, as torchvision's ImageFolder has it; or flat, no labels."""
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,9 +186,15 @@ def open_folder(
 
 def _names(path: Path) -> tuple[str, ...]:
     try:
-        return tuple(line.strip() for line in path.read_text("utf-8").splitlines() if line.strip())
+        names = tuple(line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise PcqError(f"the list of classes cannot be read: {error}", where=str(path)) from error
+    if not names:
+        raise PcqError("it names no class", where=str(path), allowed="the names of all class folders, one a line")
+    if again := [name for name, times in Counter(names).items() if times > 1]:
+        said = f"it names {', '.join(again[:5])} more than once"
+        raise PcqError(said, where=str(path), allowed="each class once")
+    return names
 
 
 def _listed(values: Sequence[float]) -> str:
