@@ -375,6 +375,12 @@ def test_arrays_of_every_layout() -> None:
     assert torch.equal(everything(from_arrays("a", "test", tokens, None))[0], torch.from_numpy(tokens).long())
 
 
+@pytest.mark.parametrize("option", [{"mean": 0.5}, {"std": 2}])
+def test_mean_and_std_of_tokens_are_refused(option: dict[str, float]) -> None:
+    with pytest.raises(PcqError, match=r"mean and std are given, but the samples are int32\. Allowed: .*8-bit"):
+        from_arrays("a", "test", np.array([[5, 7], [9, 11]], np.int32), None, **option)
+
+
 @pytest.mark.parametrize(
     ("arrays", "told"),
     [

@@ -133,6 +133,10 @@ def from_arrays(name: str, split: str, x: Any, y: Any, *, mean: Any = (0.0,), st
     shift, scale = (v.reshape(-1, *[1] * (samples.ndim - 2)) if samples.ndim > 1 else v for v in (means, stds))
     plain = not shift.any() and bool((scale == 1).all())
     tokens = not samples.is_floating_point() and samples.dtype != torch.uint8
+    if tokens and not plain:
+        said = f"mean and std are given, but the samples are {str(samples.dtype).removeprefix('torch.')}"
+        todo = "Leave mean and std out, or store the samples as float32"
+        raise PcqError(said, where=name, allowed="floating-point numbers or unsigned 8-bit images", todo=todo)
 
     def take(chosen: Sequence[int]) -> Tensor:
         part = samples[torch.as_tensor(chosen)]
