@@ -351,7 +351,17 @@ def test_folder_that_is_not_one(tmp_path: Path) -> None:
         open_data(f"folder:{tmp_path}")
 
 
-@pytest.mark.parametrize("names", [("x", "y"), ("images", "labels"), ("x_test", "y_test")])
+NPZ_NAMES = [
+    ("x", "y"),
+    ("images", "labels"),
+    ("x_test", "y_test"),
+    ("images", "y"),
+    ("x", "labels"),
+    ("data_test", "y_test"),
+]
+
+
+@pytest.mark.parametrize("names", NPZ_NAMES)
 def test_npz_round_trip(tmp_path: Path, names: tuple[str, str]) -> None:
     x, y = np.random.default_rng(0).normal(size=(5, 3, 4, 4)), np.array([0, 1, 2, 3, 1])
     np.savez(tmp_path / "d.npz", **{names[0]: x, names[1]: y, "x_train": x[:1]})
@@ -392,6 +402,8 @@ def test_mean_and_std_of_tokens_are_refused(option: dict[str, float]) -> None:
         ({"x": np.array([[0, 1], [2, np.nan], [np.inf, 0]])}, "2 of 3 samples hold NaN or infinity, such as sample 1"),
         ({"x": np.array(["a", "b"])}, "not made of numbers"),
         ({"x": np.array([{}, {}], dtype=object)}, r"holds Python objects\. Allowed: arrays of numbers"),
+        ({"x_test": np.zeros((2, 2)), "y": np.zeros(2)}, r"x_test has no labels, and y no samples.*\"y_test\""),
+        ({"x": np.zeros((2, 2)), "labels_train": np.zeros(2)}, "x has no labels, and labels_train no samples"),
         ({"x": np.ones((2, 2)) * 1j}, r"the numbers are complex\. Allowed: real ones"),
         ({"x": np.zeros((2, 2)), "y": np.ones(2) * 1j}, "the numbers are complex"),
         ({"images": np.zeros((2, 2)), "targets": np.zeros(2)}, "it holds images, targets. Allowed: x and y"),
@@ -433,8 +445,9 @@ def test_npz_in_the_byte_order_of_other_machines(tmp_path: Path) -> None:
 
 
 def test_npz_of_several_splits_without_labels(tmp_path: Path) -> None:
-    np.savez(tmp_path / "d.npz", x_train=np.zeros((3, 2)), x_test=np.zeros((2, 2)))
-    assert (open_data(f"npz:{tmp_path / 'd.npz'}").n, open_data(f"npz:{tmp_path / 'd.npz'}", "train").n) == (2, 3)
+    np.savez(tmp_path / "d.npz", x_train=np.zeros((3, 2)), y_train=np.zeros(3), x_test=np.zeros((2, 2)))
+    test, train = (open_data(f"npz:{tmp_path / 'd.npz'}", split) for split in ("test", "train"))
+    assert (test.n, test.labels, train.n, train.highest) == (2, None, 3, 0)
 
 
 def test_npz_missing_truncated_or_no_archive(tmp_path: Path) -> None:

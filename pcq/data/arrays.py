@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pcq.data.dataset import Data
-from pcq.data.inputs import Several, numbers, per_channel, tensor
+from pcq.data.inputs import LABELS, Several, numbers, per_channel, tensor
 from pcq.errors import CheckFailed, PcqError
 from pcq.spec import Spec, call, running
 
@@ -50,15 +50,19 @@ def open_npz(path: str, split: str, *, mean: Any = (0.0,), std: Any = (1.0,)) ->
         if isinstance(loaded, np.ndarray):
             raise PcqError("this is one array, not a file of named ones", where=str(file), todo="Use `np.savez`")
         with loaded as arrays:
-            tried = [(f"{a}_{split}", f"{b}_{split}") for a, b in NAMES] + list(NAMES)
-            names = next((pair for pair in tried if pair[0] in arrays.files), None)
+            tried = [(a, b, end) for end in (f"_{split}", "") for a, b in NAMES]
+            a, b, end = next((names for names in tried if names[0] + names[2] in arrays.files), ("", "", ""))
             unread = [name for name in arrays.files if SPLIT.sub("", name) not in ANY_NAME]
-            if names is None or (unread and names[1] not in arrays.files):  # labels under another name, or more inputs
+            if not a or (unread and b + end not in arrays.files):  # labels under another name, or more inputs
                 allowed = "x and y, images and labels, or x_test and y_test"
                 held = {name.removesuffix(f"_{split}"): arrays[name] for name in _of_split(arrays.files, split)}
                 raise Several(f"it holds {', '.join(held)}", held, where=str(file), allowed=allowed)
-            x = arrays[names[0]]
-            y = arrays[names[1]] if names[1] in arrays.files else None
+            labels = next((label + end for label in (b, *LABELS) if label + end in arrays.files), None)
+            if labels is None and (lost := _without_samples(arrays.files)):
+                said, todo = f"{a}{end} has no labels, and {lost} no samples", f'Call the labels "{b}{end}"'
+                raise PcqError(said, where=str(file), todo=todo)
+            x = arrays[a + end]
+            y = None if labels is None else arrays[labels]
     except PcqError:
         raise
     except ValueError as error:  # all that NumPy refuses for fear of pickles
@@ -79,6 +83,13 @@ def refuse(bad: Tensor, what: str, where: str) -> None:
     if lost := bad.reshape(len(bad), -1).any(1).nonzero().flatten().tolist():
         said = f"{len(lost)} of {len(bad):,} samples hold {what}, such as sample {lost[0]}"
         raise PcqError(said, where=where, todo="Repair them, or leave them out")
+
+
+def _without_samples(names: Sequence[str]) -> str | None:
+    """The first labels that have no samples of the same split."""
+    ends = {name: name.removeprefix(SPLIT.sub("", name)) for name in names}
+    sampled = {end for name, end in ends.items() if name.removesuffix(end) not in LABELS}
+    return next((name for name, end in ends.items() if end not in sampled), None)
 
 
 def _of_split(names: Sequence[str], split: str) -> list[str]:
