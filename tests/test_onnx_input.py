@@ -465,6 +465,8 @@ def test_detected_models_compute_the_same_bits(tmp_path: Path) -> None:
     array[0, 0] = np.inf
     model.graph.initializer[2].CopyFrom(numpy_helper.from_array(array, "w"))
     onnx.save(model, path)
+    with pytest.raises(PcqError, match="nothing is rounded with --detect"):
+        quantize_onnx(path, detect=True, calibration="random")
     planned = plan_onnx(path, None, detect=True)
     assert [entry.reason for entry in planned.plan.entries if isinstance(entry, Kept)] == ["it holds NaN or infinity"]
     with pytest.raises(PcqError, match="no weight has few enough different values"):

@@ -93,8 +93,6 @@ def quantize(
             raise PcqError("budgets are for checkpoints, and an ONNX model was given", where="--budget")
         if refine is not None:
             raise PcqError("blocks are refined in checkpoints, and an ONNX model was given", where="--refine")
-        if detect and calib is not None:
-            raise PcqError("nothing is rounded with --detect, so there is nothing to calibrate", where="--calib")
         planned = commands.plan_onnx(model, recipe, overrides=overrides or (), detect=detect)
         _onnx(planned, out, calibration, sample or [], force, dry_run, as_json)
         return

@@ -151,6 +151,8 @@ def run_onnx(
     start = time.perf_counter()
     path = Path(out) if out is not None else planned.model.with_suffix(f".{planned.recipe.name}.onnx")
     checkpoint.refuse_overwrite(path, ".onnx", inputs=[planned.model], force=force)
+    if calibration is not None and not planned.recipe.rules:
+        raise PcqError("nothing is rounded with --detect, so there is nothing to calibrate", where="--calib")
     opened = onnx_input.open_graph(planned.model)
     graph = opened.model.graph
     inputs = [value.name or "" for value in graph.inputs if value.name not in graph.initializers]
@@ -169,8 +171,7 @@ def run_onnx(
     raise_all(problems)
     progress("find inputs", 0, 1)
     trials = onnx_input.find_inputs(opened, given)
-    detected = not planned.recipe.rules  # and so nothing is rounded
-    made = None if calibration is None or detected else calibrated_onnx(planned, calibration, progress)
+    made = None if calibration is None else calibrated_onnx(planned, calibration, progress)
     for entry in entries:
         name = entry.parameter.name
         progress(f"quantizing {name}", done, total)
