@@ -42,15 +42,12 @@ def atomic(path: str | Path) -> Iterator[Path]:
             made = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
             mode = stat.S_IMODE(os.fstat(made).st_mode)
             os.close(made)
-            yield temporary
+            with room(target.parent):
+                yield temporary
             os.chmod(temporary, mode)  # safetensors puts a file that only its owner may read in its place
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, target)
-        except Exception as error:
-            if filled(error, target.parent):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
-            raise
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
@@ -65,9 +62,17 @@ def atomic(path: str | Path) -> Iterator[Path]:
             os.close(folder)
 
 
-def filled(error: Exception, folder: Path) -> bool:
-    """Whether a library failed for want of room, by an exception of its own: safetensors, torch."""
-    return not isinstance(error, OSError | PcqError) and shutil.disk_usage(folder).free < LEFT
+@contextlib.contextmanager
+def room(folder: Path) -> Iterator[None]:
+    """Within it a library that lacks room and raises an error of its own (safetensors, torch) raises OSError."""
+    try:
+        yield
+    except (OSError, PcqError):
+        raise
+    except Exception as error:
+        if shutil.disk_usage(folder).free < LEFT:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise
 
 
 def _beside(target: Path, chance: str) -> Path:

@@ -86,9 +86,9 @@ __device__ __forceinline__ float mapped(float w, const Weight& weight, long long
     low = levels[0], high = levels[weight.count - 1];
     inside = m.identity ? clamped(w, low, high) : listed(w, levels, weight.count, m);
   }
+  if (!beyond) return inside;
   float rest = __fsub_rn(w, clamped(w, low, high));
-  if (!beyond || rest == 0) return inside;
-  if (m.rho > 0) {
+  if (rest != 0 && m.rho > 0) {
     float unit = 1;
     if (weight.even) {
       unit = weight.levels[row] / 2;

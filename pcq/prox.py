@@ -119,7 +119,7 @@ class BinaryRelax:
     relative: bool = True
 
     def shifts(self, strength: float) -> Shifts:
-        return Shifts(0.0, strength, _unit(self.relative), 0.0 if self.clip else 1.0 - strength)
+        return L(0.0, 1.0, self.relative, self.clip).shifts(strength)
 
 
 @dataclass(frozen=True)

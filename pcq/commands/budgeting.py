@@ -77,6 +77,10 @@ class Allocation:
     note: str
     calibrated: "Calibrated | None"
 
+    def exceeded_by(self, size: int) -> bool:
+        """Whether a file of ``size`` bytes is larger than a budget of bytes."""
+        return isinstance(parse_budget(self.budget), Bytes) and size > self.limit
+
 
 def everything(budget: str) -> Recipe:
     """The recipe where only a budget is given: levels for every weight that can have them."""

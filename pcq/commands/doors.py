@@ -1,6 +1,5 @@
 """Other ways out of an artifact: a float state dict, a folder for compressed-tensors."""
 
-import errno
 import json
 import os
 import secrets
@@ -16,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pcq import checkpoint
-from pcq.atomic import filled, unwritable
+from pcq.atomic import room, unwritable
 from pcq.checkpoint import compressed
 from pcq.commands.networks import load_network
 from pcq.errors import CheckFailed, PcqError
@@ -163,7 +162,8 @@ def _write_folder(path: Path, tensors: dict[str, Tensor], described: str) -> Non
     try:
         try:
             draft.mkdir(mode=0o700)
-            save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
+            with room(draft.parent):
+                save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
             (draft / "config.json").write_text(described)
             mode = stat.S_IMODE((draft / "config.json").stat().st_mode)
             (draft / "model.safetensors").chmod(mode)  # safetensors lets only its owner read it
@@ -171,10 +171,6 @@ def _write_folder(path: Path, tensors: dict[str, Tensor], described: str) -> Non
             if path.exists():
                 shutil.rmtree(path)
             os.replace(draft, path)
-        except Exception as error:
-            if filled(error, draft.parent):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
-            raise
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     except OSError as error:

@@ -136,9 +136,7 @@ def export_onnx(
     stored = checkpoint.read_artifact(source)
     refuse(stored.quantized, goal, layout, level)
     network = load_network(stored, source, arch)
-    given = () if example is None else first(example, network.module)
-    if given and input_shape:
-        raise PcqError("the example says the shapes of the inputs", where="--input", todo="Leave it out")
+    given = first(example, network.module, input_shape)
     shape = tuple(given[0].shape[1:]) if len(given) == 1 else tuple(input_shape) if input_shape else network.input_shape
     named = isinstance(network.inputs, dict)
     if (named or len(network.inputs) > 1) and input_shape:
@@ -209,11 +207,19 @@ FIRST = 4
 """Samples of an example."""
 
 
-def first(spec: str, module: nn.Module) -> tuple[Tensor, ...]:
-    """The first samples of the data: a tensor for each input, in the order of the network's."""
+def first(spec: str | None, module: nn.Module, input_shape: Sequence[int] | None) -> tuple[Tensor, ...]:
+    """The first samples of the data: a tensor for each input, in the order of the network's; empty without data.
+
+    Raises:
+        PcqError: the data is not usable, or a shape is given too.
+    """
     from pcq.data import open_data
     from pcq.data.inputs import Several, inputs
 
+    if spec is None:
+        return ()
+    if input_shape:
+        raise PcqError("the example says the shapes of the inputs", where="--input", todo="Leave it out")
     try:
         data = open_data(spec, "train")
     except Several as several:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from pcq import checkpoint, models, qtensor, shards
 from pcq.atomic import held, sweep
-from pcq.budget import Bytes, parse_budget
 from pcq.commands import starting
 from pcq.commands.budgeting import Allocation, allocate, named
 from pcq.commands.calibrating import Calibrated, Calibration
@@ -318,7 +317,7 @@ def _finetune(
 
 def over(allocation: Allocation | None, size: int) -> tuple[str, ...]:
     """What to say where ranges of activations, which no allocation knows, make the file larger than the budget."""
-    if allocation is None or not isinstance(parse_budget(allocation.budget), Bytes) or size <= allocation.limit:
+    if allocation is None or not allocation.exceeded_by(size):
         return ()
     return (f"The artifact takes {size:,} bytes, more than {allocation.budget}: ranges of activations are in it too.",)
 
@@ -430,8 +429,8 @@ def fingerprint(
         samples.update(f"{part.n} {part.shape}".encode())
         if part.labels is not None:
             samples.update(part.labels.numpy().tobytes())
-        for some in (0, *range(part.n - 1, 0, -max(1, part.n // LOOKED_AT))):
-            samples.update(part.take([some]).numpy().tobytes())
+        looked_at = [0, *range(part.n - 1, 0, -max(1, part.n // LOOKED_AT))]
+        samples.update(part.take(looked_at).numpy().tobytes())
     weights = hashlib.sha256()
     for name in planned.source.names:
         weights.update(name.encode())

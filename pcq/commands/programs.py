@@ -59,10 +59,7 @@ def export_pt2(
         made = _of_program(stored.exported_program(), source)
     else:
         network = load_network(stored, source, arch)
-        given = () if example is None else first(example, network.module)
-        if given and input_shape:
-            raise PcqError("the example says the shapes of the inputs", where="--input", todo="Leave it out")
-        made = _of_network(network, source, input_shape, given)
+        made = _of_network(network, source, input_shape, first(example, network.module, input_shape))
     with checkpoint.atomic(path) as draft:
         with tempfile.TemporaryDirectory() as folder:  # torch insists on the suffix
             place = Path(folder) / "program.pt2"

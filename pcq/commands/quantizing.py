@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from pcq import checkpoint, models, sources
-from pcq.budget import Bytes, parse_budget
 from pcq.commands.budgeting import Allocation, allocate, everything, named
 from pcq.commands.calibrating import Calibrated, Calibration, calibrated, stored
 from pcq.commands.networks import architecture
@@ -196,7 +195,7 @@ def run(
                 ledger.append(ledger_row(done))
             yield done.name, done.value
 
-    if allocation is not None and isinstance(parse_budget(allocation.budget), Bytes) and predicted > allocation.limit:
+    if allocation is not None and allocation.exceeded_by(predicted):
         raise CheckFailed(f"the artifact takes {predicted:,} bytes, more than {allocation.budget}", where=str(path))
     size = checkpoint.write_artifact(path, header, tensors())
     weights = sum(math.prod(row.shape) for row in ledger)

@@ -221,13 +221,22 @@ def not_onnx(path: Path) -> PcqError:
     return unfetched(path, head) or PcqError("is not an ONNX file", where=str(path))
 
 
-def _load(path: Path) -> onnx.ModelProto:
+def load(path: Path) -> onnx.ModelProto:
+    """What is in the file, but for external data.
+
+    Raises:
+        PcqError: it cannot be read, or is no ONNX file.
+    """
     try:
-        model = onnx.load_model(path, load_external_data=False)
+        return onnx.load_model(path, load_external_data=False)
     except OSError as error:
         raise PcqError(f"cannot be read ({error.strerror or error})", where=str(path)) from error
     except Exception as error:  # protobuf's DecodeError has no public home
         raise not_onnx(path) from error
+
+
+def _load(path: Path) -> onnx.ModelProto:
+    model = load(path)
     if not model.ir_version or not model.HasField("graph"):
         raise not_onnx(path)
     return model

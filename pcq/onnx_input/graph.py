@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from pcq.errors import PcqError
 from pcq.export.facts import LOCAL_FUNCTION_IR, oldest
-from pcq.export.reading import not_onnx
+from pcq.export.reading import load, not_onnx
 from pcq.export.scheme import KEY
 
 OPSET = 12
@@ -105,18 +105,14 @@ def read(path: Path) -> ir.Model:
     Raises:
         PcqError: it cannot be read, is no ONNX file, or has sparse tensors.
     """
+    proto = load(path)
+    _refuse_sparse(path, proto)
     try:
-        proto = onnx.load_model(path, load_external_data=False)
-        _refuse_sparse(path, proto)
         model = ir.from_proto(proto)
         ir.external_data.set_base_dir(model.graph, path.parent)
-        return model
-    except PcqError:
-        raise
-    except OSError as error:
-        raise PcqError(f"cannot be read ({error.strerror or error})", where=str(path)) from error
-    except Exception as error:  # protobuf's DecodeError has no public home, and onnx_ir wraps what it meets
+    except Exception as error:  # onnx_ir wraps what it meets
         raise not_onnx(path) from error
+    return model
 
 
 def constants(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:

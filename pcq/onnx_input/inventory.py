@@ -21,6 +21,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from pcq.export import reading
 from pcq.onnx_input.chains import Chain, chain_to, constant_ints, stored_in, users
 from pcq.onnx_input.graph import Opened, constants, free, nodes, values
 from pcq.rules import Parameter
@@ -33,10 +34,7 @@ NORMS = {"BatchNormalization", "InstanceNormalization", "LayerNormalization", "G
 SMALL = 64
 """Constants of fewer numbers than this are not listed: shapes, epsilons."""
 
-PARTS = {
-    "packed", "scale", "zero_point", "levels", "transposed", "turned", "shape", "shaped", "float", "float16",
-    "bfloat16", "double",
-}  # fmt: skip
+PARTS = {*reading.PARTS, "transposed", "turned", "shape", "shaped", "float", "float16", "bfloat16", "double"}
 """What values are called behind the name of the weight that they are made of when it is packed."""
 
 
