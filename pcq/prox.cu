@@ -109,7 +109,7 @@ struct Batch {
   int count;
 };
 
-#ifdef THREADS
+#ifndef HOST
 __device__ __forceinline__ long long row(long long at, const Weight& weight) {
   if (!weight.apart) return 0;
   return (long long)weight.g * weight.n <= 0x7fffffff ? (unsigned)at / (unsigned)weight.n : at / weight.n;

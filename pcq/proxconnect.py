@@ -22,7 +22,7 @@ from pcq.methods import METHODS, Method, SignSwish
 from pcq.plan import Plan
 from pcq.prox import Hard, Prox, proximal
 from pcq.qtensor import QuantizedTensor
-from pcq.refit import following, refit_weight
+from pcq.refit import Refitted, following, refit_together, refit_weight
 from pcq.rows import Rows
 from pcq.schedules import Linear, Schedule
 
@@ -219,10 +219,34 @@ class ProxConnect:
             self._exchange(to_model=False)
         for weight in self._weights.values():
             weight.mu += rates[id(weight.parameter)]
-            if refits:
-                latent = weight.whole(self._latent(weight))
-                weight.grid = refit_weight(weight.quantizer, latent, weight.grid, weight.rows)
+        if refits:
+            self._refit_all()
         self._map_all()
+
+    def _refit_all(self) -> None:
+        """Refit every weight's levels to its latent; on a GPU, all at once that can be."""
+        alone = list(self._weights.values())
+        if not swaps(alone[0].parameter):
+            alone = self._refit_together(alone)
+        for weight in alone:
+            latent = weight.whole(self._latent(weight))
+            weight.grid = refit_weight(weight.quantizer, latent, weight.grid, weight.rows)
+
+    def _refit_together(self, weights: list[_Tracked]) -> list[_Tracked]:
+        """Refit those that two launches refit; the others are left, and given."""
+        together, rest = list[tuple[_Tracked, Refitted]](), []
+        for weight in weights:
+            rows = weight.view(self._latent(weight))
+            asked = None if rows is None else Refitted(weight.quantizer, rows, weight.grid)
+            here = weight.parameter.device == weights[0].parameter.device and weight.rows.tail == weight.rows.width
+            if asked is not None and here and asked.at_once:
+                together.append((weight, asked))
+            else:
+                rest.append(weight)
+        if together:
+            for (weight, _), grid in zip(together, refit_together([asked for _, asked in together]), strict=True):
+                weight.grid = grid
+        return rest
 
     def _exchange(self, to_model: bool) -> None:
         """The parameters get the hidden values for the optimizer to update, or their own again after that."""

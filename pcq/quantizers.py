@@ -43,12 +43,15 @@ _CHUNK = 2**19  # weights that are worked on at a time, in whole rows
 class Binary:
     """Levels ``-v, v`` with v the mean magnitude: the least-squares optimum (arXiv 1603.05279)."""
 
+    per_magnitude = 2.0
+    """The scale is this many mean magnitudes; None, in other quantizers: it does not go by these alone."""
+
     @property
     def text(self) -> str:
         return "binary"
 
     def fit(self, rows: Tensor) -> Affine:
-        (scale,) = _by_chunk(rows, lambda chunk: (_mean_magnitude(chunk) * 2,))
+        (scale,) = _by_chunk(rows, lambda chunk: (_mean_magnitude(chunk) * self.per_magnitude,))
         return Affine(scale, 0.5, 2)
 
 
@@ -75,9 +78,17 @@ class Ternary:
     def text(self) -> str:
         return "ternary" if self.scale == "auto" else f"ternary, {self.scale} scale"
 
+    @property
+    def per_magnitude(self) -> float | None:
+        return 1.1 if self.scale == "mean" else None
+
     def fit(self, rows: Tensor) -> Affine:
-        (scale,) = _by_chunk(rows, _mean_ternary if self.scale == "mean" else _ternary)
+        (scale,) = _by_chunk(rows, self._mean if self.scale == "mean" else _ternary)
         return Affine(scale, 1.0, 3)
+
+    def _mean(self, chunk: Tensor) -> tuple[Tensor]:
+        assert self.per_magnitude is not None
+        return ((_mean_magnitude(chunk) * self.per_magnitude).clamp(max=torch.finfo(chunk.dtype).max),)
 
 
 @dataclass(frozen=True)
@@ -161,9 +172,17 @@ class Uniform:
         middle = (count - 1) / 2 if zero_steps(count) == 2 else count / 2
         return middle, torch.arange(count, dtype=torch.float64, device=rows.device) - middle
 
+    @property
+    def per_magnitude(self) -> float | None:
+        return self._gaussian if self.symmetric and self.scale == "mean" else None
+
+    @property
+    def _gaussian(self) -> float:
+        return GAUSSIAN_STEP[self.bits - 1] * math.sqrt(math.pi / 2)
+
     def _step(self, rows: Tensor) -> Tensor:
         """The step that suits Gaussian weights of the mean magnitude of ``rows``: float64 ``[c]``."""
-        return _mean_magnitude(rows) * (GAUSSIAN_STEP[self.bits - 1] * math.sqrt(math.pi / 2))
+        return _mean_magnitude(rows) * self._gaussian
 
     def _affine(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         top = 2**self.bits - 1
@@ -312,10 +331,6 @@ def _by_chunk(rows: Tensor, kernel: Kernel, reach: float = 1.0) -> tuple[Tensor,
 
 def _mean_magnitude(rows: Tensor) -> Tensor:
     return power_sum(rows, 1) / rows.shape[1]
-
-
-def _mean_ternary(chunk: Tensor) -> tuple[Tensor]:
-    return ((_mean_magnitude(chunk) * 1.1).clamp(max=torch.finfo(chunk.dtype).max),)
 
 
 def _ternary(rows: Tensor) -> tuple[Tensor]:

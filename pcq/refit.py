@@ -3,14 +3,22 @@
 An exact least-squares fit sorts every row, some 160 copies of the weights. While weights train they move little, so it
 is enough to alternate: take the nearest codes once, then the levels of least squared error for these codes. Neither
 half raises the error, so a refit is never worse than the levels it starts from.
+
+For all of these rules, how many weights of a row are nearest to each level, and their sum, are all that is needed of
+the weights. On a GPU they are summed for many weights at once, and :func:`refit_together` is as many launches for a
+network as for one weight.
 """
 
 import itertools
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pcq import qtensor
+from pcq import qtensor, refit_gpu
 from pcq.grids import Affine, Codebook, Grid, interleave
 from pcq.prox import CHUNK, FEW, blocks
 from pcq.quantizers import AdditivePowersOfTwo, Fixed, KMeans, LeastSquaresBinary, Ternary, Uniform
@@ -30,26 +38,44 @@ def refit(quantizer: qtensor.Quantizer, rows: Tensor, grid: Grid) -> Grid:
     here, is fitted anew; zero points are kept. Rows whose weights all have one code are fitted anew too, so that none
     stays stuck at zero.
     """
+    if not follows(quantizer, grid):
+        return quantizer.fit(rows)
+    if isinstance(grid, Affine):
+        scale, stuck = _ratio(*_affine_sums(rows, grid), grid.scale)
+        moved: Grid = Affine(scale, grid.zero_point, grid.count)
+    else:
+        moved, stuck = _moved(quantizer, grid, *_cells(rows, grid))
+    return _with_rows(moved, stuck, quantizer.fit(rows[stuck])) if bool(stuck.any()) else moved
+
+
+def follows(quantizer: qtensor.Quantizer, grid: Grid) -> bool:
+    """Whether the levels are those of least squares for the codes of the last ones."""
     match quantizer, grid:
         case ((Ternary(scale="auto" | "mse") | Uniform(scale="mse")), Affine()):
-            scale, stuck = _affine_scale(rows, grid)
-            moved: Grid = Affine(scale, grid.zero_point, grid.count)
-        case ((AdditivePowersOfTwo() | Fixed(scale="mse")), Codebook()) if grid.scale is not None:
-            counts, sums = _cells(rows, grid)
-            table = grid.table.double()
-            scale, stuck = _ratio((table * sums).sum(1), (table.square() * counts).sum(1), grid.scale)
-            moved = Codebook(grid.table, scale)
-        case KMeans(), Codebook():
-            counts, sums = _cells(rows, grid)
-            means = torch.where(counts > 0, sums / counts.clamp(min=1), grid.table.double())
-            moved = Codebook(means.float())
-            stuck = ((counts > 0).sum(1) < 2) | (grid.table[:, 0] == grid.table[:, -1])
-        case LeastSquaresBinary(), Codebook():
-            table, stuck = _binary_levels(grid.table.double(), *_cells(rows, grid))
-            moved = Codebook(table.float())
-        case _:
-            return quantizer.fit(rows)
-    return _with_rows(moved, stuck, quantizer.fit(rows[stuck])) if bool(stuck.any()) else moved
+            return True
+        case ((AdditivePowersOfTwo() | Fixed(scale="mse")), Codebook()):
+            return grid.scale is not None
+        case ((KMeans() | LeastSquaresBinary()), Codebook()):
+            return True
+    return False
+
+
+def _moved(quantizer: qtensor.Quantizer, grid: Grid, counts: Tensor, sums: Tensor) -> tuple[Grid, Tensor]:
+    """The levels of least squares where ``counts`` weights of a row have each code, with these ``sums``: float64
+    ``[g, k]`` each; and the rows for which these say nothing."""
+    if isinstance(grid, Affine):
+        units = torch.arange(grid.count, dtype=torch.float64, device=counts.device) - grid.zeros()
+        scale, stuck = _ratio((units * sums).sum(1), (units.square() * counts).sum(1), grid.scale)
+        return Affine(scale, grid.zero_point, grid.count), stuck
+    table = grid.table.double()
+    if grid.scale is not None:
+        scale, stuck = _ratio((table * sums).sum(1), (table.square() * counts).sum(1), grid.scale)
+        return Codebook(grid.table, scale), stuck
+    if isinstance(quantizer, KMeans):
+        means = torch.where(counts > 0, sums / counts.clamp(min=1), table)
+        return Codebook(means.float()), ((counts > 0).sum(1) < 2) | (grid.table[:, 0] == grid.table[:, -1])
+    levels, stuck = _binary_levels(table, counts, sums)
+    return Codebook(levels.float()), stuck
 
 
 def refit_weight(quantizer: qtensor.Quantizer, weight: Tensor, grid: Grid, rows: Rows) -> Grid:
@@ -66,13 +92,100 @@ def refit_weight(quantizer: qtensor.Quantizer, weight: Tensor, grid: Grid, rows:
     return interleave(main, tail, rows.channels)
 
 
+@dataclass(frozen=True)
+class Refitted:
+    """One weight whose levels are to be refitted: its rows ``[g, n]``, their quantizer and the levels last used."""
+
+    quantizer: qtensor.Quantizer
+    rows: Tensor
+    grid: Grid
+
+    @property
+    def at_once(self) -> bool:
+        """Whether :func:`refit_together` takes it."""
+        by_sums = _per_magnitude(self.quantizer) is not None or follows(self.quantizer, self.grid)
+        return by_sums and self.grid.g == len(self.rows) and refit_gpu.fits(self.rows, self.grid.count)
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Weights of one kind have levels of one form."""
+        zero = getattr(self.grid, "zero_point", None)
+        return self.quantizer, type(self.grid), self.grid.count, zero.dtype if isinstance(zero, Tensor) else zero
+
+
+@torch.no_grad()
+def refit_together(weights: Sequence[Refitted]) -> list[Grid]:
+    """:func:`refit` of weights that are ``at_once``, all on one GPU."""
+    kinds = defaultdict[tuple[Any, ...], list[int]](list)
+    for i, weight in enumerate(weights):
+        kinds[weight.kind].append(i)
+    ordered = [i for some in kinds.values() for i in some]
+    joined = [_joined([weights[i].grid for i in some]) for some in kinds.values()]
+    levels = []
+    for some, grid in zip(kinds.values(), joined, strict=True):
+        if _per_magnitude(weights[some[0]].quantizer) is None:
+            levels += grid.levels().split([len(weights[i].rows) for i in some])
+        else:
+            levels += [weights[some[0]].rows.new_tensor([[-1.0, 1.0]])] * len(some)  # sums on both sides of zero
+    counts, sums = refit_gpu.cells([(weights[i].rows, own) for i, own in zip(ordered, levels, strict=True)])
+    found: dict[int, Grid] = {}
+    begin = 0
+    for some, grid in zip(kinds.values(), joined, strict=True):
+        here = slice(begin, begin := begin + grid.g)
+        moved, stuck = _by_sums(weights[some[0]].quantizer, grid, counts[here], sums[here])
+        rows = [len(weights[i].rows) for i in some]
+        for i, own in zip(some, _parted(moved, rows), strict=True):
+            found[i] = own
+        if stuck is not None and bool(stuck.any()):
+            for i, which in zip(some, stuck.split(rows), strict=True):
+                if bool(which.any()):
+                    found[i] = _with_rows(found[i], which, weights[i].quantizer.fit(weights[i].rows[which]))
+    return [found[i] for i in range(len(weights))]
+
+
+def _by_sums(quantizer: qtensor.Quantizer, grid: Grid, counts: Tensor, sums: Tensor) -> tuple[Grid, Tensor | None]:
+    factor = _per_magnitude(quantizer)
+    if factor is None:
+        return _moved(quantizer, grid, counts[:, : grid.count], sums[:, : grid.count])
+    assert isinstance(grid, Affine), grid
+    mean = (sums[:, 1] - sums[:, 0]) / counts.sum(1)
+    return Affine((mean * factor).clamp(max=torch.finfo(torch.float32).max).float(), grid.zero_point, grid.count), None
+
+
+def _per_magnitude(quantizer: qtensor.Quantizer) -> float | None:
+    """Mean magnitudes of the weights to a scale, where that is all the levels go by."""
+    return getattr(quantizer, "per_magnitude", None)
+
+
+def _joined(grids: Sequence[Grid]) -> Grid:
+    """The grid of the rows of all."""
+    first = grids[0]
+    if isinstance(first, Affine):
+        zeros = [grid.zero_point for grid in grids if isinstance(grid, Affine)]
+        zero = torch.cat(zeros) if isinstance(zeros[0], Tensor) else zeros[0]  # type: ignore[arg-type]
+        return Affine(torch.cat([grid.scale for grid in grids if grid.scale is not None]), zero, first.count)
+    if first.scale is not None and first.table.shape[0] == 1:  # the same for all that the quantizer fits
+        return Codebook(first.table, torch.cat([grid.scale for grid in grids if grid.scale is not None]))
+    tables = torch.cat([grid.table for grid in grids if isinstance(grid, Codebook)])
+    return Codebook(tables, None if first.scale is None else torch.cat([g.scale for g in grids if g.scale is not None]))
+
+
+def _parted(grid: Grid, rows: Sequence[int]) -> list[Grid]:
+    """The grids of so many rows each."""
+    ends = list(itertools.accumulate(rows))
+    if len(rows) == 1:
+        return [grid]
+    return [grid.map(lambda t, a=end - n, b=end: t[a:b]) for n, end in zip(rows, ends, strict=True)]  # type: ignore[misc]
+
+
 def _ratio(above: Tensor, below: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
     """Least-squares scale, and which rows have none."""
     stuck = ~((above > 0) & (below > 0) & (before > 0))
     return torch.where(stuck, before.double(), above / torch.where(below > 0, below, 1.0)).float(), stuck
 
 
-def _affine_scale(rows: Tensor, grid: Affine) -> tuple[Tensor, Tensor]:
+def _affine_sums(rows: Tensor, grid: Affine) -> tuple[Tensor, Tensor]:
+    """``<weights, codes>`` and ``<codes, codes>`` of each row, codes counted from the zero point: float64 ``[g]``."""
     step = torch.where(grid.scale > 0, grid.scale, 1.0)[:, None]
     zero = grid.zeros()
     above, below = rows.new_zeros(2, rows.shape[0], dtype=torch.float64)
@@ -84,7 +197,7 @@ def _affine_scale(rows: Tensor, grid: Affine) -> tuple[Tensor, Tensor]:
         code.round_().clamp_(0, grid.count - 1).sub_(zero[which])
         above[which] += torch.linalg.vecdot(weights, code)
         below[which] += torch.linalg.vecdot(code, code)
-    return _ratio(above, below, grid.scale)
+    return above, below
 
 
 def _cells(rows: Tensor, grid: Codebook) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """What every test runs in: one thread a process, its own random numbers, torch.onnx's translations parsed once."""
 
+import ctypes
 import gc
 import os
 import random
@@ -46,3 +47,11 @@ def _translations_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_2_5, "get_torchlib_ops", translations)
         yield
+
+
+@pytest.fixture(scope="session")
+def host(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ctypes.CDLL]:
+    """The GPU's kernels, compiled for the CPU: a library for each ``.cu`` file."""
+    from tests.kernel_source import compiled
+
+    return compiled(tmp_path_factory.mktemp("kernel"))
