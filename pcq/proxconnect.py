@@ -93,6 +93,7 @@ class _Tracked:
         self.parameter, self.rows = target.parameter, target.rows
         follows = refitted and target.grid is None and method.updates == "latent" and not method.posttraining
         self.quantizer = following(target.quantizer) if follows else target.quantizer
+        self.swaps = swaps(target.parameter)
         self.shown = shards.local(target.parameter.data)
         self.hidden = self.shown.clone() if method.gradient_at != method.updates else None
         self.grid: Grid = target.grid or qtensor.fit(self.quantizer, self.whole(self.shown), self.rows)
@@ -179,6 +180,7 @@ class ProxConnect:
         self._asked = 0
         self._batch: tuple[list[Grid], prox_gpu.Batch | None, list[_Tracked]] | None = None
         self._weights = {name: _Tracked(target, method, refit is not None) for name, target in weights.items()}
+        self._groups = self._grouped()
         for weight in self._weights.values():
             self._map_hidden(weight)
         self._hooks = (
@@ -213,20 +215,27 @@ class ProxConnect:
         if self._skips:
             return
         self.step += 1
-        rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+        if self._groups[0] is not optimizer.param_groups:  # loaded anew
+            self._groups = self._grouped()
         refits = self.refit is not None and self.step % self.refit == 0 and not self.method.posttraining
         if self.method.updates == "latent":
             self._exchange(to_model=False)
-        for weight in self._weights.values():
-            weight.mu += rates[id(weight.parameter)]
+        for weight, group in self._groups[1]:
+            weight.mu += float(group["lr"])
         if refits:
             self._refit_all()
         self._map_all()
 
+    def _grouped(self) -> tuple[list[dict[str, Any]], list[tuple[_Tracked, dict[str, Any]]]]:
+        """The optimizer's groups, and that of each weight."""
+        groups = self.optimizer.param_groups
+        of = {id(parameter): group for group in groups for parameter in group["params"]}
+        return groups, [(weight, of[id(weight.parameter)]) for weight in self._weights.values()]
+
     def _refit_all(self) -> None:
         """Refit every weight's levels to its latent; on a GPU, all at once that can be."""
         alone = list(self._weights.values())
-        if not swaps(alone[0].parameter):
+        if not alone[0].swaps:
             alone = self._refit_together(alone)
         for weight in alone:
             latent = weight.whole(self._latent(weight))
@@ -254,7 +263,7 @@ class ProxConnect:
         for weight in self._weights.values():
             if weight.hidden is None:
                 continue
-            if self.method.updates == "latent" and swaps(weight.parameter):
+            if self.method.updates == "latent" and weight.swaps:
                 weight.parameter.data = weight.hidden if to_model else weight.shown
             else:
                 copied.append((weight.shown, weight.hidden) if to_model else (weight.hidden, weight.shown))
@@ -288,14 +297,14 @@ class ProxConnect:
         if self.method.posttraining:
             return
         weights = list(self._weights.values())
-        if not swaps(weights[0].parameter):
+        if not weights[0].swaps:
             weights = self._map_together(weights)
         for weight in weights:
             self._map(weight, *self._move(weight))
 
     def _map_together(self, weights: list[_Tracked]) -> list[_Tracked]:
         """Map those that one launch can map; the others are left, and given."""
-        strengths = {self.strength(weight.mu) for weight in weights}
+        strengths = {self.strength(mu) for mu in {weight.mu for weight in weights}}
         if len(strengths) > 1 or (isinstance(self.method.prox, SignSwish) and min(strengths) < 1):
             return weights
         shifts = self._prox().shifts(strengths.pop())

@@ -413,6 +413,21 @@ def test_grad_scaler_with_a_power_of_two_changes_no_bit() -> None:
     same(*ends)
 
 
+def test_mu_sums_the_rates_of_an_optimizer_that_was_loaded_anew_too() -> None:
+    model = network()
+    first, second = ([p] for p in model.parameters())
+    optimizer = torch.optim.SGD([{"params": first, "lr": 0.5}, {"params": second, "lr": 0.25}])
+    hooked = ProxConnect(optimizer, weights(model), METHODS["proxconnect"], steps=STEPS)
+    train(model, optimizer, stop=1)
+    state = optimizer.state_dict()
+    state["param_groups"][1]["lr"] = 2.0
+    optimizer.load_state_dict(state)
+    train(model, optimizer, stop=1)
+    optimizer.param_groups[0]["lr"] = 1.0
+    train(model, optimizer, stop=1)
+    assert [weight["mu"] for weight in hooked.state_dict()["weights"].values()] == [1 + 0.5 + 0.5 + 1, 1 + 0.25 + 2 + 2]
+
+
 def test_accumulation_clipping_scheduler_and_autocast_around_an_attached_optimizer() -> None:
     def run(attach: bool) -> list[Tensor]:
         model = network()
