@@ -14,6 +14,7 @@ from pcq import cli
 from pcq import tape as tapes
 from pcq.commands import Calibration
 from pcq.commands.calibrating import draw_inputs
+from pcq.commands.exporting import Int8
 from pcq.errors import PcqError
 
 
@@ -294,6 +295,95 @@ def test_what_several_inputs_are_has_to_be_said(model: Path, tmp_path: Path) -> 
     np.savez(tmp_path / "one.npz", x=np.zeros((9, 6), int))
     with pytest.raises(PcqError, match="takes 2 inputs"):
         pcq.export_onnx(made.path, arch=arch, example=f"npz:{tmp_path / 'one.npz'}")
-    spec, _, _ = _labelled(tmp_path)
-    with pytest.raises(PcqError, match="2 inputs"):
-        pcq.export_onnx(made.path, arch=arch, example=f"npz:{spec}", int8=pcq.commands.Int8())
+
+
+class Pair(nn.Module):
+    """Two pictures, each through a convolution of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.left, self.right = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(1, 8, 3, padding=1)
+        self.out = nn.Linear(16, 5)
+
+    def forward(self, colour: Tensor, grey: Tensor) -> Tensor:
+        both = torch.cat([self.left(colour).relu(), self.right(grey).relu()], 1)
+        return self.out(both.mean((2, 3)))
+
+
+def packed(folder: Path, network: nn.Module, recipe: str = "w8") -> Path:
+    save_file(network.state_dict(), folder / "float.safetensors")
+    spec = f"{__file__}:{type(network).__name__}"
+    return pcq.quantize(folder / "float.safetensors", recipe, arch=spec, out=folder / "packed.safetensors").path
+
+
+def pictures(folder: Path, **changes: Tensor) -> str:
+    g = torch.Generator().manual_seed(2)
+    arrays = {"grey": 3 * torch.randn(50, 1, 8, 8, generator=g), "colour": torch.randn(50, 3, 8, 8, generator=g)}
+    with torch.no_grad():
+        arrays["labels"] = Pair()(arrays["colour"], arrays["grey"]).argmax(1)
+    np.savez(folder / "pictures.npz", **{name: array.numpy() for name, array in (arrays | changes).items()})
+    return f"npz:{folder / 'pictures.npz'}"
+
+
+def test_int8_of_several_inputs_has_the_ranges_of_each(tmp_path: Path) -> None:
+    spec, artifact = pictures(tmp_path), packed(tmp_path, Pair())
+    made = pcq.export_onnx(artifact, tmp_path / "x.onnx", int8=Int8(spec, samples=20, ranges="minmax", max_drop=10))
+    assert made.int8 is not None
+    assert [layer.activations for layer in made.int8.layers] == ["static"] * 3
+    assert made.int8.drop is not None
+    assert made.int8.drop.n == 20
+    assert made.int8.drop.relative_l2 < 0.02
+    assert made.int8.drop.exact is not None
+    assert "20 samples" in made.data
+    scored = pcq.evaluate(tmp_path / "x.onnx", spec).scores
+    assert scored.top1 is not None
+    assert scored.top1 >= 90
+
+
+def test_int8_of_several_inputs_falls_back_layer_by_layer(tmp_path: Path) -> None:
+    spec, artifact = pictures(tmp_path), packed(tmp_path, Pair(), "ternary-all")
+    wild = torch.randn(50, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    wild[::7] *= 300  # so wide that the other samples' numbers have few codes
+    spec = pictures(tmp_path, colour=wild)
+    made = pcq.export_onnx(artifact, tmp_path / "x.onnx", int8=Int8(spec, samples=20, ranges="minmax", max_drop=4))
+    assert made.int8 is not None
+    assert made.int8.fallen_back == ("left.weight",)
+
+
+def test_int8_of_tokens_and_masks_needs_no_ranges(tmp_path: Path) -> None:
+    artifact = packed(tmp_path, Masked())
+    np.savez(tmp_path / "tokens.npz", **{name: array.numpy() for name, array in _samples().items()})
+    made = pcq.export_onnx(artifact, tmp_path / "x.onnx", int8=Int8(f"npz:{tmp_path / 'tokens.npz'}", samples=16))
+    assert made.int8 is not None
+    assert [layer.activations for layer in made.int8.layers] == [None, "dynamic", "dynamic"]
+    assert made.int8.drop is not None
+    assert made.int8.drop.agreement is not None
+    exact = pcq.export_onnx(artifact, tmp_path / "y.onnx", example=f"npz:{tmp_path / 'tokens.npz'}", int8=Int8())
+    assert exact.int8 is not None
+    assert exact.int8.drop is None
+
+
+def test_a_program_with_named_inputs_runs_in_int8(tmp_path: Path) -> None:
+    net, spec = Pair().eval(), pictures(tmp_path)
+    sizes = {"grey": {0: torch.export.Dim("n")}, "colour": {0: torch.export.Dim("n")}}
+    given = {"grey": torch.zeros(2, 1, 8, 8), "colour": torch.zeros(2, 3, 8, 8)}
+    torch.export.save(torch.export.export(net, (), given, dynamic_shapes=sizes), tmp_path / "p.pt2")
+    artifact = pcq.quantize(tmp_path / "p.pt2", "w8", out=tmp_path / "p.safetensors").path
+    made = pcq.export_onnx(artifact, tmp_path / "x.onnx", int8=Int8(spec, samples=20, max_drop=10))
+    assert made.int8 is not None
+    assert made.int8.drop is not None
+    assert made.int8.drop.relative_l2 < 0.02
+    np.savez(tmp_path / "other.npz", grey=np.zeros((9, 1, 8, 8), "f"), color=np.zeros((9, 3, 8, 8), "f"))
+    with pytest.raises(PcqError, match="its arrays are grey, color"):
+        pcq.export_onnx(artifact, tmp_path / "z.onnx", int8=Int8(f"npz:{tmp_path / 'other.npz'}"))
+
+
+def test_int8_of_several_inputs_says_what_does_not_fit(tmp_path: Path) -> None:
+    artifact, spec = packed(tmp_path, Pair()), pictures(tmp_path)
+    np.savez(tmp_path / "small.npz", colour=np.zeros((9, 3, 4, 4), "f"), grey=np.zeros((9, 1, 8, 8), "f"))
+    with pytest.raises(PcqError, match=r"its samples are \[3, 4, 4\], \[1, 8, 8\], the network takes \[3, 8, 8\]"):
+        pcq.export_onnx(artifact, tmp_path / "x.onnx", example=spec, int8=Int8(f"npz:{tmp_path / 'small.npz'}"))
+    with pytest.raises(PcqError, match="array for each input"):
+        pcq.export_onnx(artifact, tmp_path / "x.onnx", example=spec, int8=Int8("digits"))
+    assert not (tmp_path / "x.onnx").exists()

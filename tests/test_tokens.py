@@ -178,4 +178,4 @@ def test_a_program_of_several_inputs_brings_their_shapes_along(
     _, err = run(capsys, "export", tmp_path / "net.safetensors", tmp_path / "y.pt2", "--pt2", "--input", "6", code=2)
     assert "--input: the exported program says the shapes of its inputs. Leave it out." in err
     _, err = run(capsys, "export", tmp_path / "net.safetensors", "--mode", "int8", code=2)
-    assert "int8: the network has 2 inputs. Allowed: networks of one input." in err
+    assert "need samples to observe ranges on, and none are given. Give some: --calib folder:DIR." in err

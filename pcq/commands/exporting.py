@@ -1,7 +1,7 @@
 """From an artifact to packed ONNX."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -14,6 +14,8 @@ from pcq.errors import PcqError, refuse_other
 from pcq.progress import Progress, silent
 
 if TYPE_CHECKING:
+    from pcq.commands.networks import Network
+    from pcq.data import Data
     from pcq.export import Int8Report, OnnxReport
     from pcq.export.tracing import Example
 
@@ -136,7 +138,10 @@ def export_onnx(
     stored = checkpoint.read_artifact(source)
     refuse(stored.quantized, goal, layout, level)
     network = load_network(stored, source, arch)
-    given = first(example, network.module, input_shape)
+    asked = example
+    if example is None and int8 is not None and not (network.inputs or input_shape) and _several(int8.data):
+        asked = int8.data
+    given = first(asked, network.module, input_shape)
     shape = tuple(given[0].shape[1:]) if len(given) == 1 else tuple(input_shape) if input_shape else network.input_shape
     named = isinstance(network.inputs, dict)
     if (named or len(network.inputs) > 1) and input_shape:
@@ -144,10 +149,6 @@ def export_onnx(
     own = () if input_shape else network.inputs
     if not own and len(given) < len(needed(network.module)):
         network.refuse_several(source)
-    count = max(len(own), len(given))
-    if int8 is not None and (count > 1 or named):
-        what = f"the network has {count} inputs" if count > 1 else "the exported program takes its input by name"
-        raise PcqError(what, where="int8", allowed="networks of one input" + ", by position" * named)
     if shape is None and not own and not given:
         raise PcqError(
             f"the input shape of {network.arch} is not known",
@@ -160,11 +161,10 @@ def export_onnx(
         values = dict(zip(own, numbers, strict=True)) if isinstance(own, dict) else numbers
     else:
         values = given or (taken(network.module, shape or ()).example,)
-    calibration, held_out, said = _samples(int8, shape) if int8 is not None and shape is not None else ([], [], "")
+    calibration, held_out, said = _samples(int8, network, values) if int8 is not None else ([], [], "")
     if stored.activations:
-        said = "ranges of its training" + (
-            f", judged on {sum(len(x) for x, _ in held_out)} samples" if held_out else ""
-        )
+        judged = sum(len(x[0]) for x, _ in held_out)
+        said = "ranges of its training" + (f", judged on {judged} samples" if held_out else "")
 
     def write(out: Path) -> "OnnxReport":
         return write_onnx(
@@ -227,15 +227,19 @@ def first(spec: str | None, module: nn.Module, input_shape: Sequence[int] | None
     return (data.take(list(range(min(FIRST, data.n)))),)
 
 
-def _samples(int8: Int8, shape: tuple[int, ...]) -> tuple[list[Tensor], list[tuple[Tensor, Tensor | None]], str]:
+def _samples(
+    int8: Int8, network: "Network", example: "Example"
+) -> tuple[list[tuple[Tensor, ...]], list[tuple[tuple[Tensor, ...], Tensor | None]], str]:
     """Batches to observe ranges on, batches held out of them, and both in words."""
-    from pcq.data import open_data
-
     if int8.data is None:
         return [], [], ""
-    data, held_out = open_data(int8.data, "train"), open_data(int8.data, "val")
-    if data.shape != shape:
-        raise PcqError(f"its samples are {list(data.shape)}, the network takes {list(shape)}", where=int8.data)
+    (data, inputs), (held_out, theirs) = (_opened(int8.data, split, network) for split in ("train", "val"))
+    takes = [list(x.shape[1:]) for x in (example.values() if isinstance(example, Mapping) else example)]
+    shapes = [list(x.shape[1:]) for x in inputs(data.take([0]))]
+    if shapes != takes:
+        said, wanted = (", ".join(map(str, some)) for some in (shapes, takes))
+        todo = "" if len(takes) == 1 else "Give an array for each input, named like it: npz:FILE"
+        raise PcqError(f"its samples are {said}, the network takes {wanted}", where=int8.data, todo=todo)
     if data.n < 2:
         raise PcqError("one sample cannot both calibrate and judge", where=int8.data, allowed="2 or more samples")
     order, judging = data.order(int8.samples), held_out.order(int8.samples)
@@ -243,5 +247,38 @@ def _samples(int8: Int8, shape: tuple[int, ...]) -> tuple[list[Tensor], list[tup
         order = data.order(min(2 * int8.samples, data.n))
         order, judging = order[::2], order[1::2]
     said = f"ranges from {len(order)} samples of {data.name} ({data.split}), judged on {len(judging)} others"
-    observed = [x for x, _ in data.batches(BATCH, order=order)]
-    return observed, list(held_out.batches(BATCH, order=judging)), said
+    observed = [inputs(x) for x, _ in data.batches(BATCH, order=order)]
+    return observed, [(theirs(x), y) for x, y in held_out.batches(BATCH, order=judging)], said
+
+
+def _several(spec: str | None) -> bool:
+    """Whether that is data of several inputs, which says what they are."""
+    from pcq.data import open_data
+    from pcq.data.inputs import Several
+
+    if spec is None:
+        return False
+    try:
+        open_data(spec, "train")
+    except Several:
+        return True
+    return False
+
+
+def _opened(spec: str, split: str, network: "Network") -> "tuple[Data, Callable[[Tensor], tuple[Tensor, ...]]]":
+    """Data, and what makes a tensor for each of the network's inputs of its batches."""
+    from pcq.data import numbered, open_data
+    from pcq.data.inputs import Several, inputs, numbers
+
+    try:
+        return open_data(spec, split), lambda x: (x,)
+    except Several as several:
+        if isinstance(network.inputs, dict):
+            named = numbers(several.arrays, spec)
+            if named.keys() != network.inputs.keys():
+                said = f"its arrays are {', '.join(named)}"
+                raise PcqError(said, where=spec, allowed=", ".join(network.inputs)) from None
+            found = tuple(named[name] for name in network.inputs)
+        else:
+            found = inputs(several.arrays, network.module, spec)
+        return numbered(several, split), lambda at: tuple(array[at] for array in found)

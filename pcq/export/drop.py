@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,10 @@ from torch import Tensor
 from pcq.errors import PcqError, first_line
 from pcq.export import verify
 
-Samples = Sequence[tuple[Tensor, Tensor | None]]
+Batch = Tensor | tuple[Tensor, ...]
+"""Of the network's input, or of all of its inputs in their order."""
+
+Samples = Sequence[tuple[Batch, Tensor | None]]
 """Batches with their labels, if there are any."""
 
 
@@ -59,12 +63,18 @@ def compare(exact: npt.NDArray[np.float32], int8: npt.NDArray[np.float32], label
     )  # fmt: skip
 
 
+def arrays(batch: Batch) -> list[npt.NDArray[Any]]:
+    """One for each input."""
+    return [x.numpy() for x in (batch if isinstance(batch, tuple) else (batch,))]
+
+
 def outputs(path: Path, samples: Samples) -> npt.NDArray[np.float32]:
     """The first output on all samples."""
     session: ort.InferenceSession = verify.open_session(str(path), optimised=True)
-    name = session.get_inputs()[0].name
+    names = [value.name for value in session.get_inputs()]
     output = session.get_outputs()[0].name
     try:
-        return np.concatenate([np.asarray(session.run([output], {name: x.numpy()})[0]) for x, _ in samples])
+        feeds = (dict(zip(names, arrays(x), strict=True)) for x, _ in samples)
+        return np.concatenate([np.asarray(session.run([output], feed)[0]) for feed in feeds])
     except Exception as error:  # onnxruntime's exceptions share no class of their own
         raise PcqError(f"the network does not take the samples: {first_line(error)}", where="--calib") from error

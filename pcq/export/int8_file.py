@@ -22,7 +22,7 @@ from pcq.activations import FULL, HALF, Range
 from pcq.errors import CheckFailed, PcqError
 from pcq.export import scheme, verify, writing
 from pcq.export.cpu import described
-from pcq.export.drop import Drop, Samples, compare, outputs
+from pcq.export.drop import Batch, Drop, Samples, compare, outputs
 from pcq.export.int8 import Activations, Converted, Placement, Site, convert, find_sites, place
 from pcq.export.integers import expected
 from pcq.export.lowering import is_signed
@@ -45,7 +45,7 @@ RANKED_ON = 16
 _UNPACKS = ("Cast", "Mul", "Sub")
 """What is left of unpacking if it is not done when a session is made."""
 
-Batches = Callable[[], Iterable[Tensor]]
+Batches = Callable[[], Iterable[Batch]]
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def write_int8(
     """Write ``out``: the packed float ONNX file ``exact`` with int8 activations.
 
     Args:
-        exact: a file of :func:`pcq.export.write_onnx` with ``fold=False``, of one input.
+        exact: a file of :func:`pcq.export.write_onnx` with ``fold=False``.
         calibration: gives samples to observe ranges on; None: only layers that need none.
         held_out: samples, and labels, to measure on.
         ranges: how they are chosen.
@@ -290,11 +290,13 @@ class _Work:
         self, path: Path, sites: Sequence[Site], spans: Mapping[str, Range], samples: Samples, progress: Progress
     ) -> list[Site]:
         """Worst first: by how far the outputs move where that layer alone runs in int8."""
-        few, left = [], RANKED_ON
+        few: list[tuple[Batch, Tensor | None]] = []
+        left = RANKED_ON
         for x, y in samples:
             if left > 0:
-                few.append((x[:left], None if y is None else y[:left]))
-                left -= len(x)
+                part = tuple(each[:left] for each in x) if isinstance(x, tuple) else x[:left]
+                few.append((part, None if y is None else y[:left]))
+                left -= len(part[0] if isinstance(part, tuple) else part)
         exact = outputs(self.exact, few)
         moved: dict[int, float] = {}
         for i, site in enumerate(sites):

@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
-from torch import Tensor
 
 from pcq.activations import FULL, Range
 from pcq.errors import CheckFailed
+from pcq.export.drop import Batch, arrays
 from pcq.progress import Progress, silent
 
 Method = Literal["minmax", "percentile", "mse", "entropy"]
@@ -28,14 +28,14 @@ Histogram = npt.NDArray[np.float64]
 def observe(
     path: Path,
     tops: Mapping[str, int],
-    batches: Callable[[], Iterable[Tensor]],
+    batches: Callable[[], Iterable[Batch]],
     method: Method,
     progress: Progress = silent,
 ) -> dict[str, Range]:
     """Run the float ONNX file and choose a range for each tensor in ``tops``, which says its last code.
 
     Args:
-        path: the file; one input.
+        path: the file.
         batches: gives the samples, anew at each call.
 
     Raises:
@@ -44,18 +44,18 @@ def observe(
     from pcq.export.verify import open_session
 
     names, model = list(tops), onnx.load_model(path)
-    (given,) = model.graph.input
+    given = [value.name for value in model.graph.input]
     known = {output.name for output in model.graph.output}
-    inner = [name for name in names if name != given.name]
+    inner = [name for name in names if name not in given]
     model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in inner if name not in known)
     session = open_session(model.SerializeToString(), optimised=True)
 
     def runs(stage: str) -> Iterable[Mapping[str, npt.NDArray[np.float32]]]:
         for done, batch in enumerate(batches()):
             progress(stage, done, 0)
-            x = batch.numpy()
-            seen = session.run(inner, {given.name: x}) if inner else []  # asked for nothing, it gives all outputs
-            yield dict(zip(inner, seen, strict=True)) | {given.name: x}
+            feed = dict(zip(given, arrays(batch), strict=True))
+            seen = session.run(inner, feed) if inner else []  # asked for nothing, it gives all outputs
+            yield dict(zip(inner, seen, strict=True)) | feed
 
     low, high = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     for tensors in runs("observe ranges"):
