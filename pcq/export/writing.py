@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -55,9 +56,7 @@ def save(model: ir.Model, path: Path, external_above: int = EXTERNAL_ABOVE) -> P
         return None
     first = path.with_name("data")
     ir.save(model, path, external_data=first.name)
-    with first.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    data = first.rename(path.with_name(f"{path.name}.{digest[:8]}.data"))
+    data = first.rename(path.with_name(f"{path.name}.{_digest(first)}.data"))
     proto = onnx.load_model(path, load_external_data=False)
     for tensor in proto.graph.initializer:
         for entry in tensor.external_data:
@@ -67,8 +66,20 @@ def save(model: ir.Model, path: Path, external_above: int = EXTERNAL_ABOVE) -> P
     return data
 
 
+def own_data(path: Path) -> set[Path]:
+    """Files beside a model that :func:`save` wrote as its data: named after it and after their own content."""
+    named = {file: re.fullmatch(rf"{re.escape(path.name)}\.([0-9a-f]{{8}})\.data", file.name)
+             for file in path.parent.glob(f"{glob.escape(path.name)}.*.data")}  # fmt: skip
+    return {file for file, match in named.items() if match and file.is_file() and _digest(file) == match[1]}
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()[:8]
+
+
 def commit(path: Path, data: Path | None, out: Path) -> Path | None:
-    """Give a draft its name, its data first; then drop the data of the file it replaces. Returns where the data is."""
+    """Give a draft its name, its data first; then drop that of the file it replaces. Returns where the data is."""
     target = Path(os.path.realpath(out))
     placed = None if data is None else target.parent / data.name
     for file in (path, *([data] if data is not None else [])):
@@ -77,7 +88,6 @@ def commit(path: Path, data: Path | None, out: Path) -> Path | None:
     if data is not None and placed is not None:
         os.replace(data, placed)
     os.replace(path, target)
-    for old in target.parent.glob(f"{glob.escape(target.name)}.????????.data"):
-        if old != placed:
-            old.unlink()
+    for old in own_data(target) - {placed}:
+        old.unlink(missing_ok=True)
     return placed
