@@ -30,6 +30,35 @@ def atomic(path: str | Path) -> Iterator[Path]:
     Raises:
         PcqError: ``path`` cannot be written, or the disk is full.
     """
+    with _begun(path) as temporary:
+        mode = stat.S_IMODE(os.stat(temporary).st_mode)
+        with room(temporary.parent):
+            yield temporary
+        os.chmod(temporary, mode)  # safetensors puts a file that only its owner may read in its place
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, os.path.realpath(path))
+    with contextlib.suppress(OSError):  # a folder cannot be flushed everywhere, and the file itself is safe already
+        folder = os.open(temporary.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def refuse_unwritable(path: str | Path) -> None:
+    """Say of an output's place before any work what :func:`atomic` would say after it.
+
+    Raises:
+        PcqError: no file can be made there.
+    """
+    with _begun(path):
+        pass
+
+
+@contextlib.contextmanager
+def _begun(path: str | Path) -> Iterator[Path]:
+    """A new empty file beside ``path``, which is gone in the end, unless it has another name by then."""
     target = Path(os.path.realpath(path))
     temporary = _beside(target, secrets.token_hex(4))
     if os.path.exists(target) and not os.path.isfile(target):
@@ -40,26 +69,14 @@ def atomic(path: str | Path) -> Iterator[Path]:
             os.stat(target)  # a name that is too long, or a folder that is closed to us: better said now
         try:  # the file is made inside, so that no signal can come between its making and its removal
             made = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
-            mode = stat.S_IMODE(os.fstat(made).st_mode)
             os.close(made)
-            with room(target.parent):
-                yield temporary
-            os.chmod(temporary, mode)  # safetensors puts a file that only its owner may read in its place
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
+            yield temporary
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         if error.errno in FULL or error.filename in (str(temporary), str(target)):
             raise unwritable(error, path) from error
         raise
-    with contextlib.suppress(OSError):  # a folder cannot be flushed everywhere, and the file itself is safe already
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 @contextlib.contextmanager
@@ -141,8 +158,9 @@ def unwritable(error: OSError, path: str | Path) -> PcqError:
     """The sentence for an output that the system refuses."""
     if error.errno in FULL:
         return PcqError("no room left to write it", where=str(path), todo="Free some space, or choose another disk")
-    if error.errno in (errno.ENOENT, errno.ENOTDIR) and not Path(path).parent.is_dir():
-        what = f"cannot be written: there is no folder {Path(path).parent}"
+    folder = (Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)).parent
+    if error.errno in (errno.ENOENT, errno.ENOTDIR) and not folder.is_dir():
+        what = f"cannot be written: there is no folder {folder}"
         return PcqError(what, where=str(path), todo="Make the folder, or choose another")
     missing = error.errno == errno.ENOENT  # of a system folder that takes no files
     reason = "its folder takes no files" if missing else error.strerror or type(error).__name__

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from pcq.errors import PcqError
+from pcq.marks import SOFTWARE
 from pcq.prox import Prox, proximal
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -90,7 +91,7 @@ def _figure(width: float, height: float) -> Any:
 
 def _png(figure: Any) -> bytes:
     png = io.BytesIO()
-    figure.savefig(png, format="png", metadata={"Software": None})
+    figure.savefig(png, format="png", metadata={"Software": SOFTWARE})
     return png.getvalue()
 
 
@@ -138,9 +139,7 @@ def bench_figure(files: Sequence[tuple[str, float, float, float, Mapping[str, fl
         axes.margins(x=0.12)
         axes.set_title(title, loc="left", fontsize="small")
         axes.spines[["top", "right"]].set_visible(False)
-    png = io.BytesIO()
-    figure.savefig(png, format="png", metadata={"Software": None})
-    return png.getvalue()
+    return _png(figure)
 
 
 def _finite(number: float) -> bool:

@@ -166,7 +166,7 @@ def test_invented_samples_are_called_so_and_a_picture_is_drawn(tmp_path, capsys)
         (["--samples", "16"], "--calib random"),
         (["--calib", "digits", "--samples", "2"], "8 or more"),
         (["--calib", "random"], "--input 3x224x224"),
-        (["--plot", "a.jpg"], "ends in .png"),
+        (["--plot", "a.jpg"], "Let it end in .png"),
         (["--calib", "digits", "--set", "rules.0.levels=null"], "null"),
         (["--set", "budget=20kB"], "has a budget, 20kB, which chooses the levels"),
     ],

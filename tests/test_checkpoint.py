@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from hypothesis import given, settings
@@ -526,11 +527,19 @@ NO_FOLDER = "{0}/{1}/a: cannot be written: there is no folder {0}/{1}. Make the 
 def test_places_that_cannot_be_written(name: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder").mkdir()
-    refuse_overwrite(tmp_path / name, ".safetensors")
     with pytest.raises(PcqError) as error, atomic(tmp_path / name):
         pytest.fail("work began")
     assert str(error.value) == said.format(tmp_path)
+    with pytest.raises(PcqError) as error:
+        refuse_overwrite(tmp_path / name, ".safetensors")
+    assert str(error.value) == said.format(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_link_to_nowhere_names_the_folder_that_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "no" / "a")
+    with pytest.raises(PcqError, match=f"/a: cannot be written: there is no folder {tmp_path}/no"):
+        refuse_overwrite(tmp_path / "a", ".safetensors")
 
 
 def test_a_device_is_not_a_place_to_write() -> None:
@@ -588,6 +597,38 @@ def test_files_of_the_user_are_not_overwritten(tmp_path: Path) -> None:
             PcqError, match=f"what is written here is a safetensors file, and the name is that of {said}"
         ):
             refuse_overwrite(tmp_path / name, ".safetensors", force=True)
+    for suffix, said in ((".onnx", "an ONNX file"), (".png", "a PNG")):
+        with pytest.raises(PcqError, match=f"here is {said}, and the name does not say so. Let it end in {suffix}"):
+            refuse_overwrite(tmp_path / "new.v2", suffix, force=True)
+
+
+def test_what_pcq_wrote_is_known_by_its_mark(tmp_path: Path) -> None:
+    """Not by a network's or a tensor's name, as torch's exporter writes it into every node's metadata."""
+    onnx_file, png = tmp_path / "a.onnx", tmp_path / "a.png"
+    node = onnx.helper.make_node("Identity", ["x"], ["y"], "pcq.demo.nets.ResNet/conv1")
+    node.metadata_props.add(key="namespace", value="pcq.scheme: pcq.demo.nets.ResNet")
+    sides = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy"]
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "pcq.scheme", sides[:1], sides[1:]))
+    onnx.save(model, onnx_file)
+    png.write_bytes(PNG + chunk(b"tEXtSoftware\0pcq2") + chunk(b"tEXtComment\0pcq"))
+    for path in (onnx_file, png):
+        with pytest.raises(PcqError, match="pcq did not write it"):
+            refuse_overwrite(path, path.suffix)
+    model.metadata_props.add(key="pcq.scheme", value="{}")
+    onnx.save(model, onnx_file)
+    png.write_bytes(PNG + chunk(b"tEXtSoftware\0pcq"))
+    for path in (onnx_file, png):
+        refuse_overwrite(path, path.suffix)
+        path.write_bytes(b"no such file")
+        with pytest.raises(PcqError, match="pcq did not write it"):
+            refuse_overwrite(path, path.suffix)
+
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def chunk(named: bytes) -> bytes:
+    return (len(named) - 4).to_bytes(4, "big") + named + b"crc "
 
 
 # Damage

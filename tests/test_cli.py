@@ -319,6 +319,23 @@ def test_prox_plot_is_a_png(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         path = tmp_path / f"{kind}.png"
         run(capsys, "inspect", "--prox", kind, "--out", path)
         assert path.read_bytes().startswith(b"\x89PNG")
+    run(capsys, "inspect", "--prox", "parq", "--out", path)
+    path.write_text("mine")
+    assert "pcq did not write it" in run(capsys, "inspect", "--prox", "parq", "--out", path, code=2)[1]
+    assert path.read_text() == "mine"
+    run(capsys, "inspect", "--prox", "parq", "--out", path, "--force")
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_demo_replaces_no_file_of_the_users(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("digits-resnet8.safetensors", "digits-resnet8.ternary.onnx"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text("mine")
+        _, err = run(capsys, "demo", "--out", folder, code=2)
+        assert f"{name}: there is a file already, and pcq did not write it" in " ".join(err.split())
+        assert [(path.name, path.read_text()) for path in folder.iterdir()] == [(name, "mine")]
+    assert "cannot be written: file exists" in run(capsys, "demo", "--out", folder / name, code=2)[1]
 
 
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

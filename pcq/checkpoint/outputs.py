@@ -4,8 +4,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from pcq.atomic import refuse_unwritable
 from pcq.checkpoint.reading import is_artifact
 from pcq.errors import PcqError
+from pcq.marks import onnx_marked, png_marked
 
 FORMATS = {
     ".safetensors": "a safetensors file",
@@ -17,13 +19,19 @@ FORMATS = {
 """What a file of such a name is to everybody who meets it."""
 
 
+BY_NAME = (".onnx", ".png")
+"""Kinds of files that are known by their names only."""
+
+
 def refuse_overwrite(path: str | Path, suffix: str, *, inputs: Sequence[Path] = (), force: bool = False) -> None:
     """Let pass an output that is new, was written by pcq, or may be replaced by ``force``; never an input.
 
-    ``suffix`` is what its kind of file ends in. A name that says another kind is refused, one that says none is not.
+    ``suffix`` is what its kind of file ends in. A name that says another kind is refused; one that says none too, where
+    the kind is told by the name alone.
 
     Raises:
-        PcqError: ``path`` is one of ``inputs``, a file of the user's, or named like another kind of file.
+        PcqError: ``path`` is one of ``inputs``, a file of the user's, named like another kind of file, or in a place
+            that takes no files.
     """
     path = Path(path)
     real = os.path.realpath(path)
@@ -34,18 +42,21 @@ def refuse_overwrite(path: str | Path, suffix: str, *, inputs: Sequence[Path] = 
         if inside and path.suffix == ".safetensors" and os.path.exists(path) and not is_artifact(path):
             raise PcqError("the output is a file of the input folder", where=str(path), todo="Give another name")
     said = path.suffix.lower()
-    if said != suffix and said in FORMATS:
-        what = f"what is written here is {FORMATS[suffix]}, and the name is that of {FORMATS[said]}"
+    if said != suffix and (said in FORMATS or suffix in BY_NAME):
+        named = f"the name is that of {FORMATS[said]}" if said in FORMATS else "the name does not say so"
+        what = f"what is written here is {FORMATS[suffix]}, and {named}"
         raise PcqError(what, where=str(path), todo=f"Let it end in {suffix}")
-    if os.path.isfile(path) and not force and not is_artifact(path) and not is_our_onnx(path):
+    if os.path.isfile(path) and not force and not is_ours(path):
         todo = "Give another name, or replace it with --force"
         raise PcqError("there is a file already, and pcq did not write it", where=str(path), todo=todo)
+    refuse_unwritable(path)
 
 
-def is_our_onnx(path: Path) -> bool:
-    """Whether an ONNX file carries our metadata, which stands at its end."""
-    if path.suffix != ".onnx":
-        return False
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - (1 << 20)))
-        return b"pcq." in file.read()
+def is_ours(path: Path) -> bool:
+    """Whether pcq wrote a file: an artifact, packed ONNX, a plot."""
+    match path.suffix.lower():
+        case ".onnx":
+            return onnx_marked(path)
+        case ".png":
+            return png_marked(path)
+    return is_artifact(path)

@@ -7,7 +7,7 @@ import typer
 
 from pcq.cli.app import app
 from pcq.cli.frame import answers, bar, emit, starting
-from pcq.cli.options import AllowGlobal, Arch, Input, Json, Key, Model, Set, UnsafePickle, shape_of
+from pcq.cli.options import AllowGlobal, Arch, Force, Input, Json, Key, Model, Set, UnsafePickle, shape_of
 
 
 @app.command()
@@ -34,6 +34,7 @@ def analyze(
     seed: Annotated[int | None, typer.Option(help="Which samples are drawn (default: 0).")] = None,
     input_shape: Input = None,
     plot: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw the ranking.")] = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Rank the weights by what quantizing them does to the network, and say what to write against it."""
@@ -54,6 +55,7 @@ def analyze(
             allow_globals=allow_global or (),
             unsafe_pickle=unsafe_pickle,
             plot=plot,
+            force=force,
             progress=progress,
         )
     emit(result, as_json)

@@ -7,7 +7,7 @@ import typer
 
 from pcq.cli.app import app
 from pcq.cli.frame import answers, bar, emit, starting
-from pcq.cli.options import AllowGlobal, Arch, Input, Json, Key, UnsafePickle, shape_of
+from pcq.cli.options import AllowGlobal, Arch, Force, Input, Json, Key, UnsafePickle, shape_of
 
 
 @app.command()
@@ -29,6 +29,7 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Measurements of each latency, files in turn.")] = 20,
     processes: Annotated[int, typer.Option(min=1, help="Fresh processes for load time and memory.")] = 3,
     plot: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw it.", show_default=False)] = None,
+    force: Force = False,
     key: Key = None,
     allow_global: AllowGlobal = None,
     unsafe_pickle: UnsafePickle = False,
@@ -48,6 +49,7 @@ def bench(
             rounds=rounds,
             processes=processes,
             plot=plot,
+            force=force,
             key=key,
             allow_globals=allow_global or (),
             unsafe_pickle=unsafe_pickle,

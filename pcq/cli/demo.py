@@ -7,7 +7,7 @@ import typer
 
 from pcq.cli.app import app
 from pcq.cli.frame import answers, bar, emit, say, starting
-from pcq.cli.options import Json
+from pcq.cli.options import Force, Json
 
 
 @app.command()
@@ -15,6 +15,7 @@ from pcq.cli.options import Json
 def demo(
     data: Annotated[str, typer.Option(help="digits, or fashion-mnist[:DIR].")] = "digits",
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the files go.")] = Path("pcq-demo"),
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Quantize a small pretrained network, export it, check it in ONNX Runtime, and say what to type next."""
@@ -24,7 +25,7 @@ def demo(
 
     with bar("demo") as progress:
         try:
-            result = rooms.run(data, out, progress=progress)
+            result = rooms.run(data, out, force=force, progress=progress)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted; what was finished until then is in {out}.") from None
     emit(result, as_json)

@@ -28,6 +28,9 @@ def inspect(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="With --prox: the PNG (default: prox-KIND.png).")
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", "-f", help="With --prox: replace a file that pcq did not draw.")
+    ] = False,
     key: Key = None,
     allow_global: AllowGlobal = None,
     unsafe_pickle: UnsafePickle = False,
@@ -40,11 +43,11 @@ def inspect(
     if prox is not None:
         if path is not None:
             raise PcqError("a file and a proximal map are two things", where=str(path), todo="Leave one of them out")
-        emit(commands.plot_prox(prox, "-1,0,1" if levels is None else levels, out), as_json)
+        emit(commands.plot_prox(prox, "-1,0,1" if levels is None else levels, out, force=force), as_json)
         return
-    if levels is not None or out is not None:
-        where = "--levels" if levels is not None else "--out"
-        raise PcqError("it belongs to --prox", where=where, todo="Say which map: --prox parq")
+    theirs = {"--levels": levels, "--out": out, "--force": force or None}
+    if said := [option for option, value in theirs.items() if value is not None]:
+        raise PcqError("it belongs to --prox", where=said[0], todo="Say which map: --prox parq")
     if path is None:
         raise PcqError("nothing to inspect", todo="Name a file, or a proximal map with --prox KIND")
     emit(commands.inspect(path, key=key, allow_globals=allow_global or (), unsafe_pickle=unsafe_pickle), as_json)

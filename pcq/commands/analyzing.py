@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from pcq import qtensor
+from pcq import checkpoint, qtensor
 from pcq.atomic import atomic
 from pcq.commands.calibrating import FEWEST, RANDOM, Calibration, draw_inputs, float_network, painted
 from pcq.commands.quantizing import Planned, plan
 from pcq.errors import PcqError
 from pcq.plan import Quantized
+from pcq.plots import require_matplotlib
 from pcq.progress import Progress, silent
 from pcq.quantizers import Uniform
 from pcq.recipe import Recipe
@@ -97,6 +98,7 @@ def analyze(
     allow_globals: Sequence[str] = (),
     unsafe_pickle: bool = False,
     plot: str | Path | None = None,
+    force: bool = False,
     progress: Progress = silent,
 ) -> AnalyzeResult:
     """Round every weight as the recipe says, and measure what each does to the network; nothing is quantized for good.
@@ -111,6 +113,7 @@ def analyze(
         input_shape: one sample's shape, for ``random`` where the architecture does not tell.
         arch, overrides, key, allow_globals, unsafe_pickle: as for :func:`pcq.quantize`.
         plot: a PNG to draw.
+        force: replace a file at ``plot`` that pcq did not draw.
         progress: called after each measurement.
 
     Raises:
@@ -120,6 +123,9 @@ def analyze(
     if calib is None and (asked := [option for option, value in given.items() if value is not None]):
         todo = "Say which: --calib folder:DIR, or --calib random"
         raise PcqError("this is about samples, and none were asked for", where=asked[0], todo=todo)
+    if plot is not None:
+        require_matplotlib()
+        checkpoint.refuse_overwrite(plot, ".png", inputs=[Path(model)], force=force)
     planned = plan(
         model, recipe, arch=arch, overrides=overrides, key=key, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle
     )
@@ -257,12 +263,10 @@ def draw_plot(result: AnalyzeResult, path: Path) -> None:
     """A bar for each weight.
 
     Raises:
-        PcqError: matplotlib is missing, or the path cannot be written or is no PNG's.
+        PcqError: matplotlib is missing, or the path cannot be written.
     """
     from pcq.plots import bars
 
-    if path.suffix.lower() != ".png":
-        raise PcqError("the plot is a PNG", where=str(path), todo="Give it a name that ends in .png")
     measure = "noise / signal of the weight" if result.whole is None else "output error with only this weight quantized"
     title = f"{result.planned.model.name}, {result.planned.recipe.name}"
     picture = bars([(row.name, row.damage, row.override) for row in result.weights], title, measure)

@@ -115,6 +115,7 @@ def bench(
     rounds: int = 20,
     processes: int = 3,
     plot: str | Path | None = None,
+    force: bool = False,
     key: str | None = None,
     allow_globals: Sequence[str] = (),
     unsafe_pickle: bool = False,
@@ -135,6 +136,7 @@ def bench(
         rounds: of each latency.
         processes: for load time and memory.
         plot: a PNG to draw.
+        force: replace a file at ``plot`` that pcq did not draw.
         key: which state dict to open, where a checkpoint holds several.
         allow_globals, unsafe_pickle: as for :func:`pcq.quantize`.
         progress: called before each file is opened, each process and each round.
@@ -153,7 +155,7 @@ def bench(
         from pcq.plots import require_matplotlib
 
         require_matplotlib()
-        checkpoint.refuse_overwrite(Path(plot), ".png", inputs=named, force=True)
+        checkpoint.refuse_overwrite(Path(plot), ".png", inputs=named, force=force)
     cores = os.cpu_count() or 1
     counts = list(dict.fromkeys(min(count, cores) or cores for count in threads))
     opening = {"arch": arch, "allow_globals": tuple(allow_globals), "unsafe_pickle": unsafe_pickle}

@@ -109,11 +109,14 @@ class ProxPlot:
     levels: tuple[float, ...]
 
 
-def plot_prox(kind: str, levels: str | Sequence[float] = (-1.0, 0.0, 1.0), out: str | Path | None = None) -> ProxPlot:
+def plot_prox(
+    kind: str, levels: str | Sequence[float] = (-1.0, 0.0, 1.0), out: str | Path | None = None, *, force: bool = False
+) -> ProxPlot:
     """Draw a proximal map at several strengths, as Figure 1 of arXiv 2110.13220 does, to a PNG.
 
     Raises:
-        PcqError: an unknown map, or levels that are not two or more different numbers.
+        PcqError: an unknown map, levels that are not two or more different numbers, or a file at ``out`` that pcq did
+            not draw, unless ``force`` replaces it.
     """
     from pcq import plots, prox
 
@@ -138,6 +141,7 @@ def plot_prox(kind: str, levels: str | Sequence[float] = (-1.0, 0.0, 1.0), out: 
         raise PcqError(f"'{levels}' are not levels", where="--levels", allowed="two or more numbers, such as -1,0,1")
     ascending = tuple(sorted(set(values)))
     path = Path(out) if out is not None else Path(f"prox-{kind}.png")
+    checkpoint.refuse_overwrite(path, ".png", force=force)
     picture = plots.prox_figure(kinds[kind], ascending)
     with checkpoint.atomic(path) as draft:
         draft.write_bytes(picture)

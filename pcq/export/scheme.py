@@ -28,10 +28,11 @@ from pcq.errors import CheckFailed
 from pcq.export.layouts import Layout
 from pcq.export.stored import Stored
 from pcq.grids import Affine
+from pcq.marks import SCHEME
 from pcq.packing import planes
 from pcq.qtensor import QuantizedTensor
 
-KEY = "pcq.scheme"
+KEY = SCHEME
 SATURATING = "pcq.int8_saturating"
 FOLDED = "pcq.folded"
 
