@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -81,15 +82,36 @@ def _begun(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def room(folder: Path) -> Iterator[None]:
-    """Within it a library that lacks room and raises an error of its own (safetensors, torch) raises OSError."""
+    """Within it a library that lacks room and raises an error of its own (safetensors, torch) raises OSError.
+
+    So does what we say of such an error.
+    """
     try:
         yield
-    except (OSError, PcqError):
+    except OSError:
         raise
     except Exception as error:
-        if shutil.disk_usage(folder).free < LEFT:
+        ours = isinstance(error, PcqError) and error.__cause__ is None
+        if not ours and shutil.disk_usage(folder).free < LEFT:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
         raise
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder for what is needed for a while only, where the system keeps such: ``TMPDIR``, or else ``/tmp``.
+
+    Raises:
+        PcqError: there is no room left in it.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder, room(Path(folder)):
+            yield Path(folder)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        todo = "Free some space, or name a folder on another disk in the environment variable TMPDIR"
+        raise PcqError("no room left for temporary files", where=tempfile.gettempdir(), todo=todo) from error
 
 
 def _beside(target: Path, chance: str) -> Path:

@@ -361,6 +361,8 @@ MISTAKES = (
     ),
     Mistake("an unknown input shape", "export net.safetensors", artifact(), "--input 3x224x224"),
     Mistake("a shape that is none", "export net.safetensors --input 1x8xx8", artifact(), "1x8xx8"),
+    Mistake("a shape too large", "export net.safetensors --input 99999999999x8", artifact(), "too large"),
+    Mistake("ONNX without its suffix", "export net.safetensors -o v2 --input 1x8x8", artifact(), r"end in \.onnx"),
     Mistake("an input that does not fit", "export net.safetensors --input 3x8x8", artifact(), "(?i)input|channels"),
     Mistake("a runtime too old", "export net.safetensors --input 1x8x8 --target-ort 1.4", artifact(), r"1\.4"),
     Mistake(
@@ -409,6 +411,7 @@ MISTAKES = (
     Mistake("nothing to inspect", "inspect", nothing, "--prox"),
     Mistake("an unknown proximal map", "inspect --prox parc", nothing, "Did you mean 'parq'"),
     Mistake("levels that are none", "inspect --prox parq --levels 1", nothing, "two or more"),
+    Mistake("levels too far away", "inspect --prox parq --levels -1e308,1e308", nothing, "up to 1e"),
 )
 
 

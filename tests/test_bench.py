@@ -188,6 +188,13 @@ def test_mistakes(tmp_path: Path) -> None:
         bench([tmp_path / "none.onnx"])
     with pytest.raises(PcqError, match=r"--batch: \[0\] cannot be"):
         bench([path], batches=[0])
+    with pytest.raises(PcqError, match=r"--batch: \[1.5\] cannot be. Allowed: whole numbers, 1 or more"):
+        bench([path], batches=[1.5])  # type: ignore[list-item]
+    with pytest.raises(PcqError, match=r"--processes: \[0\] cannot be"):
+        bench([path], processes=0)
+    for one in (path, str(path)):
+        with pytest.raises(PcqError, match=r"the shape of its input 'x' is not known"):
+            bench(one, rounds=1)
     with pytest.raises(PcqError, match="nothing to measure"):
         bench([])
 

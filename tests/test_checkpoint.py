@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pcq import qtensor
-from pcq.atomic import atomic
+from pcq.atomic import atomic, scratch
 from pcq.checkpoint import (
     ArtifactHeader,
     Coded,
@@ -491,6 +491,19 @@ def test_a_library_that_says_no_more_than_that_it_failed(
     with pytest.raises((PcqError, RuntimeError), match=says), atomic(tmp_path / "a.pt"):
         raise RuntimeError("unexpected pos 704 vs 598")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("write failed"), "said by us"])
+def test_no_room_for_temporary_files_is_said_so(error: Exception | str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(PcqError, match="no room left for temporary files. .* TMPDIR") as told, scratch() as folder:
+        if isinstance(error, str):
+            raise CheckFailed(error, where="check") from RuntimeError("write failed")
+        raise error
+    assert told.value.where == str(folder.parent)
+    assert not folder.exists()
+    with pytest.raises(PcqError, match="a mistake"), scratch():
+        raise PcqError("a mistake")
 
 
 def test_other_errors_of_the_system_are_not_about_the_output(tmp_path: Path) -> None:

@@ -3,8 +3,13 @@
 import json
 import math
 import os
+import resource
+import signal
 import stat
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +20,7 @@ from torch import Tensor, nn
 
 from pcq import cli, read_artifact
 from pcq.checkpoint import compressed
-from pcq.commands import export_compressed, export_onnx, export_pt2, export_state_dict, open_network, quantize
+from pcq.commands import Calibration, bench, export_compressed, export_onnx, export_pt2, export_state_dict, open_network, quantize
 from pcq.commands.programs import _apart
 from pcq.demo import HERE
 from pcq.errors import CheckFailed, PcqError
@@ -81,6 +86,31 @@ def test_the_program_puts_out_the_same_bits(artifact: Path, tmp_path: Path) -> N
     assert quantize(result.path, "w8", out=tmp_path / "q.safetensors").bits < 9
     with pytest.raises(PcqError, match="the input shape"):
         export_pt2(artifact, tmp_path / "o.pt2")
+
+
+def test_a_program_for_which_there_is_no_room(artifact: Path, tmp_path: Path) -> None:
+    """torch would end the process; RLIMIT_FSIZE stands for the disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(PcqError, match="no room left to write it"):
+            export_pt2(artifact, tmp_path / "a.pt2", input_shape=(1, 8, 8))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("shape", [(1, -8, 8), (1, 8.5), (True, 8), "1x8x8", (99999999999, 8)])
+def test_what_is_no_shape(artifact: Path, shape: Any) -> None:
+    export: Callable[..., object]
+    for export in (export_onnx, export_pt2, partial(bench, [artifact])):
+        given = {} if isinstance(export, partial) else {"artifact": artifact}
+        with pytest.raises(PcqError, match="--input: .* (is not one sample's shape|is too large)"):
+            export(**given, input_shape=shape)
+    with pytest.raises(PcqError, match="--input"):
+        Calibration("random", input_shape=shape)
 
 
 @pytest.mark.parametrize("by_name", [False, True])

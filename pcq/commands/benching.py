@@ -106,7 +106,7 @@ def counted(number: int, noun: str, ending: str = "s") -> str:
 
 
 def bench(
-    paths: Sequence[str | Path],
+    paths: str | Path | Sequence[str | Path],
     *,
     arch: str | None = None,
     input_shape: Sequence[int] | None = None,
@@ -127,7 +127,7 @@ def bench(
     so that what else the machine does meets all of them alike.
 
     Args:
-        paths: the files; the first is what the others are compared with.
+        paths: the file, or files; the first is what the others are compared with.
         arch: the architecture, for checkpoints whose architecture is neither recorded nor recognised.
         input_shape: one sample's shape without the batch, where the files do not say it; of several inputs for those
             that it fits.
@@ -144,13 +144,16 @@ def bench(
     Raises:
         PcqError: a file cannot be run, or its input's shape is not known.
     """
-    begun = time.perf_counter()
+    from pcq.data.inputs import sample_shape
+
+    begun, input_shape = time.perf_counter(), sample_shape(input_shape)
     if not paths:
         raise PcqError("there is nothing to measure", todo="Name one file or more")
-    for option, numbers, least in (("--batch", batches, 1), ("--threads", threads, 0), ("--rounds", [rounds], 1)):
-        if not numbers or min(numbers) < least:
-            raise PcqError(f"{list(numbers)} cannot be", where=option, allowed=f"{least} or more")
-    named = [Path(path) for path in paths]
+    for option, numbers, least in (("--batch", batches, 1), ("--threads", threads, 0), ("--rounds", [rounds], 1),
+                                   ("--processes", [processes], 1)):  # fmt: skip
+        if not numbers or not all(isinstance(number, int) and number >= least for number in numbers):
+            raise PcqError(f"{list(numbers)} cannot be", where=option, allowed=f"whole numbers, {least} or more")
+    named = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     if plot is not None:
         from pcq.plots import require_matplotlib
 
@@ -161,7 +164,7 @@ def bench(
     opening = {"arch": arch, "allow_globals": tuple(allow_globals), "unsafe_pickle": unsafe_pickle}
     chosen = keys(named, key, allow_globals, unsafe_pickle)
     openings = [{**opening, "key": mine} for mine in chosen]
-    files, shape = open_files(named, openings, tuple(input_shape) if input_shape else None, progress)
+    files, shape = open_files(named, openings, input_shape, progress)
     for file in files:
         file.refuse(batches)
     fresh: list[list[Fresh]] = [[] for _ in files]

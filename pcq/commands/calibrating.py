@@ -46,6 +46,9 @@ class Calibration:
     refine: int | None = None
 
     def __post_init__(self) -> None:
+        from pcq.data.inputs import sample_shape
+
+        sample_shape(self.input_shape)
         refuse_other(self.method, (*get_args(Method), None), "--method")
         if self.refine is not None and self.refine < 0:
             raise PcqError(f"{self.refine} steps cannot be made", where="--refine", allowed="0 or more")

@@ -116,7 +116,7 @@ def export_onnx(
         PcqError: the artifact, the architecture or the target is not usable.
         CheckFailed: the exported file is not bit-exact, does not agree with torch, or has not the size predicted.
     """
-    from pcq.data.inputs import needed, taken, varied
+    from pcq.data.inputs import needed, sample_shape, taken, varied
     from pcq.export import write_int8, write_onnx, writing
     from pcq.export.facts import target
     from pcq.export.layouts import Aim, Layout, Level, refuse
@@ -124,7 +124,7 @@ def export_onnx(
     refuse_other(layout, get_args(Layout), "layout")
     refuse_other(aim, (*get_args(Aim), None), "aim")
     refuse_other(level, get_args(Level), "level")
-    goal = target(target_ort)
+    goal, input_shape = target(target_ort), sample_shape(input_shape)
     if int8 is not None and (layout != "exact" or aim is not None):
         raise PcqError(
             "int8 activations take the layout exact", where="export", todo="Leave out the layout and the aim"
@@ -142,7 +142,7 @@ def export_onnx(
     if example is None and int8 is not None and not (network.inputs or input_shape) and _several(int8.data):
         asked = int8.data
     given = first(asked, network.module, input_shape)
-    shape = tuple(given[0].shape[1:]) if len(given) == 1 else tuple(input_shape) if input_shape else network.input_shape
+    shape = tuple(given[0].shape[1:]) if len(given) == 1 else input_shape or network.input_shape
     named = isinstance(network.inputs, dict)
     if (named or len(network.inputs) > 1) and input_shape:
         raise PcqError("the exported program says the shapes of its inputs", where="--input", todo="Leave it out")

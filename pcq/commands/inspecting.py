@@ -1,6 +1,5 @@
 """What a file is; what a recipe says; how a proximal map looks."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +99,10 @@ def recipes() -> Shipped:
     return Shipped(tuple((each.name, each.summary) for each in shipped_recipes()))
 
 
+FARTHEST = 1e30
+"""The largest level that is drawn."""
+
+
 @dataclass(frozen=True)
 class ProxPlot:
     """A plotted proximal map."""
@@ -137,8 +140,9 @@ def plot_prox(
         values = [float(part) for part in levels.split(",")] if isinstance(levels, str) else [float(q) for q in levels]
     except ValueError:
         values = []
-    if len(set(values)) < 2 or not all(math.isfinite(q) for q in values):
-        raise PcqError(f"'{levels}' are not levels", where="--levels", allowed="two or more numbers, such as -1,0,1")
+    if len(set(values)) < 2 or not all(abs(q) <= FARTHEST for q in values):
+        allowed = f"two or more numbers up to {FARTHEST:g}, such as -1,0,1"
+        raise PcqError(f"'{levels}' are not levels", where="--levels", allowed=allowed)
     ascending = tuple(sorted(set(values)))
     path = Path(out) if out is not None else Path(f"prox-{kind}.png")
     checkpoint.refuse_overwrite(path, ".png", force=force)

@@ -2,12 +2,12 @@
 
 import json
 import math
-import tempfile
 from collections import Counter
 from pathlib import Path
 
 import onnx
 
+from pcq.atomic import scratch
 from pcq.commands.views import FileView, TensorView, float_view, quantized_view
 from pcq.errors import CheckFailed, PcqError, first_line
 from pcq.export import is_packed, open_packed
@@ -110,17 +110,17 @@ def runs(path: Path, resident: int, loading: int) -> list[tuple[str, str]]:
     """
     from pcq.export.verify import open_session
 
-    with tempfile.TemporaryDirectory() as folder:
-        dump = Path(folder) / "optimised.onnx"
-        try:
+    try:
+        with scratch() as folder:
+            dump = folder / "optimised.onnx"
             open_session(str(path), optimised=True, dump=dump)
             graph = onnx.load_model(dump, load_external_data=False).graph
-        except CheckFailed as error:
-            return [("runs", error.what)]
-        except Exception as error:  # a dump that protobuf cannot hold, or no place for it
-            return [("runs", f"not looked at: {first_line(error)[:120]}")]
-        counts = Counter(node.op_type for node in graph.node)
-        held = sum(item.stat().st_size for item in Path(folder).iterdir())
+            held = sum(item.stat().st_size for item in folder.iterdir())
+    except CheckFailed as error:
+        return [("runs", error.what)]
+    except Exception as error:  # a dump that protobuf cannot hold, or no place for it
+        return [("runs", f"not looked at: {first_line(error)[:120]}")]
+    counts = Counter(node.op_type for node in graph.node)
     whole = {kind: count for kind, count in counts.items() if kind in INT8}
     floats = {kind: count for kind, count in counts.items() if kind in MULTIPLYING}
     said = ", ".join(f"{count} {kind}" for kind, count in sorted(whole.items())) or "none"

@@ -1,8 +1,7 @@
 """From an artifact to an exported program: the one that it was made from, or its network traced."""
 
+import io
 import math
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +47,9 @@ def export_pt2(
         PcqError: the artifact or the architecture is not usable, or torch cannot export it.
         CheckFailed: the program that was read back computes something else.
     """
+    from pcq.data.inputs import sample_shape
+
+    input_shape = sample_shape(input_shape)
     source, stored = opened(artifact)
     path = Path(out) if out is not None else source.with_suffix(".pt2")
     checkpoint.refuse_overwrite(path, ".pt2", inputs=[source], force=force)
@@ -61,11 +63,12 @@ def export_pt2(
         network = load_network(stored, source, arch)
         made = _of_network(network, source, input_shape, first(example, network.module, input_shape))
     with checkpoint.atomic(path) as draft:
-        with tempfile.TemporaryDirectory() as folder:  # torch insists on the suffix
-            place = Path(folder) / "program.pt2"
-            torch.export.save(made.program, place)
-            shutil.copyfile(place, draft)
-            read = torch.export.load(place)
+        written = io.BytesIO()  # on a disk that is full torch ends the process
+        torch.export.save(made.program, written)
+        draft.write_bytes(written.getbuffer())
+        del written
+        with draft.open("rb") as opened_again:  # by its name torch would insist on the suffix
+            read = torch.export.load(opened_again)
         for name, tensor in made.program.state_dict.items():
             if not torch.equal(read.state_dict[name], tensor):
                 raise CheckFailed("was written and reads differently", where=name)
@@ -89,14 +92,14 @@ class _Program:
 
 
 def _of_network(
-    network: Network, source: Path, input_shape: Sequence[int] | None, given: tuple[Tensor, ...]
+    network: Network, source: Path, input_shape: tuple[int, ...] | None, given: tuple[Tensor, ...]
 ) -> _Program:
     """Traced, for any batch if torch manages it; on the samples ``given``, or else random ones."""
     from pcq.data.inputs import needed, taken
 
     if len(given) < len(needed(network.module)):
         network.refuse_several(source)
-    shape = tuple(input_shape) if input_shape else network.input_shape
+    shape = input_shape or network.input_shape
     if shape is None and not given:
         raise PcqError(f"the input shape of {network.arch} is not known", where=str(source),
                        todo="Give one sample's shape without the batch, such as --input 3x224x224")  # fmt: skip

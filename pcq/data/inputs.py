@@ -1,9 +1,10 @@
 """Samples of networks with several inputs, an array for each by the name of the argument; and invented ones of one."""
 
 import inspect
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,26 @@ from pcq.errors import PcqError, did_you_mean
 
 LABELS = ("y", "labels")
 """Names of an array that is no input."""
+
+
+LARGEST = 2**31
+"""Numbers in one sample, at most."""
+
+
+def sample_shape(shape: Sequence[int] | None) -> tuple[int, ...] | None:
+    """One sample's shape as it was given; an empty one is none.
+
+    Raises:
+        PcqError: it is not made of whole numbers from 1 on, or a sample of it is too large to be run on.
+    """
+    if shape is None or not len(shape):
+        return None
+    if isinstance(shape, str) or not all(isinstance(n, Integral) and not isinstance(n, bool) and n > 0 for n in shape):
+        raise PcqError(f"{shape!r} is not one sample's shape", where="--input", allowed="sizes such as (3, 224, 224)")
+    if math.prod(map(int, shape)) > LARGEST:
+        raise PcqError(f"a sample of {'x'.join(map(str, shape))} is too large", where="--input",
+                       allowed=f"up to {LARGEST:,} numbers")  # fmt: skip
+    return tuple(map(int, shape))
 
 
 class Several(PcqError):

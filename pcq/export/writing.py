@@ -13,7 +13,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from pcq.atomic import unwritable
+from pcq.atomic import room, unwritable
 from pcq.errors import PcqError
 
 EXTERNAL_ABOVE = 2_000_000_000
@@ -34,7 +34,8 @@ def draft(out: Path) -> Iterator[Path]:
     try:
         try:  # the folder is made inside, so that no signal can come between its making and its removal
             folder.mkdir(mode=0o700)
-            yield folder / target.name
+            with room(folder):
+                yield folder / target.name
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:

@@ -7,7 +7,6 @@ layer has a bias of its own, channel means are made equal through it, and moment
 quadratic is that of the moments about zero, so that means count as errors.
 """
 
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pcq import qtensor
+from pcq.atomic import scratch
 from pcq.calibrate.layers import patches
 from pcq.calibrate.moments import Moments, Sums
 from pcq.calibrate.oneshot import LayerReport, Settings, View, bounded, centred, match, quadratic, solve
@@ -75,8 +75,8 @@ def calibrate(
     start = time.perf_counter()
     nearest = {name: qtensor.quantize(q, inventory.weights[name].read(), rows) for name, (rows, q) in plan.items()}
     seconds = time.perf_counter() - start
-    with tempfile.TemporaryDirectory() as folder:
-        work = _Work(path, opened, inventory, plan, nearest, samples, Path(folder))
+    with scratch() as folder:
+        work = _Work(path, opened, inventory, plan, nearest, samples, folder)
         aim = work.outputs(FLOAT, held_out)
         best = work.compared("nearest levels", _Tensors(nearest), held_out, aim, seconds)
         steps, kept = [best], _Tensors(nearest)

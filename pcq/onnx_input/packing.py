@@ -19,6 +19,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from torch import Tensor
 
+from pcq.atomic import scratch
 from pcq.errors import CheckFailed, PcqError, first_line
 from pcq.export import scheme, verify, writing
 from pcq.export.body import DOMAIN, Lowered
@@ -79,8 +80,8 @@ def find_inputs(opened: Opened, samples: Sequence[Trial] = ()) -> list[Trial]:
     if opened.opset >= OPSET:
         return trials
     before = _run(verify.open_session(str(opened.path), optimised=False), trials)
-    with tempfile.TemporaryDirectory() as folder:
-        raised = Path(folder) / "raised.onnx"
+    with scratch() as folder:
+        raised = folder / "raised.onnx"
         writing.save(open_graph(opened.path).model, raised, 1_500_000_000)
         after = _run(verify.open_session(str(raised), optimised=False), trials)
     pairs = [pair for now, then in zip(after, before, strict=True) for pair in zip(now, then, strict=True)]
