@@ -42,6 +42,7 @@ from pcq.checkpoint import (
     refuse_overwrite,
     write_artifact,
 )
+from pcq.checkpoint.outputs import beside
 from pcq.checkpoint.stream import non_finite
 from pcq.errors import CheckFailed, PcqError
 from pcq.plan import Kept, Parameter, Plan, Quantized
@@ -613,6 +614,11 @@ def test_files_of_the_user_are_not_overwritten(tmp_path: Path) -> None:
     for suffix, said in ((".onnx", "an ONNX file"), (".png", "a PNG")):
         with pytest.raises(PcqError, match=f"here is {said}, and the name does not say so. Let it end in {suffix}"):
             refuse_overwrite(tmp_path / "new.v2", suffix, force=True)
+
+
+def test_outputs_are_named_after_all_of_the_input() -> None:
+    for name, then in (("net.w4.safetensors", "net.w4.onnx"), ("net.w4", "net.w4.onnx"), ("net", "net.onnx")):
+        assert beside(Path("a.b") / name, ".onnx") == Path("a.b") / then
 
 
 def test_what_pcq_wrote_is_known_by_its_mark(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ the tensors are streamed behind it; memory holds one tensor at a time.
 
 from pcq.atomic import atomic
 from pcq.checkpoint.header import ArtifactHeader, Coded, Plain, make_header, predicted_size
-from pcq.checkpoint.outputs import refuse_overwrite
+from pcq.checkpoint.outputs import beside, refuse_overwrite
 from pcq.checkpoint.reading import Artifact, is_artifact, read_artifact
 from pcq.checkpoint.stream import Done, quantize_sliced, quantize_source, refuse_non_finite
 from pcq.checkpoint.writing import write_artifact
@@ -18,6 +18,7 @@ __all__ = [
     "Done",
     "Plain",
     "atomic",
+    "beside",
     "is_artifact",
     "make_header",
     "predicted_size",

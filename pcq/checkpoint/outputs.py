@@ -23,6 +23,11 @@ BY_NAME = (".onnx", ".png")
 """Kinds of files that are known by their names only."""
 
 
+def beside(path: Path, suffix: str) -> Path:
+    """``net.w4.safetensors -> net.w4.onnx``, and ``net.w4 -> net.w4.onnx``: what is no kind of file stays."""
+    return path.with_suffix(suffix) if path.suffix.lower() in FORMATS else path.with_name(path.name + suffix)
+
+
 def refuse_overwrite(path: str | Path, suffix: str, *, inputs: Sequence[Path] = (), force: bool = False) -> None:
     """Let pass an output that is new, was written by pcq, or may be replaced by ``force``; never an input.
 

@@ -65,7 +65,7 @@ def export_state_dict(artifact: str | Path, out: str | Path | None = None, *, fo
         CheckFailed: what was written reads differently.
     """
     source, stored = opened(artifact)
-    path = Path(out) if out is not None else source.with_suffix(".float.safetensors")
+    path = Path(out) if out is not None else checkpoint.beside(source, ".float.safetensors")
     checkpoint.refuse_overwrite(path, ".safetensors", inputs=[source], force=force)
     state = {name: tensor.contiguous().clone() for name, tensor in stored.state_dict().items()}
     with checkpoint.atomic(path) as draft:
@@ -103,7 +103,7 @@ def export_compressed(
         CheckFailed: what was packed unpacks differently.
     """
     source, stored = opened(artifact)
-    path = Path(out) if out is not None else source.with_suffix(".compressed")
+    path = Path(out) if out is not None else checkpoint.beside(source, ".compressed")
     refuse_folder(path, force)
     kinds = _kinds(stored, source, arch)
     packed: dict[str, compressed.Integers] = {}

@@ -131,7 +131,7 @@ def export_onnx(
         )
 
     source = Path(artifact)
-    path = Path(out) if out is not None else source.with_suffix(ONNX_SUFFIX)
+    path = Path(out) if out is not None else checkpoint.beside(source, ONNX_SUFFIX)
     if source.is_file() and source.suffix != ".safetensors" and not checkpoint.is_artifact(source):
         raise PcqError("this is not an artifact of pcq", where=str(source), todo="Make one first with `pcq quantize`")
     checkpoint.refuse_overwrite(path, ".onnx", inputs=[source], force=force)

@@ -149,7 +149,7 @@ def run_onnx(
     from pcq.onnx_input.trials import read_sample
 
     start = time.perf_counter()
-    path = Path(out) if out is not None else planned.model.with_suffix(f".{planned.recipe.name}.onnx")
+    path = Path(out) if out is not None else checkpoint.beside(planned.model, f".{planned.recipe.name}.onnx")
     checkpoint.refuse_overwrite(path, ".onnx", inputs=[planned.model], force=force)
     if calibration is not None and not planned.recipe.rules:
         raise PcqError("nothing is rounded with --detect, so there is nothing to calibrate", where="--calib")

@@ -51,7 +51,7 @@ def export_pt2(
 
     input_shape = sample_shape(input_shape)
     source, stored = opened(artifact)
-    path = Path(out) if out is not None else source.with_suffix(".pt2")
+    path = Path(out) if out is not None else checkpoint.beside(source, ".pt2")
     checkpoint.refuse_overwrite(path, ".pt2", inputs=[source], force=force)
     if arch is None and stored.program is not None:
         if input_shape:

@@ -13,6 +13,7 @@ from pcq import checkpoint, models, sources
 from pcq.commands.budgeting import Allocation, allocate, everything, named
 from pcq.commands.calibrating import Calibrated, Calibration, calibrated, stored
 from pcq.commands.networks import architecture
+from pcq.data.inputs import needed
 from pcq.errors import CheckFailed, PcqError, raise_all
 from pcq.plan import Plan, Quantized, make_plan
 from pcq.progress import Progress, silent
@@ -31,6 +32,7 @@ class Planned:
         plan: what will happen to each tensor, and why.
         arch: the architecture spec, if it was given or recognised.
         notes: what was found and done on the way, one sentence each.
+        inputs: what the network does not run without, where it is known.
     """
 
     model: Path
@@ -39,6 +41,7 @@ class Planned:
     plan: Plan
     arch: str | None
     notes: tuple[str, ...]
+    inputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,8 @@ def plan(
         ]
     )
     made = make_plan(loaded, parameters)
-    return Planned(Path(model), source, loaded, made, spec, (*notes, *made.notes))
+    inputs = () if module is None else tuple(needed(module))
+    return Planned(Path(model), source, loaded, made, spec, (*notes, *made.notes), inputs)
 
 
 def run(
