@@ -30,8 +30,8 @@ def shipped_recipes() -> tuple[Shipped, ...]:
     return tuple(Shipped(name, header(text).partition("\n")[0], text) for name, text in texts.items())
 
 
-def shipped_text(name: str) -> str:
-    """The YAML of one; ``name`` with or without ``.yaml``.
+def shipped_text(name: str, others: str = "") -> str:
+    """The YAML of one; ``name`` with or without ``.yaml``. ``others``: what else could have been given, in words.
 
     Raises:
         PcqError: there is none of that name.
@@ -40,7 +40,7 @@ def shipped_text(name: str) -> str:
     stem = name.removesuffix(".yaml")
     if stem not in texts:
         todo = did_you_mean(stem, texts) or "`pcq recipes list` says what each is for"
-        raise PcqError(f"there is no recipe '{name}'", allowed=f"a file, or one of {', '.join(texts)}", todo=todo)
+        raise PcqError(f"there is no recipe '{name}'", allowed=f"{others}{', '.join(texts)}", todo=todo)
     return texts[stem]
 
 

@@ -182,6 +182,10 @@ BAD = [
         "the tensor 'w' is sparse (torch.sparse_coo). Call .to_dense() on it and save again."),
     Bad("a quantized tensor", "model.pt", saved({"w": torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8)}),
         "the tensor 'w' is quantized already. Give the float network, or call .dequantize() on it."),
+    Bad("a dynamically quantized layer", "model.pt",
+        saved({"0.scale": torch.ones(()), "0._packed_params._packed_params": (
+            torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8), None)}),
+        "its '0._packed_params._packed_params' is quantized already. Give the float network."),
     Bad("a type without a place", "model.pt", saved(weights(w=torch.ones(2, dtype=torch.complex128))),
         "the tensor 'w' is of type torch.complex128, which safetensors cannot hold. Convert it and save again."),
     Bad("several at once", "model.pt", saved({"a": torch.ones(2, device="meta"), "c": torch.ones(2).to_sparse()}),

@@ -128,7 +128,7 @@ def test_eval_against_the_float_network(made: Path, capsys: pytest.CaptureFixtur
         assert again["agreement"] == got["agreement"]
     got = answer(capsys, "eval", DIGITS, "--data", "digits", "--arch", ARCH, "--reference", DIGITS)
     assert got["agreement"] == 100
-    assert got["top1"] == 99.5  # pcq/demo/digits-resnet8.json
+    assert got["top1"] == got["reference_top1"] == 99.5  # pcq/demo/digits-resnet8.json
 
 
 def test_samples_of_another_shape_for_onnx(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,6 +158,7 @@ def test_the_next_command_has_all_that_it_needs(tmp_path: Path, capsys: pytest.C
     assert f"Next: pcq export {out} --onnx --arch ARCH --input SHAPE\n" in err
     module = torch.nn.Sequential(torch.nn.Linear(6, 9))
     torch.export.save(torch.export.export(module, (torch.zeros(2, 6),)), tmp_path / "net.pt2")
+    assert "an exported program" in run(capsys, "inspect", tmp_path / "net.pt2")[0]
     _, err = run(capsys, "quantize", tmp_path / "net.pt2", "-r", "w8", "-o", out)
     assert f"Next: pcq export {out} --onnx\n" in err
     run(capsys, *shlex.split(err.partition("Next: pcq ")[2]))
@@ -270,6 +271,12 @@ def test_options_of_inspect_that_would_do_nothing(made: Path, capsys: pytest.Cap
     assert "two things" in run(capsys, "inspect", DIGITS, "--prox", "hard", code=2)[1]
     assert "--levels: it belongs to --prox" in run(capsys, "inspect", DIGITS, "--levels", "0,1", code=2)[1]
     assert "--out: it belongs to --prox" in run(capsys, "inspect", DIGITS, "-o", "x.png", code=2)[1]
+    for name in ("net.ternary.onnx", "net.ternary.safetensors"):
+        for option in (["--key", "ema"], ["--unsafe-pickle"], ["--allow-global", "a.B"]):
+            err = run(capsys, "inspect", made / name, *option, code=2)[1]
+            assert f"{option[0]}: this is about checkpoints" in err
+    on = ["--data", "digits", "--arch", "foo:bar"]
+    assert "--arch: this is about checkpoints" in run(capsys, "eval", made / "net.ternary.onnx", *on, code=2)[1]
 
 
 def test_a_name_of_another_kind_of_file(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -262,8 +262,11 @@ def test_folder_picks_its_split(tmp_path: Path) -> None:
     assert "val" in open_data(f"folder:{tmp_path}?size=8", "test").name
     assert "train" in open_data(f"folder:{tmp_path}?size=8", "train").name
     picture(tmp_path / "flat" / "0.png")
+    for shadow in (tmp_path / "flat" / "._0.png", tmp_path / "val" / "cat" / "._0.png"):  # as macOS leaves them
+        shadow.write_bytes(b"\0\5\x16\7")
+    assert open_data(f"folder:{tmp_path}?size=8", "test").n == 2
     flat = open_data(f"folder:{tmp_path / 'flat'}?size=8&mean=0.5&std=0.5", "train")
-    assert (flat.labels, flat.shape) == (None, (1, 8, 8))
+    assert (flat.n, flat.labels, flat.shape) == (1, None, (1, 8, 8))
     assert "no labels" in flat.describe()
     assert "The folder has no train/: this is all of it" in flat.describe()
     picture(tmp_path / "only" / "train" / "a" / "0.png")

@@ -212,6 +212,14 @@ def test_what_does_not_fit_is_float_with_its_reason(artifact: Path, tmp_path: Pa
     assert not (tmp_path / "other").exists()
 
 
+def test_a_link_to_a_folder_is_written_through(artifact: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for _ in range(2):
+        made = export_compressed(artifact, tmp_path / "link", arch=ARCH, force=True).path
+        assert made.is_symlink()
+        assert {file.name for file in (tmp_path / "real").iterdir()} == {"config.json", "model.safetensors"}
+
+
 def test_others_may_read_what_is_written(artifact: Path, tmp_path: Path) -> None:
     before = os.umask(0o022)
     try:

@@ -180,6 +180,13 @@ def test_too_few_and_wrong_samples(tmp_path: Path, capsys: pytest.CaptureFixture
     ):
         with pytest.raises(PcqError, match=says):
             quantize_onnx(path, "w4", calibration=f"npz:{tmp_path / file}.npz")
+    np.savez(tmp_path / "many.npz", x=correlated(200, 3, 12, 12))
+    for samples, taken in ((40, 40), (12, 12)):
+        made = quantize_onnx(
+            path, "w4", calibration=Calibration(f"npz:{tmp_path / 'many.npz'}", samples), out=tmp_path / f"{samples}.onnx"
+        ).calibrated
+        assert made is not None
+        assert made.outcome.samples == taken
     assert cli.run(["quantize", str(path), "--detect", "--calib", "random"]) == 2
     capsys.readouterr()
     assert cli.run(["quantize", str(path), "-r", "w4", "--calib", "random", "--samples", "8", "--json"]) == 0

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pcq.errors import PcqError, Problems
 from pcq.quantizers import Binary, Fixed, KMeans, LeastSquaresBinary, Quantizer, Ternary, Uniform
-from pcq.recipe import Recipe, load_recipe, parse_recipe
+from pcq.recipe import Recipe, load_recipe, parse_recipe, shipped_text
 from pcq.recipe_schema import KINDS
 from pcq.rules import Kind, Match, Position, Rule, Shape
 from pcq.strict_yaml import SIZE, parse, scalar
@@ -460,6 +460,8 @@ def test_what_cannot_be_opened_is_told(tmp_path: Path) -> None:
             load_recipe(path)
         return str(caught.value)
 
+    with pytest.raises(PcqError, match="there is no recipe 'my.yaml'. Allowed: binary, binary-all, "):
+        shipped_text("my.yaml")
     assert told("ternery").startswith("there is no recipe 'ternery'. Allowed: a file, or one of binary, binary-all, ")
     assert told("ternery").endswith("Did you mean 'ternary'?")
     assert told("xyz.yaml").endswith("`pcq recipes list` says what each is for.")

@@ -71,7 +71,7 @@ def evaluate(
     split: Annotated[str, typer.Option(help="Which part of the data: test, val or train.")] = "test",
     batch: Annotated[int, typer.Option(min=1, help="Samples per batch.")] = 256,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Only the first so many samples.", show_default=False)
+        int | None, typer.Option(min=1, help="Only so many samples, evenly spaced.", show_default=False)
     ] = None,
     key: Key = None,
     allow_global: AllowGlobal = None,

@@ -157,8 +157,9 @@ def refuse_folder(path: Path, force: bool) -> None:
 
 
 def _write_folder(path: Path, tensors: dict[str, Tensor], described: str) -> None:
-    """The folder appears whole or not at all."""
-    draft = path.resolve().with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.partial")
+    """The folder appears whole or not at all; a symbolic link is written through."""
+    target = Path(os.path.realpath(path))
+    draft = target.with_name(f".{target.name[:100]}.{secrets.token_hex(4)}.partial")
     try:
         try:
             draft.mkdir(mode=0o700)
@@ -168,9 +169,9 @@ def _write_folder(path: Path, tensors: dict[str, Tensor], described: str) -> Non
             mode = stat.S_IMODE((draft / "config.json").stat().st_mode)
             (draft / "model.safetensors").chmod(mode)  # safetensors lets only its owner read it
             draft.chmod(mode | (mode & 0o444) >> 2)
-            if path.exists():
-                shutil.rmtree(path)
-            os.replace(draft, path)
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(draft, target)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     except OSError as error:

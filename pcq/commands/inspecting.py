@@ -30,6 +30,10 @@ def inspect(
         PcqError: the file is none of these, or is damaged.
     """
     path = Path(path)
+    given = {"--key": key, "--allow-global": allow_globals or None, "--unsafe-pickle": unsafe_pickle or None}
+    said = [option for option, value in given.items() if value is not None]
+    if said and (path.suffix in (".yaml", ".yml", ONNX_SUFFIX) or checkpoint.is_artifact(path)):
+        raise PcqError("this is about checkpoints, and the file is none", where=said[0], todo="Leave it out")
     if path.suffix in (".yaml", ".yml"):
         return check(str(path))
     if path.suffix == ONNX_SUFFIX:
@@ -42,7 +46,9 @@ def inspect(
     shapes = {name: source.shape(name) for name in source.names}
     notes = list(source.notes)
     _, arch = architecture(source, shapes, None, notes)
-    facts = [("architecture", arch or "not recognised"), *(("note", note) for note in notes)]
+    own = "an exported program" if source.program is not None else "a module, saved whole"
+    told = arch or ("not recognised" if source.make_module is None else own)
+    facts = [("architecture", told), *(("note", note) for note in notes)]
     facts += [("tied", f"{name} is {owner}") for name, owner in source.tied.items()]
     rows = tuple(float_view(name, shapes[name], source.dtype(name)) for name in source.names)
     whole = path.is_file() and path.suffix != ".json"  # else an index or a folder: several files

@@ -114,6 +114,6 @@ def feeds(model: Path, asked: Calibration) -> "tuple[Feeds, Feeds, str]":
 def _divided(everything: "Feeds", most: int, said: str, where: str) -> "tuple[Feeds, Feeds, str]":
     if everything.n < FEWEST * 5 // 4 or len(everything.batches) < 2:
         raise PcqError(f"{everything.n} samples are too few to calibrate with", where=where,
-                       allowed=f"{FEWEST * 5 // 4} or more, in two batches or more")  # fmt: skip
+                       allowed=f"{max(FEWEST * 5 // 4, 2 * everything.batch)} or more")  # fmt: skip
     samples, held_out = everything.split(min(most, everything.n * 4 // 5))
     return samples, held_out, f"{samples.n:,} samples of {said}, and {held_out.n:,} others to judge by"

@@ -50,7 +50,7 @@ def evaluate(
             where the data has no labels. Its architecture is the one recorded at ``path``, where nothing else says it.
         split: ``test``, ``val`` or ``train``.
         batch: samples per batch; the scores do not depend on it.
-        limit: stop after so many samples.
+        limit: only so many samples, evenly spaced.
         key: which state dict to open, where a checkpoint, or the reference, holds several.
         allow_globals, unsafe_pickle: as for :func:`pcq.quantize`.
 
@@ -61,12 +61,14 @@ def evaluate(
     from pcq.data.inputs import Several
     from pcq.scores import evaluate as score
 
+    files = [Path(each) for each in (path, reference) if each is not None]
+    if arch is not None and all(file.suffix == ONNX_SUFFIX for file in files):
+        raise PcqError("this is about checkpoints, and an ONNX file was given", where="--arch", todo="Leave it out")
     several: Several | None = None
     try:
         opened = open_data(data, split)
     except Several as found:
         opened, several = numbered(found, split), found
-    files = [Path(each) for each in (path, reference) if each is not None]
     chosen = keys(files, key, allow_globals, unsafe_pickle)
     predict, runtime = predictor(Path(path), arch, None, chosen[0], allow_globals, unsafe_pickle, several)
     compared = None

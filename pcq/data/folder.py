@@ -96,7 +96,7 @@ def find_images(folder: Path, classes: Sequence[str] = ()) -> Found:
     present = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     inside = {name: _walk(folder / name) for name in present}
     if not any(inside.values()):
-        flat = tuple(sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS))
+        flat = tuple(sorted(path for path in folder.iterdir() if _is_image(path.name)))
         if not flat:
             raise PcqError("there is no image in it", where=str(folder), allowed=", ".join(ENDINGS))
         return Found(flat, (), ())
@@ -113,7 +113,12 @@ def find_images(folder: Path, classes: Sequence[str] = ()) -> Found:
 
 def _walk(folder: Path) -> list[Path]:
     walked = sorted(os.walk(folder, followlinks=True))
-    return [Path(root, name) for root, _, names in walked for name in sorted(names) if name.lower().endswith(ENDINGS)]
+    return [Path(root, name) for root, _, names in walked for name in sorted(names) if _is_image(name)]
+
+
+def _is_image(name: str) -> bool:
+    """By its name; ``._`` is how macOS calls what it knows of a file."""
+    return name.lower().endswith(ENDINGS) and not name.startswith("._")
 
 
 def open_folder(

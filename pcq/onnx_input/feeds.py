@@ -36,7 +36,7 @@ def named(arrays: Mapping[str, Array], batch: int | None, most: int, seed: int, 
     Args:
         arrays: one for each input.
         batch: samples that the model wants at once; None: any number.
-        most: samples to take.
+        most: samples to take; of a model that wants more at once, two batches.
         seed: of the order.
         where: for messages.
 
@@ -47,8 +47,8 @@ def named(arrays: Mapping[str, Array], batch: int | None, most: int, seed: int, 
     count = max(lengths.values(), default=0)
     if not count:
         raise PcqError("there are no samples", where=where)
-    size = batch or min(32, max(1, count // 5))
-    order = np.random.default_rng(seed).permutation(count)[:most]
+    size = batch or min(32, max(1, min(count, most) // 5))
+    order = np.random.default_rng(seed).permutation(count)[: max(most, 2 * size)]
     moving = {name for name in arrays if lengths.get(name) == count}
     batches = tuple(
         {name: array[order[start : start + size]] if name in moving else array for name, array in arrays.items()}

@@ -100,7 +100,7 @@ def _(result: commands.ExportResult) -> dict[str, Any]:
         "artifact": str(result.artifact),
         "arch": result.arch,
         "bytes": written.nbytes,
-        "bytes_predicted": proof.predicted,
+        "bytes_predicted": proof.predicted if result.int8 is None else None,  # it is the exact file's
         "float_bytes": proof.float_bytes,
         "bits": proof.bits_per_weight,
         "tensors": [

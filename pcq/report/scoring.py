@@ -16,7 +16,12 @@ def _(result: commands.EvalResult) -> RenderableType:
     made = table(f"{result.path} on {result.data}", "score", "value", right=("value",))
     made.add_row("samples", f"{scores.n:,}")
     made.add_row("runtime", result.runtime)
-    for label, value in (("top-1", scores.top1), ("top-5", scores.top5), ("agreement with float", scores.agreement)):
+    for label, value in (
+        ("top-1", scores.top1),
+        ("top-5", scores.top5),
+        ("agreement with float", scores.agreement),
+        ("top-1 of float", scores.reference_top1),
+    ):
         if value is not None:
             made.add_row(label, percent(value))
     return made
@@ -33,6 +38,7 @@ def _(result: commands.EvalResult) -> dict[str, Any]:
         "top1": scores.top1,
         "top5": scores.top5,
         "agreement": scores.agreement,
+        "reference_top1": scores.reference_top1,
     }
 
 

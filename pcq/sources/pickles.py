@@ -79,6 +79,9 @@ def open_pickle(path: Path, asked: Asked) -> Opened:
     where, found, beside = find_state(loaded, path, asked.key)
     module = next((x for x in (loaded, found) if isinstance(x, nn.Module)), None)
     state = found.state_dict() if isinstance(found, nn.Module) else found
+    for name, value in state.items():
+        if isinstance(value, tuple) and any(isinstance(each, Tensor) and each.is_quantized for each in value):
+            raise PcqError(f"its '{name}' is quantized already", where=str(path), todo="Give the float network")
     tensors = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if where:
         notes.append(f"Opened '{where}'" + (f"; beside it: {listed(beside)}." if beside else "."))
