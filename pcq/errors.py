@@ -17,6 +17,8 @@ class PcqError(Exception):
     """
 
     exit_code = 2
+    finished: object = None
+    """A result that is there all the same."""
 
     def __init__(self, what: str, *, where: str = "", allowed: str = "", todo: str = "") -> None:
         self.what, self.where, self.allowed, self.todo = what, where, allowed, todo

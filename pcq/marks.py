@@ -12,11 +12,10 @@ SOFTWARE = "pcq"
 def onnx_marked(path: Path) -> bool:
     """Whether a file is ONNX with pcq's metadata; what a network or its tensors are called does not count."""
     import onnx
-    from google.protobuf.message import DecodeError
 
     try:
         model = onnx.load(path, load_external_data=False)
-    except (DecodeError, OSError):
+    except Exception:  # protobuf's own, where it is no ONNX
         return False
     return any(entry.key == SCHEME for entry in model.metadata_props)
 

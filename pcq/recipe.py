@@ -119,7 +119,9 @@ def load_recipe(path_or_name: str | Path | Recipe, overrides: Sequence[str] = ()
         return parse_recipe(read(path), str(path_or_name), overrides)
     if path.parent != Path():
         raise PcqError("there is no such file", where=str(path_or_name))
-    recipe = parse_recipe(shipped_text(path.name, "a file, or one of "), f"{path.name.removesuffix('.yaml')}.yaml", overrides)
+    recipe = parse_recipe(
+        shipped_text(path.name, "a file, or one of "), f"{path.name.removesuffix('.yaml')}.yaml", overrides
+    )
     return replace(recipe, shipped=not overrides)
 
 

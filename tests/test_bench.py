@@ -277,6 +277,23 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "p.png"]
 
 
+@pytest.mark.parametrize("as_json", [False, True])
+def test_what_was_measured_is_printed_whatever_becomes_of_the_plot(
+    as_json: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(_: object) -> bytes:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(benching, "bench_figure", full)
+    path = convolutions(tmp_path / "m.onnx")
+    arguments = ["bench", str(path), "--batch", "1", "--threads", "1", "--rounds", "1", "--processes", "1"]
+    assert cli.run([*arguments, "--plot", str(tmp_path / "p.png"), *["--json"] * as_json]) == 2
+    out, err = capsys.readouterr()
+    assert "p.png: no room left to write it" in err
+    assert (json.loads(out)["rows"][0]["bytes"] == path.stat().st_size) if as_json else "batch 1, 1 thread" in out
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_the_time_left_is_told_in_a_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -494,12 +494,14 @@ def test_a_library_that_says_no_more_than_that_it_failed(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("write failed"), "said by us"])
-def test_no_room_for_temporary_files_is_said_so(error: Exception | str, monkeypatch: pytest.MonkeyPatch) -> None:
+OURS = CheckFailed("what a library says", where="check")
+OURS.__cause__ = RuntimeError("write failed")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("write failed"), OURS])
+def test_no_room_for_temporary_files_is_said_so(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(PcqError, match="no room left for temporary files. .* TMPDIR") as told, scratch() as folder:
-        if isinstance(error, str):
-            raise CheckFailed(error, where="check") from RuntimeError("write failed")
         raise error
     assert told.value.where == str(folder.parent)
     assert not folder.exists()

@@ -20,7 +20,16 @@ from torch import Tensor, nn
 
 from pcq import cli, read_artifact
 from pcq.checkpoint import compressed
-from pcq.commands import Calibration, bench, export_compressed, export_onnx, export_pt2, export_state_dict, open_network, quantize
+from pcq.commands import (
+    Calibration,
+    bench,
+    export_compressed,
+    export_onnx,
+    export_pt2,
+    export_state_dict,
+    open_network,
+    quantize,
+)
 from pcq.commands.programs import _apart
 from pcq.demo import HERE
 from pcq.errors import CheckFailed, PcqError

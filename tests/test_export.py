@@ -1,7 +1,7 @@
 """Export: small networks of every kind go through whole; whatever is wrong leaves no file behind."""
 
-import json
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path

@@ -183,7 +183,10 @@ def test_too_few_and_wrong_samples(tmp_path: Path, capsys: pytest.CaptureFixture
     np.savez(tmp_path / "many.npz", x=correlated(200, 3, 12, 12))
     for samples, taken in ((40, 40), (12, 12)):
         made = quantize_onnx(
-            path, "w4", calibration=Calibration(f"npz:{tmp_path / 'many.npz'}", samples), out=tmp_path / f"{samples}.onnx"
+            path,
+            "w4",
+            calibration=Calibration(f"npz:{tmp_path / 'many.npz'}", samples),
+            out=tmp_path / f"{samples}.onnx",
         ).calibrated
         assert made is not None
         assert made.outcome.samples == taken

@@ -47,7 +47,9 @@ class Masked(Tokens):
 def test_the_command_to_go_on_with_is_one_that_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_file(Tokens().state_dict(), tmp_path / "m.safetensors")
     arch = "tests.test_several_inputs:Masked"
-    assert cli.run(["quantize", str(tmp_path / "m.safetensors"), "-r", "w8", "--arch", arch, "-o", f"{tmp_path}/q"]) == 0
+    assert (
+        cli.run(["quantize", str(tmp_path / "m.safetensors"), "-r", "w8", "--arch", arch, "-o", f"{tmp_path}/q"]) == 0
+    )
     assert capsys.readouterr().err.splitlines()[-1] == f"Next: pcq export {tmp_path}/q --onnx --example SPEC"
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from importlib.util import find_spec
 from types import FrameType
-from typing import TYPE_CHECKING, ParamSpec, TextIO
+from typing import TYPE_CHECKING, Any, ParamSpec, TextIO
 
 import typer
 
@@ -114,7 +114,10 @@ def answers(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(error.exit_code) from None
         except PcqError as error:
             if kwargs.get("as_json"):
-                print(json.dumps({"error": str(error), "exit_code": error.exit_code}))
+                found = {} if error.finished is None else _json(error.finished)
+                print(json.dumps({**found, "error": str(error), "exit_code": error.exit_code}))
+            elif error.finished is not None:
+                emit(error.finished, False)
             say(f"pcq: {error}")
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt as stop:
@@ -166,14 +169,20 @@ def _to_nowhere(*streams: TextIO) -> None:
 
 def emit(result: object, as_json: bool) -> None:
     """Print a result on standard output."""
-    from pcq import report
-
     if not first():
         return
     if as_json:
-        print(json.dumps(report.to_json(result), indent=1))
+        print(json.dumps(_json(result), indent=1))
     else:
+        from pcq import report
+
         console().print(report.render(result), crop=False)
+
+
+def _json(result: object) -> "dict[str, Any]":
+    from pcq import report
+
+    return report.to_json(result)
 
 
 def _still_wanted() -> None:

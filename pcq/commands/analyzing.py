@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from pcq import checkpoint, qtensor
-from pcq.atomic import atomic
 from pcq.commands.calibrating import FEWEST, RANDOM, Calibration, draw_inputs, float_network, painted
+from pcq.commands.drawing import drawn
 from pcq.commands.quantizing import Planned, plan
 from pcq.errors import PcqError
 from pcq.plan import Quantized
-from pcq.plots import require_matplotlib
+from pcq.plots import bars, require_matplotlib
 from pcq.progress import Progress, silent
 from pcq.quantizers import Uniform
 from pcq.recipe import Recipe
@@ -154,11 +154,9 @@ def analyze(
         whole,
         paste(named),
         sum(better[name] for name in named),
-        None if plot is None else Path(plot),
+        None,
     )
-    if plot is not None:
-        draw_plot(result, Path(plot))
-    return result
+    return result if plot is None else drawn(result, Path(plot), _picture)
 
 
 def open_bench(
@@ -259,16 +257,8 @@ def _literal(name: str) -> str:
     return json.dumps("".join(f"[{letter}]" if letter in "*?[" else letter for letter in name), ensure_ascii=False)
 
 
-def draw_plot(result: AnalyzeResult, path: Path) -> None:
-    """A bar for each weight.
-
-    Raises:
-        PcqError: matplotlib is missing, or the path cannot be written.
-    """
-    from pcq.plots import bars
-
+def _picture(result: AnalyzeResult) -> bytes:
+    """A bar for each weight."""
     measure = "noise / signal of the weight" if result.whole is None else "output error with only this weight quantized"
     title = f"{result.planned.model.name}, {result.planned.recipe.name}"
-    picture = bars([(row.name, row.damage, row.override) for row in result.weights], title, measure)
-    with atomic(path) as temporary:
-        temporary.write_bytes(picture)
+    return bars([(row.name, row.damage, row.override) for row in result.weights], title, measure)

@@ -14,9 +14,11 @@ import torch
 
 from pcq import checkpoint
 from pcq.commands.benched import Array, Benched, open_files
+from pcq.commands.drawing import drawn
 from pcq.commands.fresh import Fresh, measure
 from pcq.commands.networks import keys, open_network
 from pcq.errors import PcqError, first_line
+from pcq.plots import bench_figure, require_matplotlib
 from pcq.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -155,8 +157,6 @@ def bench(
             raise PcqError(f"{list(numbers)} cannot be", where=option, allowed=f"whole numbers, {least} or more")
     named = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     if plot is not None:
-        from pcq.plots import require_matplotlib
-
         require_matplotlib()
         checkpoint.refuse_overwrite(Path(plot), ".png", inputs=named, force=force)
     cores = os.cpu_count() or 1
@@ -189,23 +189,23 @@ def bench(
         )
         for file, found, mine in zip(files, fresh, latencies, strict=True)
     )
-    if plot is not None:
-        from pcq.plots import bench_figure
+    result = BenchResult(rows, rounds, processes, _machine(cores), None, time.perf_counter() - begun)
+    return result if plot is None else drawn(result, Path(plot), _picture)
 
-        columns = [
-            (
-                row.path.name,
-                row.nbytes,
-                row.load.median,
-                row.peak.median,
-                {each.place: each.seconds.median for each in row.latencies},
-            )
-            for row in rows
-        ]
-        with checkpoint.atomic(Path(plot)) as draft:
-            draft.write_bytes(bench_figure(columns))
-    plotted = None if plot is None else Path(plot)
-    return BenchResult(rows, rounds, processes, _machine(cores), plotted, time.perf_counter() - begun)
+
+def _picture(result: BenchResult) -> bytes:
+    """Bars for the files side by side."""
+    columns = [
+        (
+            row.path.name,
+            row.nbytes,
+            row.load.median,
+            row.peak.median,
+            {each.place: each.seconds.median for each in row.latencies},
+        )
+        for row in result.rows
+    ]
+    return bench_figure(columns)
 
 
 def _runner(file: Benched, threads: int) -> Callable[[Mapping[str, Array]], object]:

@@ -30,12 +30,13 @@ def sample_shape(shape: Sequence[int] | None) -> tuple[int, ...] | None:
     """
     if shape is None or not len(shape):
         return None
-    if isinstance(shape, str) or not all(isinstance(n, Integral) and not isinstance(n, bool) and n > 0 for n in shape):
+    sizes: list[Any] = [*shape]
+    if not all(isinstance(size, Integral) and not isinstance(size, bool) and size > 0 for size in sizes):
         raise PcqError(f"{shape!r} is not one sample's shape", where="--input", allowed="sizes such as (3, 224, 224)")
-    if math.prod(map(int, shape)) > LARGEST:
+    if math.prod(map(int, sizes)) > LARGEST:
         raise PcqError(f"a sample of {'x'.join(map(str, shape))} is too large", where="--input",
                        allowed=f"up to {LARGEST:,} numbers")  # fmt: skip
-    return tuple(map(int, shape))
+    return tuple(map(int, sizes))
 
 
 class Several(PcqError):
