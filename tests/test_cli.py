@@ -120,6 +120,16 @@ def test_export_proves_itself_and_scores_like_torch(made: Path, capsys: pytest.C
     onnx.checker.check_model(str(made / "net.ternary.onnx"), full_check=True)
 
 
+def test_bytes_of_int8_stand_beside_no_others(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is predicted is the size of the exact file, which is not kept."""
+    int8 = ["--mode", "int8", "--calib", "digits", "--samples", 32, "--max-drop", 100]
+    got = answer(
+        capsys, "export", made / "net.ternary.safetensors", "-o", tmp_path / "a.onnx", "--input", "1x8x8", *int8
+    )
+    assert got["bytes"] == (tmp_path / "a.onnx").stat().st_size != got["int8"]["exact_bytes"]
+    assert got["bytes_predicted"] is None
+
+
 def test_eval_against_the_float_network(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     got = answer(capsys, "eval", made / "net.ternary.onnx", "--data", "digits", "--reference", DIGITS, "--arch", ARCH)
     assert 0 < got["agreement"] <= 100

@@ -4,7 +4,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ def sample_shape(shape: Sequence[int] | None) -> tuple[int, ...] | None:
     if shape is None or not len(shape):
         return None
     sizes: list[Any] = [*shape]
-    if not all(isinstance(size, Integral) and not isinstance(size, bool) and size > 0 for size in sizes):
+    if any(isinstance(size, bool) or not isinstance(size, int | np.integer) or size <= 0 for size in sizes):
         raise PcqError(f"{shape!r} is not one sample's shape", where="--input", allowed="sizes such as (3, 224, 224)")
     if math.prod(map(int, sizes)) > LARGEST:
         raise PcqError(f"a sample of {'x'.join(map(str, shape))} is too large", where="--input",
