@@ -35,6 +35,10 @@ class CheckFailed(PcqError):
     exit_code = 3
 
 
+class NoSplit(PcqError):
+    """The data is as it should be, but has no split of that name."""
+
+
 class Elsewhere(PcqError):
     """Of several processes another one failed; it says so itself, and this one has nothing to add."""
 

@@ -89,6 +89,16 @@ def call(spec: Spec, **offered: object) -> object:
         return target(**options)
 
 
+def takes(spec: Spec, argument: str) -> bool:
+    """Whether :func:`call` would offer that ``argument`` to the function, and the spec does not give it itself."""
+    with running(spec, "importing it"):
+        target = _target(spec, str(spec))
+        try:
+            return argument in inspect.signature(target).parameters and argument not in spec.options
+        except (TypeError, ValueError):
+            return argument not in spec.options
+
+
 @contextlib.contextmanager
 def running(spec: Spec, what: str) -> Iterator[None]:
     """The user's code runs inside: its file's folder (or the working folder) comes first on ``sys.path``.

@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import signal
 import time
 from dataclasses import replace
@@ -880,6 +881,82 @@ def test_data_errors_are_said(tmp_path: Path) -> None:
     with pytest.raises(PcqError, match="no such folder"):
         open_splits(f"folder:{tmp_path / 'nothing'}")
     assert open_data("digits", "val").n == 200
+
+
+OWN = """
+import numpy as np
+import torch
+
+def raises(split="train"):
+    if split == "test":
+        raise RuntimeError("disk on fire")
+    return np.zeros((30, 2), np.float32), np.arange(30) % 2
+
+def none(split="train"):
+    return None if split == "test" else raises()
+
+def random():
+    return torch.randn(30, 2), torch.arange(30)
+"""
+
+
+def test_a_split_that_cannot_be_read_is_not_an_absent_one(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    with pytest.raises(PcqError, match=r"disk on fire for the split test\. See line 7 .* there is not, return None"):
+        open_splits(f"{tmp_path / 'own.py'}:raises")
+    assert open_splits(f"{tmp_path / 'own.py'}:none").test is None
+    x, y = np.zeros((30, 2), np.float32), np.arange(30) % 2
+    path = tmp_path / "some.npz"
+    spoiled = x.copy()
+    spoiled[3, 1] = np.nan
+    for split in ("test", "val"):
+        for key, value, said in (("x", spoiled, "hold NaN"), ("y", y[:-1], "labels have shape")):
+            arrays = {"x_train": x, "y_train": y, f"x_{split}": x + 1, f"y_{split}": y}
+            np.savez(path, **{**arrays, f"{key}_{split}": value})
+            with pytest.raises(PcqError, match=said):
+                open_splits(f"npz:{path}")
+    np.savez(path, x_train=x, y_train=y)
+    assert open_splits(f"npz:{path}").test is None
+    with pytest.raises(PcqError, match="arrays of train but none of test"):
+        open_data(f"npz:{path}", "test")
+
+
+def test_a_function_without_splits_is_one_set(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    splits = open_splits(f"{tmp_path / 'own.py'}:random")
+    assert (splits.train.n, splits.val.n, splits.test) == (27, 3, None)
+    assert not set(splits.train.labels.tolist()) & set(splits.val.labels.tolist())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("split", "changed", "said"),
+    [
+        ("test", {"y": np.full(20, 10)}, "test: a label is 10. Allowed: 0 to 9, the outputs"),
+        ("val", {"y": np.full(20, 10)}, "val: a label is 10. Allowed: 0 to 9, the outputs"),
+        ("test", {"x": np.zeros((20, 1, 4, 4), np.float32)}, "its samples are 1x4x4, those of train 1x8x8"),
+        ("test", {"y": None}, "test: it has no labels, and train has some"),
+        ("val", {"y": None}, "val: it has no labels, and train has some"),
+    ],
+)
+def test_splits_are_checked_before_training(split: str, changed: dict[str, Any], said: str, tmp_path: Path) -> None:
+    arrays: dict[str, Any] = {}
+    for number, name in enumerate(("train", "val", "test")):
+        arrays |= {f"x_{name}": np.full((20, 1, 8, 8), number, np.float32), f"y_{name}": np.arange(20) % 10}
+    arrays |= {f"{key}_{split}": value for key, value in changed.items()}
+    np.savez(tmp_path / "some.npz", **{key: value for key, value in arrays.items() if value is not None})
+    seen: list[str] = []
+    with pytest.raises(PcqError, match=re.escape(said)):
+        pcq.finetune(
+            small(tmp_path), "ternary", f"npz:{tmp_path / 'some.npz'}", arch=f"{__name__}:Small", steps=1,
+            out=tmp_path / "x.safetensors", progress=lambda stage, *_: seen.append(stage),
+        )  # fmt: skip
+    assert not seen
+
+
+def test_crops_of_larger_images_are_for_folders(tmp_path: Path) -> None:
+    np.savez(tmp_path / "some.npz", x=np.zeros((20, 1, 8, 8), np.float32), y=np.zeros(20, np.int64))
+    with pytest.raises(PcqError, match=r"resized-crop: it is for folders of images"):
+        open_splits(f"npz:{tmp_path / 'some.npz'}", resized_crop=True)
 
 
 # -- warnings ----------------------------------------------------------------------------------------------------------

@@ -222,7 +222,8 @@ def _finetune(
 ) -> FinetuneResult:
     """All of a run that touches its files, which nobody else may meanwhile; ``rules`` have their settings settled."""
     from pcq.train import loop, report, saving
-    from pcq.train.splits import open_splits
+    from pcq.scores import module_predictor
+    from pcq.train.splits import check_outputs, open_splits
 
     settings = rules.finetune
     assert settings is not None
@@ -242,12 +243,13 @@ def _finetune(
         if here.first:
             saving.check(files.saved, mark)
         here.wait()  # before calibration, which takes minutes
+    original = build(planned)
+    check_outputs(splits, module_predictor(original)(splits.plain.take([0])).shape[1])
     allocation = None
     if rules.budget is not None:
         asked = None if calibration is None else starting.shaped(calibration, splits.plain.shape)
         allocation = allocate(replace(planned, recipe=rules), rules.budget, asked, progress)
         planned, rules = allocation.planned, allocation.planned.recipe
-    original = build(planned)
     module = original_or_new(planned, original, settings.seed if scratch else None).to(here.device)
     begin = None
     if calibration is not None:

@@ -18,7 +18,7 @@ from pcq.data.sets import HELD_OUT, open_set
 from pcq.errors import PcqError, did_you_mean
 from pcq.spec import Spec, is_own, parse
 
-__all__ = ["Batch", "Data", "from_arrays", "numbered", "open_data"]
+__all__ = ["Batch", "Data", "from_arrays", "numbered", "open_data", "own"]
 
 SPECS = "digits, fashion-mnist[:DIR], cifar10:DIR, folder:DIR, npz:FILE, file.py:function, package.module:function"
 
@@ -48,10 +48,15 @@ def open_data(spec: str, split: str = "test") -> Data:
         opener: Callable[..., Data] = open_folder if parsed.kind == "folder" else open_npz
         _options(parsed, set(inspect.signature(opener).parameters) - {"root", "path", "split"})
         return opener(parsed.name, split, **parsed.options)
-    if is_own(parsed):
+    if own(parsed):
         return open_own(parsed, split)
     todo = did_you_mean(parsed.kind, [*HELD_OUT, "folder", "npz"])
     raise PcqError("this is not a data set", where=spec, allowed=SPECS, todo=todo)
+
+
+def own(spec: Spec) -> bool:
+    """Whether the data is what a function of the user's returns."""
+    return is_own(spec) and spec.kind not in (*HELD_OUT, "folder", "npz")
 
 
 def _options(spec: Spec, known: set[str]) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pcq.data.dataset import Data
 from pcq.data.inputs import LABELS, Several, numbers, per_channel, tensor
-from pcq.errors import CheckFailed, PcqError
-from pcq.spec import Spec, call, running
+from pcq.errors import CheckFailed, NoSplit, PcqError
+from pcq.spec import Spec, call, running, takes
 
 NAMES = (("x", "y"), ("images", "labels"), ("data", "labels"), ("X", "y"))
 SPLIT = re.compile("_(test|val|train)$")
@@ -40,6 +40,7 @@ def open_npz(path: str, split: str, *, mean: Any = (0.0,), std: Any = (1.0,)) ->
 
     Raises:
         PcqError: no such file, or no such arrays.
+        NoSplit: all its arrays are of other splits.
         CheckFailed: the file is damaged.
     """
     file = Path(path).expanduser()
@@ -53,6 +54,10 @@ def open_npz(path: str, split: str, *, mean: Any = (0.0,), std: Any = (1.0,)) ->
             tried = [(a, b, end) for end in (f"_{split}", "") for a, b in NAMES]
             a, b, end = next((names for names in tried if names[0] + names[2] in arrays.files), ("", "", ""))
             unread = [name for name in arrays.files if SPLIT.sub("", name) not in ANY_NAME]
+            ends = {found[1] for found in map(SPLIT.search, arrays.files) if found}
+            if ends and split not in ends and all(map(SPLIT.search, arrays.files)):
+                said = f"it has arrays of {', '.join(sorted(ends))} but none of {split}"
+                raise NoSplit(said, where=str(file), allowed=f"x_{split} and y_{split}, or x and y")
             if not a or (unread and b + end not in arrays.files):  # labels under another name, or more inputs
                 allowed = "x and y, images and labels, or x_test and y_test"
                 held = {name.removesuffix(f"_{split}"): arrays[name] for name in _of_split(arrays.files, split)}
@@ -181,13 +186,16 @@ def open_own(spec: Spec, split: str) -> Data:
 
     a :class:`Data`; arrays or tensors ``(x, y)``, or x alone; a map-style data set (such as torchvision's) or a
     DataLoader of one, whose samples are x or (x, y); any other iterable of batches (x, y), or of samples (x, label)
-    with single numbers as labels, which is read into memory.
+    with single numbers as labels, which is read into memory; None for a split that there is not.
 
     Raises:
         PcqError: the function is not there or raises, or returns something else.
+        NoSplit: it returns None.
     """
     found = call(spec, split=split)
     name = str(spec)
+    if found is None and takes(spec, "split"):
+        raise NoSplit(f"it returned None for the split {split}", where=name)
     if isinstance(found, Data):
         return found
     if isinstance(found, torch.utils.data.DataLoader) and isinstance(found.dataset, Indexed):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pcq.data.dataset import Data
 from pcq.data.inputs import per_channel
-from pcq.errors import PcqError
+from pcq.errors import NoSplit, PcqError
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -147,6 +147,7 @@ def open_folder(
 
     Raises:
         PcqError: no folder, no images, or an option out of range.
+        NoSplit: it has subfolders of other splits only.
     """
     base = Path(root).expanduser()
     if not root or not base.is_dir():
@@ -154,7 +155,7 @@ def open_folder(
     folder = next((base / name for name in SPLITS[split] if (base / name).is_dir()), base)
     others = [name for name in ("train", "val", "test") if folder == base and (base / name).is_dir()]
     if others:
-        raise PcqError(f"it has {' and '.join(f'{o}/' for o in others)} but no {split}/", where=str(base))
+        raise NoSplit(f"it has {' and '.join(f'{o}/' for o in others)} but no {split}/", where=str(base))
     means = per_channel(mean, "mean", f"folder:{root}")
     stds = per_channel(std, "std", f"folder:{root}", positive=True)
     sized = type(size) is int and 0 < size <= LARGEST  # the options are what the user typed, of any type

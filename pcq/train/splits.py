@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pcq.data import Data, open_data
-from pcq.errors import CheckFailed, PcqError
-from pcq.spec import Spec, parse
+from pcq.data import Data, open_data, own
+from pcq.errors import NoSplit, PcqError, raise_all
+from pcq.spec import Spec, parse, takes
 
 HELD_OUT = 5000
 """Samples held out of training where the data has no ``val``; at most a tenth of them."""
@@ -43,19 +43,27 @@ class Splits:
 def open_splits(spec: str, resized_crop: bool = False) -> Splits:
     """Open a data spec for training; ``val`` is held out of ``train`` where there is none of its own.
 
+    What a function returns that takes no ``split`` is one set, whatever it returns the next time.
+
     Args:
         spec: a data spec; see ``pcq.data``.
         resized_crop: open a folder's training images larger than the network takes them.
 
     Raises:
-        PcqError: the data is not there, or is too little.
+        PcqError: the data is not there, or is too little; or a split of it is not usable, or unlike the others.
     """
+    parsed = parse(spec)
+    if resized_crop and parsed.kind != "folder":
+        where, allowed = "finetune.augment: resized-crop", "none, crop or crop-flip"
+        raise PcqError(f"it is for folders of images, and the data is {spec}", where=where, allowed=allowed)
     plain = open_data(spec, "train")
-    test, val = _other(spec, "test", plain), _other(spec, "val", plain)
-    train = open_data(str(_larger(parse(spec))), "train") if resized_crop else plain
+    one = own(parsed) and not takes(parsed, "split")
+    test, val = (None if one else _other(spec, split, plain) for split in ("test", "val"))
+    train = open_data(str(_larger(parsed)), "train") if resized_crop else plain
     notes = []
     if val is not None and test is not None and _same(val, test):
         val = None
+    _alike([plain, *(each for each in (val, test) if each is not None)])
     if val is None:
         count = min(HELD_OUT, plain.n // 10)
         if count < 1:
@@ -73,11 +81,52 @@ def _other(spec: str, split: str, train: Data) -> Data | None:
     """Another split, unless it is not there or is the training data itself."""
     try:
         found = open_data(spec, split)
-    except CheckFailed:
-        raise
-    except PcqError:
+    except NoSplit:
         return None
+    except PcqError as error:
+        if not own(parse(spec)) or error.__cause__ is None:
+            raise
+        todo = f"{error.todo}. " * bool(error.todo) + "For a split that there is not, return None"
+        raise PcqError(f"{error.what} for the split {split}", where=error.where, todo=todo) from error
     return None if _same(found, train) else found
+
+
+def _alike(splits: Sequence[Data]) -> None:
+    """
+    Raises:
+        PcqError: samples of one have another shape than those of the first, or it has no labels where another has.
+    """
+    problems, first = [], splits[0]
+    for data in splits[1:]:
+        where = f"{data.name}, {data.split}"
+        if data.shape != first.shape:
+            shapes = ["x".join(map(str, shape)) or "one number" for shape in (data.shape, first.shape)]
+            problems.append(PcqError(f"its samples are {shapes[0]}, those of {first.split} {shapes[1]}", where=where))
+        labelled = [other.split for other in splits if other.labels is not None]
+        if data.labels is None and labelled:
+            what = f"it has no labels, and {labelled[0]} has some"
+            problems.append(PcqError(what, where=where, todo=f"Add them, or leave {data.split} out"))
+    raise_all(problems)
+
+
+def check_outputs(splits: Splits, outputs: int) -> None:
+    """
+    Raises:
+        PcqError: labels or classes of a split are more than the network's ``outputs``.
+    """
+    problems = []
+    for data in (splits.train, splits.val, splits.test):
+        if data is None:
+            continue
+        where = f"{data.name}, {data.split}"
+        if data.highest is not None and data.highest >= outputs:
+            allowed = f"0 to {outputs - 1}, the outputs"
+            problems.append(PcqError(f"a label is {data.highest}", where=where, allowed=allowed))
+        elif data.classes and len(data.classes) != outputs:
+            what = f"the data has {len(data.classes)} classes and the network {outputs} outputs"
+            todo = "For a folder with some of the classes only, list all of them in a file: folder:DIR?classes=FILE"
+            problems.append(PcqError(what, where=where, todo=todo))
+    raise_all(problems)
 
 
 def _same(a: Data, b: Data) -> bool:
