@@ -26,7 +26,7 @@ from pcq.refit import Refitted, following, refit_together, refit_weight
 from pcq.rows import Rows
 from pcq.schedules import Linear, Schedule
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,19 @@ class Target:
 
 
 def targets(plan: Plan, parameters: Mapping[str, Tensor]) -> dict[str, Target]:
-    """What ``plan`` quantizes among ``parameters`` (``dict(model.named_parameters())``); a tied one once.
+    """What ``plan`` quantizes among ``parameters``; a tied one once.
+
+    Args:
+        plan: what gets levels.
+        parameters: ``dict(model.named_parameters())``; with ``remove_duplicate=False`` also where the checkpoint calls
+            a tied weight by another of its names than the model's first.
 
     Raises:
-        PcqError: one line for every planned name that is not among the parameters, or has another shape.
+        PcqError: one line for every planned name that is not among the parameters, has another shape, or is the same
+            parameter as one before it.
     """
-    problems, found = [], {}
+    problems, found = [], dict[str, Target]()
+    names: dict[int, str] = {}
     for entry in plan.quantized:
         name, shape = entry.parameter.name, tuple(entry.parameter.shape)
         if entry.parameter.tied_to is not None:
@@ -61,6 +68,8 @@ def targets(plan: Plan, parameters: Mapping[str, Tensor]) -> dict[str, Target]:
         elif tuple(parameters[name].shape) != shape:
             got = tuple(parameters[name].shape)
             problems.append(PcqError(f"planned with shape {shape}, but the model's is {got}", where=name))
+        elif (before := names.setdefault(id(parameters[name]), name)) != name:
+            problems.append(PcqError(f"is one with {before} in the model, but two in the checkpoint", where=name))
         else:
             found[name] = Target(parameters[name], entry.rows, entry.quantizer)
     raise_all(problems)
@@ -99,6 +108,11 @@ class _Tracked:
         self.grid: Grid = target.grid or qtensor.fit(self.quantizer, self.whole(self.shown), self.rows)
         self.mu = 1.0
         self.codes: Tensor | None = None
+
+    def moved(self) -> bool:
+        """Whether the parameter has other memory than when it was last looked at."""
+        held = self.parameter if self.swaps or not shards.sharded(self.parameter.data) else shards.local(self.parameter)
+        return held.data_ptr() != self.shown.data_ptr()
 
     def whole(self, part: Tensor) -> Tensor:
         """All of a value of which ``part`` is held here: the same tensor, unless the parameter is sharded."""
@@ -143,6 +157,10 @@ class ProxConnect:
 
     Between steps the model holds the value that the gradient is taken at; its state dict does not hold the latents of
     ProxConnect, :meth:`state_dict` does. Attach when the model is on its device and has the weights to start from.
+    Parameters that are given other memory later (``p.data = …``) are followed, on the same device and in float32.
+
+    Where the optimizer's step raises, the model holds the latents for the moment. The next call of a method gives it
+    its weights again; the next step does too, and raises, as its gradient was taken at the latents.
 
     Parameters that FSDP2 has sharded are gathered, one at a time, to fit their levels and to map them: so every row and
     every level is that of one process, whatever is cut. All processes then have to call every method.
@@ -178,6 +196,7 @@ class ProxConnect:
         self.hardened = False
         self._skips = False
         self._asked = 0
+        self._exchanged = False
         self._batch: tuple[list[Grid], prox_gpu.Batch | None, list[_Tracked]] | None = None
         self._weights = {name: _Tracked(target, method, refit is not None) for name, target in weights.items()}
         self._groups = self._grouped()
@@ -203,7 +222,15 @@ class ProxConnect:
         self._skips = found_inf is not None and float(found_inf) > 0
         if self._skips:
             return
-        for weight in self._weights.values():
+        if self._exchanged:
+            self._settle()
+            raise PcqError(
+                "the optimizer's last step failed and left the latents in the model, and this gradient was taken there",
+                todo="The model has its weights again: take the gradient once more, then step",
+            )
+        for name, weight in self._weights.items():
+            if weight.moved():
+                self._follow(name, weight)
             if self.method.backward is not None and weight.parameter.grad is not None:
                 latent = weight.rows.split(weight.whole(self._latent(weight)))
                 factor = self.method.backward.slope(latent, weight.grid.levels())
@@ -220,6 +247,7 @@ class ProxConnect:
         refits = self.refit is not None and self.step % self.refit == 0 and not self.method.posttraining
         if self.method.updates == "latent":
             self._exchange(to_model=False)
+        self._exchanged = False
         for weight, group in self._groups[1]:
             weight.mu += float(group["lr"])
         if refits:
@@ -230,7 +258,40 @@ class ProxConnect:
         """The optimizer's groups, and that of each weight."""
         groups = self.optimizer.param_groups
         of = {id(parameter): group for group in groups for parameter in group["params"]}
-        return groups, [(weight, of[id(weight.parameter)]) for weight in self._weights.values()]
+        weights = [weight for weight in self._weights.values() if id(weight.parameter) in of]
+        return groups, [(weight, of[id(weight.parameter)]) for weight in weights]
+
+    def _follow(self, name: str, weight: _Tracked) -> None:
+        """The parameter has been given other memory: take it up, or give it its own where that is swapped anyway.
+
+        Raises:
+            PcqError: it is on another device, or of another type or shape.
+        """
+        data, shown = weight.parameter.data, weight.shown
+        part = shards.local(data)
+        if (part.device, part.dtype, part.shape) != (shown.device, shown.dtype, shown.shape):
+            was, now = (f"{str(t.dtype).removeprefix('torch.')} on {t.device}" for t in (shown, part))
+            raise PcqError(
+                f"was {was} when ProxConnect was attached, and is {now} of shape {tuple(part.shape)} now",
+                where=name,
+                todo="Attach when the model is on its device, in float32",
+            )
+        if self.method.updates == "latent" and weight.swaps:
+            weight.parameter.data = shown
+        else:
+            weight.shown, self._batch = part, None
+
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """Outside of a step: the model holds the weights, in the memory that is known here."""
+        if self._exchanged:
+            if self.method.updates == "latent":
+                self._exchange(to_model=False)
+            self._exchanged = False
+            self._map_all()
+        for name, weight in self._weights.items():
+            if weight.moved():
+                self._follow(name, weight)
 
     def _refit_all(self) -> None:
         """Refit every weight's levels to its latent; on a GPU, all at once that can be."""
@@ -267,6 +328,7 @@ class ProxConnect:
                 weight.parameter.data = weight.hidden if to_model else weight.shown
             else:
                 copied.append((weight.shown, weight.hidden) if to_model else (weight.hidden, weight.shown))
+            self._exchanged = to_model
         if copied:
             torch._foreach_copy_([into for into, _ in copied], [source for _, source in copied])
 
@@ -352,6 +414,7 @@ class ProxConnect:
             PcqError: a schedule-free optimizer is in its eval mode.
         """
         _refuse_averages(self.optimizer)
+        self._settle()
         kept = [(weight.shown.clone(), weight.grid) for weight in self._weights.values()]
         for weight in self._weights.values():
             if self.method.posttraining:
@@ -367,6 +430,7 @@ class ProxConnect:
     @torch.no_grad()
     def telemetry(self) -> Telemetry:
         """Where training stands; about ten copies of the weights, so ask now and then."""
+        self._settle()
         total, strength = 0, 0.0
         counts: list[Tensor] = []
         for weight in self._weights.values():
@@ -393,6 +457,7 @@ class ProxConnect:
 
     def harden(self) -> None:
         """Take the nearest level from now on, whatever the schedule says: for training that ends early."""
+        self._settle()
         self.hardened = True
         self._map_all()
 
@@ -405,6 +470,7 @@ class ProxConnect:
             CheckFailed: training ended before its hard phase, or weights are off their levels.
         """
         _refuse_averages(self.optimizer)
+        self._settle()
         if self.strength() < 1 and not self.method.posttraining:
             raise CheckFailed(
                 f"training stopped at step {self.step} of {self.steps}, before its hard phase",
@@ -445,6 +511,7 @@ class ProxConnect:
         Of sharded parameters the latents are whole, so that one process can go on from it, or several.
         """
         _refuse_averages(self.optimizer)
+        self._settle()
         return {
             "format": FORMAT,
             "run": self._run(),
@@ -457,6 +524,8 @@ class ProxConnect:
                     "mu": weight.mu,
                     "grid": _grid_state(weight.grid),
                     "codes": weight.codes,
+                    "quantizer": str(weight.quantizer),
+                    "rows": str(weight.rows),
                 }
                 for name, weight in self._weights.items()
             },
@@ -478,11 +547,17 @@ class ProxConnect:
         for name in sorted(self._weights.keys() ^ state["weights"].keys()):
             side = "only in the saved state" if name in state["weights"] else "missing in the saved state"
             problems.append(PcqError(f"{side}", where=name))
-        for name in self._weights.keys() & state["weights"].keys():
-            got, want = tuple(state["weights"][name]["latent"].shape), self._weights[name].rows.shape
+        for name in sorted(self._weights.keys() & state["weights"].keys()):
+            saved, weight = state["weights"][name], self._weights[name]
+            got, want = tuple(saved["latent"].shape), weight.rows.shape
             if got != want:
                 problems.append(PcqError(f"saved with shape {got}, here it has {want}", where=name))
+                continue
+            for key, mine in (("quantizer", str(weight.quantizer)), ("rows", str(weight.rows))):
+                if saved[key] != mine:
+                    problems.append(PcqError(f"saved with {saved[key]}, here it has {mine}", where=name))
         raise_all(problems)
+        self._settle()
         self.step, self.hardened, self._asked = state["step"], state["hardened"], state["asked"]
         for name, weight in self._weights.items():
             saved = state["weights"][name]
@@ -553,6 +628,8 @@ def _check(optimizer: torch.optim.Optimizer, weights: Mapping[str, Target], step
                     todo="Keep float32 parameters and compute in lower precision with torch.autocast.",
                 )
             )
+        elif not data.numel():
+            problems.append(PcqError("has no elements, so there are no levels for them", where=name))
         elif tuple(data.shape) != target.rows.shape:
             problems.append(PcqError(f"has shape {tuple(data.shape)}, its rows {target.rows.shape}", where=name))
         elif not bool(torch.isfinite(shards.whole(data)).all()):

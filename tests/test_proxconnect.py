@@ -2,9 +2,11 @@
 
 import copy
 import io
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -741,6 +743,104 @@ def test_a_state_of_another_run_is_refused_with_all_differences() -> None:
         other.load_state_dict({**state, "format": 7})
 
 
+@pytest.mark.parametrize(
+    ("axis", "quantizer", "said"),
+    [
+        (0, Binary(), r"0\.weight: saved with Ternary\(.*, here it has Binary\("),
+        (None, TERNARY, r"2\.weight: saved with Rows"),
+    ],
+)
+def test_a_state_of_other_levels_or_rows_is_refused(axis: Literal[0] | None, quantizer: Quantizer, said: str) -> None:
+    model = network()
+    optimizer = OPTIMIZERS["adamw"](list(model.parameters()))
+    prox = ProxConnect(optimizer, weights(model), steps=STEPS)
+    state = prox.state_dict()
+    prox.detach()
+    others = {name: Target(t.parameter, Rows(t.rows.shape, axis), quantizer) for name, t in weights(model).items()}
+    with pytest.raises(PcqError, match=said):
+        ProxConnect(optimizer, others, steps=STEPS).load_state_dict(state)
+
+
+@pytest.mark.parametrize("swapped", [True, False])
+@pytest.mark.parametrize("name", METHODS)
+def test_parameters_in_other_memory_are_followed(name: str, swapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``model.double().float()`` and helpers leave them that put averages into ``p.data`` for a while."""
+    monkeypatch.setattr(proxconnect, "swaps", lambda _: swapped)
+    ends = []
+    for moves in (False, True):
+        model = network()
+        optimizer = OPTIMIZERS["adamw"](list(model.parameters()))
+        prox = ProxConnect(optimizer, weights(model), METHODS[name], steps=STEPS)
+        for step in range(STEPS):
+            if moves and step in (0, 7):
+                for p in model.parameters():
+                    p.data = p.data.clone()
+            train(model, optimizer, step, step + 1)
+        if moves:
+            for p in model.parameters():
+                p.data = p.data.clone()
+        prox.finish()
+        ends.append(dict(model.state_dict()))
+    same(ends[0], ends[1])
+
+
+def test_parameters_of_another_type_are_refused_at_the_next_step() -> None:
+    model = network()
+    optimizer = OPTIMIZERS["sgd-momentum"](list(model.parameters()))
+    ProxConnect(optimizer, weights(model), METHODS["proxquant"], steps=STEPS)
+    matrix(model).data = matrix(model).data.double()
+    matrix(model).grad = torch.zeros(8, 6, dtype=torch.float64)
+    with pytest.raises(PcqError, match=r"0\.weight: was float32 on cpu .* and is float64 on cpu of shape \(8, 6\) now"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("swapped", [True, False])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_that_fails_does_not_leave_latents_in_the_model(
+    name: str, swapped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proxconnect, "swaps", lambda _: swapped)
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    prox = ProxConnect(optimizer, weights(model), METHODS[name], steps=STEPS)
+
+    def fail() -> None:
+        with monkeypatch.context() as patched, pytest.raises(MemoryError):
+            patched.setattr(sys.modules["torch.optim.sgd"], "sgd", Mock(side_effect=MemoryError))
+            optimizer.step()
+
+    train(model, optimizer, 0, 4)
+    before = copy.deepcopy(dict(model.state_dict()))
+    fail()
+    if METHODS[name].gradient_at != METHODS[name].updates:
+        with pytest.raises(PcqError, match=r"last step failed .* take the gradient once more"):
+            optimizer.step()
+    if METHODS[name].updates == "latent" or METHODS[name].gradient_at == "weight":
+        same(before, dict(model.state_dict()))
+    assert prox.step == 4
+    train(model, optimizer, 4)
+    assert prox.step == STEPS
+    fail()
+    assert prox.finish().keys() == weights(model).keys()
+
+
+def test_a_parameter_that_leaves_the_optimizer_stays_on_its_levels() -> None:
+    model = network()
+    optimizer = torch.optim.Adam([{"params": [p]} for p in model.parameters()], lr=0.01)
+    prox = ProxConnect(optimizer, weights(model), steps=STEPS)
+    train(model, optimizer, 0, 4)
+    optimizer.param_groups = optimizer.param_groups[:1]
+    train(model, optimizer, 4)
+    assert prox.finish().keys() == weights(model).keys()
+
+
+def test_a_weight_without_elements_is_refused() -> None:
+    empty = nn.Parameter(torch.zeros(5, 0))
+    optimizer = torch.optim.SGD([empty], lr=0.1)
+    with pytest.raises(PcqError, match="w: has no elements"):
+        ProxConnect(optimizer, {"w": Target(empty, Rows((5, 0)), TERNARY)}, steps=1)
+
+
 def test_optimizer_state_stays_the_optimizers_own() -> None:
     model, other = network(), network()
     optimizer, plain = (OPTIMIZERS["adamw"](list(m.parameters())) for m in (model, other))
@@ -782,6 +882,11 @@ def test_targets_come_from_a_plan() -> None:
         proxconnect.targets(bad, dict(model.named_parameters()))
     assert "0.weight: planned with shape (8, 7), but the model's is (8, 6)" in str(raised.value)
     assert "9.weight: planned, but the model has no parameter of that name" in str(raised.value)
+    names = {**dict(model.named_parameters()), "alias": matrix(model)}
+    assert proxconnect.targets(Plan((entry("alias", (8, 6)),)), names)["alias"].parameter is matrix(model)
+    twice = Plan((entry("0.weight", (8, 6)), entry("alias", (8, 6))))
+    with pytest.raises(PcqError, match=r"alias: is one with 0\.weight in the model, but two in the checkpoint"):
+        proxconnect.targets(twice, names)
 
 
 def test_grids_survive_a_save() -> None:
