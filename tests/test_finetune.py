@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pcq
 from pcq import cli
 from pcq.atomic import held
+from pcq.commands.calibrating import Calibration
 from pcq.data import Data, from_arrays, open_data
 from pcq.data.dataset import Pixels, normalised
 from pcq.demo import HERE
@@ -89,6 +90,48 @@ def tune_digits(out: Path, **options: Any) -> pcq.commands.FinetuneResult:
 def straight(tmp_path_factory: pytest.TempPathFactory) -> pcq.commands.FinetuneResult:
     """A short run from beginning to end."""
     return tune(tmp_path_factory.mktemp("straight") / "x.safetensors")
+
+
+class Tied(nn.Module):
+    """A head that has its weight from an embedding, and comes first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.zhead, self.emb, self.mid = nn.Linear(8, 12, bias=False), nn.Embedding(12, 8), nn.Linear(8, 8)
+        self.emb.weight = self.zhead.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.zhead(F.relu(self.mid(self.emb(x).mean(1))))
+        return logits
+
+
+@pytest.mark.parametrize("kept", ["emb.weight", "zhead.weight", None])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_tied_weights_by_any_of_their_names(kept: str | None, calibrated: bool, tmp_path: Path) -> None:
+    """safetensors keeps one of them, which need not be the network's first; ``torch.save`` keeps both."""
+    torch.manual_seed(0)
+    state = Tied().state_dict()
+    if kept is None:
+        torch.save(state, tmp_path / "t.pt")
+    else:
+        save_file({name: t for name, t in state.items() if name in (kept, "mid.weight", "mid.bias")}, tmp_path / "t.pt")
+        (tmp_path / "t.pt").rename(tmp_path / "t.safetensors")
+    model = next(tmp_path.glob("t.*"))
+    x = np.random.default_rng(0).integers(0, 12, (60, 5))
+    np.savez(tmp_path / "x.npz", x=x, y=x[:, 0])
+    data = f"npz:{tmp_path / 'x.npz'}"
+    asked = Calibration(data, refine=0) if calibrated else None
+    for frozen in ([], ["emb.weight"]):
+        got = pcq.finetune(
+            model, "ternary-all", data, arch=f"{__name__}:Tied", steps=2, calibration=asked, force=True,
+            out=tmp_path / "out.safetensors", overrides=[f"finetune.freeze={frozen}", "finetune.batch=16"],
+        )  # fmt: skip
+        assert pcq.evaluate(got.path, data).scores.n == 60
+        stored = {name for name in load_file(got.path) if name.endswith(".codes")}
+        assert stored == {f"{kept or 'zhead.weight'}.codes", "mid.weight.codes"}
+    if calibrated:
+        made = pcq.quantize(model, "ternary-all", arch=f"{__name__}:Tied", calibration=asked, out=tmp_path / "q")
+        assert f"{kept or 'zhead.weight'}.codes" in load_file(made.path)
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Calibration of a planned quantization: the network, the samples, and what each step bought."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -109,24 +110,45 @@ def calibrated(planned: "Planned", asked: Calibration, progress: Progress = sile
     from pcq.care import CARE, care
 
     network = float_network(planned)
-    known = dict(network.named_parameters())
-    chosen = {entry.parameter.name: (entry.rows, entry.quantizer) for entry in planned.plan.quantized}
+    known = first_names(network)
+    chosen = {}
     for entry in planned.plan.quantized:
+        if entry.parameter.tied_to is None and entry.parameter.name in known:
+            chosen[known[entry.parameter.name]] = (entry.rows, entry.quantizer)
         checkpoint.refuse_non_finite(entry.parameter.name, planned.source.tensor(entry.parameter.name))
-    if lost := [name for name in chosen if name not in known]:
+    names = [entry.parameter.name for entry in planned.plan.quantized if entry.parameter.tied_to is None]
+    if lost := [name for name in names if name not in known]:
         todo = "Leave --calib out, or give the architecture with --arch"
         raise PcqError(f"the network has no parameter '{lost[0]}' to calibrate", where=str(planned.model), todo=todo)
+    if len(chosen) < len(names):
+        what = "two of its weights are one in the network"
+        raise PcqError(what, where=str(planned.model), todo="Leave --calib out")
+    stored_as = [entry.parameter.name for entry in planned.plan.entries if entry.parameter.tied_to is None]
+    back = {known[name]: name for name in stored_as if name in known}
     if asked.data == RANDOM:
         shape = painted(planned, network, asked.input_shape)
         settings = replace(CARE, method=asked.solver, seed=asked.seed)
-        outcome = care(network, chosen, shape, settings, asked.samples, progress)
+        outcome = renamed(care(network, chosen, shape, settings, asked.samples, progress), back)
         said = f"{outcome.samples} invented samples of {'x'.join(map(str, shape))}: no real data was seen"
         return Calibrated(replace(asked, samples=outcome.samples), network, said, outcome, shape)
     samples, held_out, said = draw_inputs(asked, network)
     settings = Settings(method=asked.solver, seed=asked.seed, refine=asked.refinement)
-    outcome = calibrate_measured(network, chosen, samples, held_out, settings, progress)
+    outcome = renamed(calibrate_measured(network, chosen, samples, held_out, settings, progress), back)
     seen = tuple(samples[0].shape[1:]) if len(samples) == 1 else None
     return Calibrated(replace(asked, samples=outcome.samples), network, said, outcome, seen)
+
+
+def first_names(network: nn.Module) -> dict[str, str]:
+    """Of each parameter's names, the one that the network has it under first: of tied ones there are several."""
+    first = {id(parameter): name for name, parameter in network.named_parameters()}
+    return {name: first[id(parameter)] for name, parameter in network.named_parameters(remove_duplicate=False)}
+
+
+def renamed(outcome: "Outcome", names: Mapping[str, str]) -> "Outcome":
+    """``outcome`` with other names of its tensors: those of the checkpoint, which may be others of tied weights."""
+    fields = ("quantized", "changed", "moved", "plain")
+    values = {f: {names.get(name, name): each for name, each in getattr(outcome, f).items()} for f in fields}
+    return replace(outcome, **values)
 
 
 def painted(planned: "Planned", network: nn.Module, shape: tuple[int, ...] | None) -> tuple[int, ...]:

@@ -257,7 +257,7 @@ def _finetune(
         begin = starting.start(planned, calibration, module, splits.plain.shape, here, progress, known)
         mark["number of calibration samples"] = str(begin.calibrated.outcome.samples)
     fixed = freeze(module, planned, settings, begin)
-    weights = targets(planned.plan, dict(module.named_parameters()))
+    weights = targets(planned.plan, dict(module.named_parameters(remove_duplicate=False)))
     if begin is not None:
         weights = begin.levels(weights)
     job = loop.Job(
@@ -334,7 +334,7 @@ def forms8(planned: Planned, module: nn.Module) -> "dict[Tensor, Weight8]":
 
     entries = [entry for entry in planned.plan.quantized if entry.parameter.tied_to is None]
     forms = {entry.parameter.name: (qtensor.blank(entry.quantizer, entry.rows), entry.rows) for entry in entries}
-    found = weights8(dict(module.named_parameters()), forms)
+    found = weights8(dict(module.named_parameters(remove_duplicate=False)), forms)
     if not found:
         raise PcqError("no layer of this network can run in int8", where="finetune.activations",
                        allowed="weights with evenly spaced levels per tensor or channel")  # fmt: skip
@@ -389,22 +389,27 @@ def freeze(
 ) -> dict[str, QuantizedTensor]:
     """Take what ``settings.freeze`` matches out of training; its weights with levels are rounded now, or calibrated.
 
+    A tied parameter is matched by any of its names.
+
     Raises:
         PcqError: a pattern matches nothing, or all is frozen.
     """
-    parameters = dict(module.named_parameters())
+    parameters = dict(module.named_parameters(remove_duplicate=False))
     problems = [
         PcqError(f"'{pattern}' matches no parameter", where="finetune.freeze", todo=did_you_mean(pattern, parameters))
         for pattern in settings.freeze
         if not any(fnmatchcase(name, pattern) for name in parameters)
     ]
     raise_all(problems)
-    chosen = {name for name in parameters if any(fnmatchcase(name, pattern) for pattern in settings.freeze)}
-    fixed = {}
-    for name in chosen:
+    matched = [name for name in parameters if any(fnmatchcase(name, pattern) for pattern in settings.freeze)]
+    for name in matched:
         parameters[name].requires_grad_(False)
+    chosen = {name for name in parameters if not parameters[name].requires_grad} if matched else set()
+    fixed = {}
     for entry in planned.plan.quantized:
         name = entry.parameter.name
+        if entry.parameter.tied_to is not None:
+            continue
         if name in chosen:
             if begin is not None:
                 fixed[name] = begin.quantized[name]
@@ -476,7 +481,7 @@ def table(
 
     device = job.ranks.device
     oneshot = original_or_new(planned, original.cpu(), None)
-    parameters = dict(oneshot.named_parameters())
+    parameters = dict(oneshot.named_parameters(remove_duplicate=False))
     for entry in planned.plan.quantized:
         if entry.parameter.tied_to is None:
             data = parameters[entry.parameter.name].data

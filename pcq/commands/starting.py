@@ -73,7 +73,7 @@ def start(
         PcqError: the calibration samples are not usable.
     """
     made = made or calibrated(planned, shaped(asked, shape), progress)
-    outcome, floats = made.outcome, dict(made.network.named_parameters())
+    outcome, floats = made.outcome, dict(made.network.named_parameters(remove_duplicate=False))
     state = module.state_dict()
     with torch.no_grad():
         for name, tensor in outcome.changed.items():

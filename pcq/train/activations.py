@@ -333,7 +333,9 @@ def simulate(
     """
     forms = {name: (weight.grid, weight.rows) for name, weight in quantized.items()}
     levels = {name: weight.grid for name, weight in quantized.items()}
-    Simulation(module, weights8(dict(module.named_parameters()), forms), ranges, levels=levels).look(x)
+    Simulation(
+        module, weights8(dict(module.named_parameters(remove_duplicate=False)), forms), ranges, levels=levels
+    ).look(x)
 
 
 def _depthwise(kind: str, weight: Tensor, x: Tensor) -> bool:
