@@ -34,7 +34,7 @@ from pcq.demo.nets import BasicBlock
 from pcq.errors import CheckFailed, PcqError
 from pcq.methods import METHODS
 from pcq.models import build
-from pcq.proxconnect import Telemetry
+from pcq.proxconnect import ProxConnect, Telemetry
 from pcq.recipe import Recipe, load_recipe, parse_recipe
 from pcq.report import to_json as report_of
 from pcq.settings import Finetune, MethodName, changed, method_of, schedule_of
@@ -309,6 +309,19 @@ def test_own_network_and_own_data(tmp_path: Path) -> None:
 def test_a_number_of_minutes_is_made_a_number_of_steps(tmp_path: Path) -> None:
     result = tune(tmp_path / "x.safetensors", steps=None, minutes=0.03)
     assert 1 <= result.steps < 1000
+
+
+def test_minutes_count_all_that_a_step_and_a_look_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    after, scored = ProxConnect._after, loop.scored
+    step, look = 0.04, 0.2
+
+    def slow(seconds: float, function: Any) -> Any:
+        return lambda *args, **options: (time.sleep(seconds), function(*args, **options))[1]
+
+    monkeypatch.setattr(ProxConnect, "_after", slow(step, after))
+    monkeypatch.setattr(loop, "scored", slow(look, scored))
+    result = tune(tmp_path / "x.safetensors", steps=None, minutes=0.05)
+    assert result.steps * (step + look / 9) < 0.05 * 60
 
 
 def test_the_imagenet_recipe_on_a_generated_folder(tmp_path: Path) -> None:

@@ -44,6 +44,12 @@ SAVE_SECONDS = 120.0
 OBSERVED = 0.1
 """Share of the training before ranges of activations are learned."""
 
+TRIED = 22
+"""Steps that are timed where the duration is given in minutes: two to warm up, and one with a refit."""
+
+LOOKS_AT_END = 3
+"""Scores of the held-out samples after the last epoch's: with the BatchNorm statistics of training and anew, and room."""
+
 LOOK_BATCHES = 10
 """For the BatchNorm statistics of an epoch's score."""
 
@@ -187,29 +193,10 @@ def train(job: Job, *, resume: bool = False, progress: Progress = silent) -> Tra
     batches = Batches(job.splits.train, size, settings.seed, change, threads, ranks.rank, ranks.world, pin)
     saved = ranks.agree(saving.load(job.saved, job.fingerprint) if resume and ranks.first else None)
     with own_randomness(), listening(patient=ranks.world > 1) as stop, ranks.whole_batches():
-        total = saved["total"] if saved else ranks.agree(_total(job, batches))
+        total = saved["total"] if saved else ranks.agree(_total(job, batches, stop))
         if saved:
             module.load_state_dict(saved["module"], strict=False)
-        ranks.spread(module)
-        optimizer = make_optimizer(settings, module.parameters())
-        prox = ProxConnect(
-            optimizer,
-            {name: replace(target, parameter=module.get_parameter(name)) for name, target in job.weights.items()},
-            method_of(settings),
-            schedule_of(settings),
-            steps=total,
-            refit=settings.refit or None,
-        )
-        device = next(module.parameters()).device
-        run = _Run(optimizer, prox, total, torch.zeros((), dtype=torch.float64, device=device))
-        if job.weights8 is not None:
-            run.simulation = Simulation(module, job.weights8, ranks=ranks)
-            run.simulation.look(next(_plain(job, batches, 1)))
-            if settings.ranges == "learned" and run.simulation.seen <= run.simulation.halved:
-                raise PcqError("there are no ranges to learn", where="finetune.ranges",
-                               allowed="activations of 8 bits; where weights of 8 bits read them they have 7, and "
-                               "those of tokens are measured anew in each run",
-                               todo="Leave it out, or give weights 7 bits or fewer")  # fmt: skip
+        run = _set_up(job, batches, total)
         if saved:
             _restore(run, saved)
         measured = _metrics(job, saved)
@@ -220,10 +207,40 @@ def train(job: Job, *, resume: bool = False, progress: Progress = silent) -> Tra
         except _ScoringStopped:
             raise _interrupted(job, run, stop) from None
         finally:
-            prox.detach()
+            run.prox.detach()
             measured.close()
             if run.simulation is not None:
                 run.simulation.detach()
+
+
+def _set_up(job: Job, batches: Batches, total: int) -> _Run:
+    """What trains ``job.module`` for ``total`` steps.
+
+    Raises:
+        PcqError: ranges are to be learned, and there are none.
+    """
+    settings, module = job.settings, job.module
+    job.ranks.spread(module)
+    optimizer = make_optimizer(settings, module.parameters())
+    prox = ProxConnect(
+        optimizer,
+        {name: replace(target, parameter=module.get_parameter(name)) for name, target in job.weights.items()},
+        method_of(settings),
+        schedule_of(settings),
+        steps=total,
+        refit=settings.refit or None,
+    )
+    device = next(module.parameters()).device
+    run = _Run(optimizer, prox, total, torch.zeros((), dtype=torch.float64, device=device))
+    if job.weights8 is not None:
+        run.simulation = Simulation(module, job.weights8, ranks=job.ranks)
+        run.simulation.look(next(_plain(job, batches, 1)))
+        if settings.ranges == "learned" and run.simulation.seen <= run.simulation.halved:
+            raise PcqError("there are no ranges to learn", where="finetune.ranges",
+                           allowed="activations of 8 bits; where weights of 8 bits read them they have 7, and "
+                           "those of tokens are measured anew in each run",
+                           todo="Leave it out, or give weights 7 bits or fewer")  # fmt: skip
+    return run
 
 
 def _recorded(job: Job, batches: Batches) -> AbstractContextManager[None]:
@@ -242,27 +259,43 @@ def _metrics(job: Job, saved: Mapping[str, Any] | None) -> saving.Metrics:
     return saving.Metrics(job.metrics, saved["metrics"] if saved else 0, board)
 
 
-def _total(job: Job, batches: Batches) -> int:
+def _total(job: Job, batches: Batches, stop: Stop) -> int:
     """Optimizer steps, from the recipe's duration."""
     settings = job.settings
     if settings.steps is not None:
         return settings.steps
     if settings.minutes is None:
         return max(1, round((settings.epochs or EPOCHS) * batches.an_epoch))
-    trial, limit = copy.deepcopy(job.module).train(settings.mode == "train"), time.perf_counter() + 20
-    job.ranks.spread(trial)
-    optimizer = make_optimizer(settings, trial.parameters())
-    times: list[float] = []
-    for x, y in batches.run(0, 12):
-        start = time.perf_counter()
-        loss = _loss(job, trial, x, y)
-        update(settings, optimizer, trial, loss, 1e-8, job.ranks)
-        float(loss.detach())  # waits for the device
-        times.append(time.perf_counter() - start)
-        if job.ranks.any(time.perf_counter() > limit) == (True,):
+    begun = time.perf_counter()
+    step, look, line = _measured(job, batches, stop)
+    left = settings.minutes * 60 - (time.perf_counter() - begun) - LOOKS_AT_END * look
+    each = step + look / batches.an_epoch
+    every = max(1, int(left / each) // LINES)
+    return max(1, round(left / (each + line / every)))
+
+
+def _measured(job: Job, batches: Batches, stop: Stop) -> tuple[float, float, float]:
+    """Seconds of a training step, of a look and of a measurement, by a few of each on a copy of the network."""
+    copied: dict[int, Any] = {}
+    module = copy.deepcopy(job.module, copied)
+    weights = {name: replace(each, parameter=module.get_parameter(name)) for name, each in job.weights.items()}
+    weights8 = None if job.weights8 is None else {copied[id(p)]: each for p, each in job.weights8.items()}
+    trial = replace(job, module=module, weights=weights, weights8=weights8)
+    run = _set_up(trial, batches, TRIED)
+    begun, limit, ends = time.perf_counter(), time.perf_counter() + 20, list[float]()
+    for x, y in batches.run(0, TRIED):
+        _step(trial, run, batches, x, y, 1e-8)
+        float(run.losses)  # waits for the device
+        ends.append(time.perf_counter())
+        if job.ranks.any(ends[-1] > limit or bool(stop.wanted)) == (True,):
             break
-    seconds = sorted(times)[len(times) // 2] * 1.1  # looks and measurements
-    return max(1, round(settings.minutes * 60 / seconds))
+    warm = len(ends) // 10
+    step = (ends[-1] - (ends[warm - 1] if warm else begun)) / (len(ends) - warm)
+    begun = time.perf_counter()
+    run.prox.telemetry()
+    measured = time.perf_counter()
+    _look(trial, run, batches, saving.Metrics(None), _heeding(job, stop))
+    return step, time.perf_counter() - measured, measured - begun
 
 
 def _loss(job: Job, module: nn.Module, x: Tensor, y: Tensor | None) -> Tensor:
@@ -294,7 +327,7 @@ def placed(x: Tensor, device: torch.device) -> Tensor:
 
 def _steps(job: Job, run: _Run, batches: Batches, measured: saving.Metrics, stop: Stop, progress: Progress) -> None:
     """From wherever the run stands to its last step."""
-    settings, module, total = job.settings, job.module, run.total
+    settings, total = job.settings, run.total
     every = max(1, total // LINES)
     begun, first = time.perf_counter() - run.seconds, run.step
     saved_at = time.perf_counter()
@@ -314,18 +347,7 @@ def _steps(job: Job, run: _Run, batches: Batches, measured: saving.Metrics, stop
             return
         x, y = next(coming)
         learning_rate = rate(settings, run.step / total)
-        module.train(settings.mode == "train")
-        observing = run.step == 0 or run.step / total < settings.anneal_end
-        if run.simulation is not None and settings.ranges == "learned" and 0 < run.step >= OBSERVED * total:
-            run.simulation.learn()
-        with run.simulation.watching(observing) if run.simulation is not None else nullcontext():
-            loss = job.ranks.part(_loss(job, module, x, y), len(x), batches.size)
-        update(settings, run.optimizer, module, loss, learning_rate, job.ranks)
-        if run.simulation is not None:
-            run.simulation.update(learning_rate / settings.learning_rate)
-        run.step += 1
-        run.losses += job.ranks.mean(loss.detach().to(run.losses))
-        run.counted += 1
+        _step(job, run, batches, x, y, learning_rate)
         if run.step % every == 0 or run.step == total:
             _refuse_nan(job, run)
             seen = run.prox.telemetry()
@@ -334,6 +356,23 @@ def _steps(job: Job, run: _Run, batches: Batches, measured: saving.Metrics, stop
             mean = float(run.losses / run.counted)
             measured.write({**line, "loss": mean, **asdict(seen), "seconds": round(time.perf_counter() - begun, 2)})
         progress(_stage(run, batches), run.step, total)
+
+
+def _step(job: Job, run: _Run, batches: Batches, x: Tensor, y: Tensor | None, learning_rate: float) -> None:
+    """One optimizer step."""
+    settings, module = job.settings, job.module
+    module.train(settings.mode == "train")
+    observing = run.step == 0 or run.step / run.total < settings.anneal_end
+    if run.simulation is not None and settings.ranges == "learned" and 0 < run.step >= OBSERVED * run.total:
+        run.simulation.learn()
+    with run.simulation.watching(observing) if run.simulation is not None else nullcontext():
+        loss = job.ranks.part(_loss(job, module, x, y), len(x), batches.size)
+    update(settings, run.optimizer, module, loss, learning_rate, job.ranks)
+    if run.simulation is not None:
+        run.simulation.update(learning_rate / settings.learning_rate)
+    run.step += 1
+    run.losses += job.ranks.mean(loss.detach().to(run.losses))
+    run.counted += 1
 
 
 def _stage(run: _Run, batches: Batches) -> str:
