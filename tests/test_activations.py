@@ -142,6 +142,29 @@ def test_the_file_computes_what_was_simulated(make: Callable[[], nn.Module], tmp
         assert np.array_equal(network(x).numpy(), plain)
 
 
+def test_layers_that_training_left_in_float_stay_there(tmp_path: Path) -> None:
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    network = Attending()
+    weights = quantized(network)
+    x, exact = torch.randn(4, 7, 8), tmp_path / "exact.onnx"
+    write_onnx(network, weights, (torch.zeros(1, 7, 8),), exact, fold=False)
+    simulation = simulated(network, weights, x)
+    assert simulation.ranges.keys() == {"head.weight/input"}
+    report = write_int8(exact, tmp_path / "int8.onnx", None, known=simulation.ranges)
+    layers = {layer.weight: layer for layer in report.layers}
+    assert layers["attention.out_proj.weight"].activations is None
+    assert layers["attention.out_proj.weight"].reason == "the training saw no activations of it"
+    assert layers["head.weight"].activations == "static"
+
+
 def test_matrices_of_tokens_are_rounded_anew_in_each_call(tmp_path: Path) -> None:
     class Tokens(nn.Module):
         def __init__(self) -> None:

@@ -17,7 +17,7 @@ unless every target is known to have VNNI. Dynamic layers always see 8 bits. A C
 layer clips codes: of floats, ONNX Runtime would leave it there, and the layer before it in float.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -131,6 +131,10 @@ class Placement:
         entering = [site.node.inputs[0] for site in self.sites if site.saturates and site.activations == "static"]
         halved = set() if vnni else {self.same.get(value, value) for value in entering if value is not None}
         return {value.name or "": HALF if self.same.get(value, value) in halved else FULL for value in values}
+
+    def touches(self, site: Site, values: Container[ir.Value]) -> bool:
+        """Whether a static site reads one of these tensors, or makes one."""
+        return site.activations == "static" and (site.node.inputs[0] in values or _end(site.node) in values)
 
 
 def place(model: ir.Model, sites: Sequence[Site]) -> Placement:

@@ -36,6 +36,8 @@ PARTLY_FUSED = "MatMulIntegerToFloat"
 
 NO_SAMPLES = "static int8 needs calibration samples"
 
+UNSEEN = "the training saw no activations of it"
+
 FARTHEST = 0.5
 """Relative L2 distance from the float file beyond which a file is refused, whatever was allowed."""
 
@@ -140,6 +142,10 @@ def write_int8(
         reasons |= {site.weight: NO_SAMPLES for site in chosen
                     if site.activations == "static"}  # fmt: skip
         chosen = [site for site in chosen if site.activations == "dynamic"]
+    if known:
+        unseen = work.unseen(chosen)
+        reasons |= {site.weight: UNSEEN for site in unseen}
+        chosen = [site for site in chosen if site not in unseen]
     if not chosen and calibration is None and NO_SAMPLES in reasons.values():
         raise PcqError("the layers that can run in int8 need samples to observe ranges on, and none are given",
                        where=str(out), todo="Give some: --calib folder:DIR")  # fmt: skip
@@ -242,15 +248,31 @@ class _Work:
         return observe(self.exact, tops, self.calibration, self.ranges, progress)
 
     def _trained(self, wanted: Iterable[str]) -> dict[str, Range]:
-        """The ranges of training: named as if every layer that can ran in int8."""
+        """The ranges of training."""
+        named = self._named()
+        if missing := [named[value] for value in wanted if named[value] not in self.known]:
+            raise PcqError(f"the training saw no activations '{missing[0]}', which the graph has",
+                           where="int8", todo="Keep their layers in float (--float PATTERN)")  # fmt: skip
+        return {value: self.known[named[value]] for value in wanted}
+
+    def _named(self) -> dict[str, str]:
+        """What training calls the tensors of the graph: as if every layer that can ran in int8."""
         model = ir.load(self.exact)
         placement = place(model, find_sites(model, self.file.weights).sites)
         named = {value.name or "": name for value, name in placement.names.items()}
-        named |= {value.name or "": placement.names[root] for value, root in placement.same.items()}
-        if missing := [named[value] for value in wanted if named[value] not in self.known]:
-            raise PcqError(f"the training saw no activations '{missing[0]}', which the graph has",
-                           where=str(self.exact), todo="Keep their layer in float (--float PATTERN)")  # fmt: skip
-        return {value: self.known[named[value]] for value in wanted}
+        return named | {value.name or "": placement.names[root] for value, root in placement.same.items()}
+
+    def unseen(self, sites: Sequence[Site]) -> list[Site]:
+        """Those that read or make a tensor of which training has no range: layers that it left in float."""
+        named, rest = self._named(), list(sites)
+        while True:
+            model, again = self._fresh(rest)
+            placement = place(model, again)
+            lost = {value for value in (*placement.whole, *placement.partly) if named[value.name or ""] not in self.known}
+            apart = [placement.touches(site, lost) for site in again]
+            if not any(apart):
+                return [site for site in sites if site not in rest]
+            rest = [site for site, gone in zip(rest, apart, strict=True) if not gone]
 
     def _fresh(self, sites: Sequence[Site]) -> tuple[ir.Model, list[Site]]:
         """A new copy of the graph, and the same sites in it."""
