@@ -39,7 +39,7 @@ class Finetune:
     Attributes:
         method: the algorithm; all of them work with the same other settings.
         anneal: how the pull towards the levels grows; `auto`: as suits the method.
-        anneal_start: share of the training before which there is no pull.
+        anneal_start: share of the training before which there is no pull; `theory` has none.
         anneal_end: share of the training from which on every weight is on its nearest level.
         relative: each gap between levels hardens by its own width, all together; false: narrow gaps first.
         refit: optimizer steps between refits of the levels to the moving weights; 0: they stay as first fitted.
@@ -110,6 +110,7 @@ class Finetune:
             ("anneal_start", 0 <= self.anneal_start <= 1, "a share of the training from 0 to 1"),
             ("anneal_end", 0 <= self.anneal_end < 1, "a share of the training below 1: the last part is for settling"),
             ("anneal_end", self.anneal_end >= min(1.0, self.anneal_start), "a share that is not before anneal_start"),
+            ("anneal_start", not (self.anneal == "theory" and self.anneal_start), "0 where anneal is theory"),
             ("refit", self.refit >= 0, "0 or a number of steps"),
             ("epochs", self.epochs is None or self.epochs > 0, "a number above 0"),
             ("steps", self.steps is None or self.steps >= 1, "1 or more"),

@@ -306,9 +306,27 @@ def test_own_network_and_own_data(tmp_path: Path) -> None:
     assert result.rows[2].val.top1 > 85
 
 
+def test_theory_has_no_start() -> None:
+    with pytest.raises(PcqError, match=r"anneal_start is 0.2, which has to be 0 where anneal is theory"):
+        changed(Finetune(anneal="theory"), anneal_start=0.2)
+
+
 def test_a_number_of_minutes_is_made_a_number_of_steps(tmp_path: Path) -> None:
     result = tune(tmp_path / "x.safetensors", steps=None, minutes=0.03)
     assert 1 <= result.steps < 1000
+
+
+def test_an_interruption_of_the_last_scores_says_that_the_artifact_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pcq.commands.finetuning, "table", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    path = tmp_path / "x.safetensors"
+    line = f"finetune {small(tmp_path)} -r ternary -d digits --arch {__name__}:Small --steps 1 -o {path}"
+    assert cli.run(line.split()) == 128 + signal.SIGTERM
+    said = f"pcq: interrupted; {path} was written, its scores were not finished: `pcq eval {path} --data 'digits'`\n"
+    assert capsys.readouterr().err.endswith(said)
+    assert path.is_file()
+    assert not path.with_suffix(".resume").exists()
 
 
 def test_minutes_count_all_that_a_step_and_a_look_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

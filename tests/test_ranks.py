@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -497,6 +498,19 @@ def test_an_error_in_all_processes_is_told_once(place: Path) -> None:
     ends = together(lambda: tune(place, "failed", method="park"), 3)
     assert sorted(kind for kind, _ in ends) == ["Elsewhere", "Elsewhere", "PcqError"]
     assert all("there is no method 'park'" in text for _, text in ends)
+
+
+def test_an_interruption_after_an_error_elsewhere_is_not_told() -> None:
+    """torchrun ends the other processes when one has failed; these have nothing to say of their own."""
+
+    def run() -> None:
+        with ranks.joined():
+            if os.environ["RANK"] == "1":
+                raise PcqError("the disk fell off")
+            time.sleep(2)
+            raise KeyboardInterrupt
+
+    assert together(run) == [("Elsewhere", "another process: the disk fell off."), ("PcqError", "the disk fell off.")]
 
 
 def test_more_processes_than_samples_and_half_an_environment(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from pcq.progress import Progress, silent
 if TYPE_CHECKING:
     from pcq.calibrate.steps import Outcome
     from pcq.commands.quantizing import Planned
+
+T = TypeVar("T")
 
 RANDOM = "random"
 SAMPLES = 512
@@ -146,9 +148,17 @@ def first_names(network: nn.Module) -> dict[str, str]:
 
 def renamed(outcome: "Outcome", names: Mapping[str, str]) -> "Outcome":
     """``outcome`` with other names of its tensors: those of the checkpoint, which may be others of tied weights."""
-    fields = ("quantized", "changed", "moved", "plain")
-    values = {f: {names.get(name, name): each for name, each in getattr(outcome, f).items()} for f in fields}
-    return replace(outcome, **values)
+
+    def named(values: Mapping[str, T]) -> dict[str, T]:
+        return {names.get(name, name): value for name, value in values.items()}
+
+    return replace(
+        outcome,
+        quantized=named(outcome.quantized),
+        changed=named(outcome.changed),
+        moved=named(outcome.moved),
+        plain=named(outcome.plain),
+    )
 
 
 def painted(planned: "Planned", network: nn.Module, shape: tuple[int, ...] | None) -> tuple[int, ...]:

@@ -29,6 +29,7 @@ from pcq.recipe import Recipe, load_recipe
 from pcq.settings import Finetune, changed
 from pcq.train import ranks
 from pcq.train.batches import own_randomness
+from pcq.train.stopping import Interrupted
 
 if TYPE_CHECKING:
     from pcq.scores import Scores
@@ -166,7 +167,7 @@ def finetune(
     Raises:
         PcqError: the model, the recipe or the data is not usable, or they do not fit one another.
         CheckFailed: the loss is not a number any more, weights are off their levels, or the file is not as predicted.
-        KeyboardInterrupt: SIGINT or SIGTERM; the message says how to go on.
+        KeyboardInterrupt: SIGINT or SIGTERM; the message says how to go on, or that the artifact was written already.
     """
     from pcq.train import board, loop
 
@@ -221,8 +222,8 @@ def _finetune(
     progress: Progress,
 ) -> FinetuneResult:
     """All of a run that touches its files, which nobody else may meanwhile; ``rules`` have their settings settled."""
-    from pcq.train import loop, report, saving
     from pcq.scores import module_predictor
+    from pcq.train import loop, report, saving
     from pcq.train.splits import check_outputs, open_splits
 
     settings = rules.finetune
@@ -292,7 +293,13 @@ def _finetune(
         size = checkpoint.write_artifact(files.artifact, header, values)
         files.saved.unlink(missing_ok=True)
     size = here.agree(size)
-    rows = table(job, planned, original, begin, files.artifact, progress)
+    try:
+        rows = table(job, planned, original, begin, files.artifact, progress)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"interrupted; {files.artifact} was written, its scores were not finished: "
+            f"`pcq eval {files.artifact} --data '{data}'`", 0
+        ) from None  # fmt: skip
     return FinetuneResult(
         files.artifact,
         files.metrics,

@@ -268,7 +268,9 @@ class _Work:
         while True:
             model, again = self._fresh(rest)
             placement = place(model, again)
-            lost = {value for value in (*placement.whole, *placement.partly) if named[value.name or ""] not in self.known}
+            lost = {
+                value for value in (*placement.whole, *placement.partly) if named[value.name or ""] not in self.known
+            }
             apart = [placement.touches(site, lost) for site in again]
             if not any(apart):
                 return [site for site in sites if site not in rest]

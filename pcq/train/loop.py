@@ -48,7 +48,7 @@ TRIED = 22
 """Steps that are timed where the duration is given in minutes: two to warm up, and one with a refit."""
 
 LOOKS_AT_END = 3
-"""Scores of the held-out samples after the last epoch's: with the BatchNorm statistics of training and anew, and room."""
+"""Scores of the held-out samples after the last epoch's: with two kinds of BatchNorm statistics, and room."""
 
 LOOK_BATCHES = 10
 """For the BatchNorm statistics of an epoch's score."""

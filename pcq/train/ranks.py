@@ -256,10 +256,15 @@ def joined() -> Iterator[None]:
         yield
     except Exception as error:
         telling = _first_to_tell(told, error)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        _leave(told, world)
+        with suppress(KeyboardInterrupt):  # torchrun ends all when the first has ended
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            _leave(told, world)
         raise telling from error
+    except KeyboardInterrupt as stop:
+        if not str(stop) and (other := _told(told)) is not None:
+            raise other from None
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -284,12 +289,21 @@ def _first_to_tell(told: "Store", error: Exception) -> Exception:
             error = PcqError(
                 "another process of this run ended without a word",
                 where="torchrun",
-                todo="See whether it was killed, by hand or for want of memory; --resume goes on from the last save",
+                todo="See whether it was killed, by hand or for want of memory; --resume goes on from the last save, "
+                "if there was one",
             )
         told.set("error", json.dumps([str(error) or type(error).__name__, getattr(error, "exit_code", 1)]))
     except RuntimeError:  # the process that keeps the store is gone
         return Elsewhere("another process of this run ended", 1) if lost else error
     return error
+
+
+def _told(told: "Store") -> Elsewhere | None:
+    """What another process has told, which is why torchrun interrupts this one."""
+    with suppress(RuntimeError):
+        if told.check(["error"]):
+            return Elsewhere(*json.loads(told.get("error")))
+    return None
 
 
 def _leave(told: "Store", world: int) -> None:
