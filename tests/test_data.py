@@ -384,8 +384,13 @@ def test_arrays_of_every_layout() -> None:
     mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([1.0, 2.0, 4.0])
     moved = from_arrays("a", "test", bytes_, None, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 4.0))
     assert torch.equal(everything(moved)[0], (expected - mean[:, None, None]) / std[:, None, None])
-    tokens = np.array([[5, 7], [9, 11]], np.int32)
-    assert torch.equal(everything(from_arrays("a", "test", tokens, None))[0], torch.from_numpy(tokens).long())
+    for kind in (np.int32, np.uint8):
+        tokens = np.array([[5, 7], [9, 11]], kind)
+        got = everything(from_arrays("a", "test", tokens, None))[0]
+        assert got.dtype == torch.int64
+        assert torch.equal(got, torch.from_numpy(tokens).long())
+    floats = torch.randn(4, 16, 9, 1)
+    assert torch.equal(everything(from_arrays("a", "test", floats, None))[0], floats)
 
 
 @pytest.mark.parametrize("option", [{"mean": 0.5}, {"std": 2}])
@@ -488,6 +493,23 @@ def samples():
     for x, y in zip(X, Y): yield x, int(y)
 def triples():
     for x, y in zip(X, Y): yield x, y, 1
+def pairs(): return list(batches())
+def alone(): return torch.utils.data.TensorDataset(X)
+def dictionary(): return {"images": X, "labels": Y}
+def threes(): return torch.utils.data.TensorDataset(X, Y, Y)
+class Shifted(torch.utils.data.Dataset):
+    targets = (Y + 1).tolist()
+    def __len__(self): return len(X)
+    def __getitem__(self, i): return X[i], self.targets[i] - 1
+def shifted(): return Shifted()
+def distributed():
+    share = torch.utils.data.DistributedSampler(dataset(), num_replicas=2, rank=1)
+    return torch.utils.data.DataLoader(dataset(), sampler=share)
+def drawn(): return torch.utils.data.DataLoader(dataset(), sampler=torch.utils.data.SubsetRandomSampler([5, 3]))
+def by_batch(): return torch.utils.data.DataLoader(dataset(), batch_sampler=[[5], [3]])
+def twice(items): return torch.stack([2 * x for x, _ in items]), torch.stack([y for _, y in items])
+def collated(): return torch.utils.data.DataLoader(dataset(), batch_size=4, shuffle=True, collate_fn=twice)
+def mixed(): return torch.utils.data.DataLoader(dataset(), collate_fn=lambda items: {"x": items[0][0]})
 def words(): yield from ("ab", "cd")
 def sparse(): return X.to_sparse(), Y
 def sparse_samples():
@@ -515,7 +537,12 @@ def own(tmp_path: Path) -> str:
     return str(tmp_path / "mine.py")
 
 
-@pytest.mark.parametrize("function", ["arrays", "dataset", "loader", "batches", "samples", "scaled"])
+OWN_FUNCTIONS = [
+    "arrays", "dataset", "loader", "batches", "samples", "scaled", "pairs", "dictionary", "shifted", "distributed",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("function", OWN_FUNCTIONS)
 def test_own_functions_of_every_kind(own: str, function: str) -> None:
     x, y = everything(open_data(f"{own}:{function}"))
     assert torch.equal(x, torch.arange(6.0).reshape(6, 1) + 0.5)
@@ -523,10 +550,54 @@ def test_own_functions_of_every_kind(own: str, function: str) -> None:
     assert torch.equal(y, torch.tensor([0, 1, 2, 0, 1, 2]))
 
 
+def test_samples_of_a_data_loader_are_those_it_chooses_as_it_makes_them(own: str) -> None:
+    for function in ("drawn", "by_batch"):
+        x, y = everything(open_data(f"{own}:{function}"))
+        assert (x.tolist(), [] if y is None else y.tolist()) == ([[3.5], [5.5]], [0, 2])
+    x, y = everything(open_data(f"{own}:collated"))
+    assert torch.equal(x, 2 * (torch.arange(6.0).reshape(6, 1) + 0.5))
+    assert y is not None
+    assert torch.equal(y, torch.tensor([0, 1, 2, 0, 1, 2]))
+    with pytest.raises(PcqError, match=r"collate_fn makes something else .*Allowed: tensors x, or \(x, y\)"):
+        open_data(f"{own}:mixed")
+
+
+def test_targets_are_asked_for_only_where_they_are_the_labels(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(TORCHVISION)
+    plain, changed = open_data(f"{tmp_path / 'mine.py'}:plain"), open_data(f"{tmp_path / 'mine.py'}:changed")
+    assert (plain.labels, changed.labels) != (None, None)
+    assert plain.highest == 2
+    assert changed.highest == 1
+
+
+TORCHVISION = """
+import torch
+
+class Labelled(torch.utils.data.Dataset):
+    target_transform = None
+    read = 0
+    targets = torch.tensor([0, 1, 2] * 100)
+    def __len__(self): return 300
+    def __getitem__(self, i):
+        self.read += 1
+        assert self.read < 10 or self.target_transform
+        y = int(self.targets[i])
+        return torch.zeros(2), self.target_transform(y) if self.target_transform else y
+
+def plain(): return Labelled()
+def changed():
+    found = Labelled()
+    found.target_transform = lambda y: min(y, 1)
+    return found
+"""
+
+
 def test_own_functions_get_split_and_options(own: str) -> None:
     assert everything(open_data(f"{own}:arrays", "val"))[0][0] == -99.5
     assert everything(open_data(f"{own}:scaled?by=4"))[0][0] == 2.0
-    assert open_data(f"{own}:unlabelled").labels is None
+    for function in ("unlabelled", "alone"):
+        assert open_data(f"{own}:{function}").labels is None
+        assert torch.equal(everything(open_data(f"{own}:{function}"))[0], torch.arange(6.0).reshape(6, 1) + 0.5)
 
 
 @pytest.mark.parametrize(
@@ -537,6 +608,7 @@ def test_own_functions_get_split_and_options(own: str) -> None:
         ("breaks", "disk on fire"),
         ("number", "returned a int"),
         ("pil", "samples are not tensors but Image"),
+        ("threes", r"it yields 3 values at a time\. Allowed: x alone, or \(x, y\)"),
         ("triples", r"it yields 3 values at a time\. Allowed: x alone, or \(x, y\)"),
         ("words", r"an array is not made of numbers: .*Allowed: arrays or tensors of numbers"),
         ("sparse", r"a tensor is sparse\. Allowed: dense tensors.*to_dense"),

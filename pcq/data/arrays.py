@@ -2,13 +2,23 @@
 
 import re
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    default_collate,
+    default_convert,
+)
 
 from pcq.data.dataset import Data
 from pcq.data.inputs import LABELS, Several, numbers, per_channel, tensor
@@ -18,6 +28,10 @@ from pcq.spec import Spec, call, running, takes
 NAMES = (("x", "y"), ("images", "labels"), ("data", "labels"), ("X", "y"))
 SPLIT = re.compile("_(test|val|train)$")
 ANY_NAME = {name for pair in NAMES for name in pair}
+
+PLAIN = (SequentialSampler, RandomSampler, DistributedSampler)
+"""Samplers that take every sample, in an order of their own."""
+ASKED = 64
 
 
 @runtime_checkable
@@ -51,23 +65,12 @@ def open_npz(path: str, split: str, *, mean: Any = (0.0,), std: Any = (1.0,)) ->
         if isinstance(loaded, np.ndarray):
             raise PcqError("this is one array, not a file of named ones", where=str(file), todo="Use `np.savez`")
         with loaded as arrays:
-            tried = [(a, b, end) for end in (f"_{split}", "") for a, b in NAMES]
-            a, b, end = next((names for names in tried if names[0] + names[2] in arrays.files), ("", "", ""))
-            unread = [name for name in arrays.files if SPLIT.sub("", name) not in ANY_NAME]
-            ends = {found[1] for found in map(SPLIT.search, arrays.files) if found}
-            if ends and split not in ends and all(map(SPLIT.search, arrays.files)):
-                said = f"it has arrays of {', '.join(sorted(ends))} but none of {split}"
-                raise NoSplit(said, where=str(file), allowed=f"x_{split} and y_{split}, or x and y")
-            if not a or (unread and b + end not in arrays.files):  # labels under another name, or more inputs
+            chosen = _of_one_input(arrays.files, split, str(file))
+            if chosen is None:
                 allowed = "x and y, images and labels, or x_test and y_test"
                 held = {name.removesuffix(f"_{split}"): arrays[name] for name in _of_split(arrays.files, split)}
                 raise Several(f"it holds {', '.join(held)}", held, where=str(file), allowed=allowed)
-            labels = next((label + end for label in (b, *LABELS) if label + end in arrays.files), None)
-            if labels is None and (lost := _without_samples(arrays.files)):
-                said, todo = f"{a}{end} has no labels, and {lost} no samples", f'Call the labels "{b}{end}"'
-                raise PcqError(said, where=str(file), todo=todo)
-            x = arrays[a + end]
-            y = None if labels is None else arrays[labels]
+            x, y = (None if name is None else arrays[name] for name in chosen)
     except PcqError:
         raise
     except ValueError as error:  # all that NumPy refuses for fear of pickles
@@ -88,6 +91,29 @@ def refuse(bad: Tensor, what: str, where: str) -> None:
     if lost := bad.reshape(len(bad), -1).any(1).nonzero().flatten().tolist():
         said = f"{len(lost)} of {len(bad):,} samples hold {what}, such as sample {lost[0]}"
         raise PcqError(said, where=where, todo="Repair them, or leave them out")
+
+
+def _of_one_input(names: Sequence[str], split: str, where: str) -> tuple[str, str | None] | None:
+    """The names of the samples and of their labels; None: labels have another name, or there are more inputs.
+
+    Raises:
+        NoSplit: all arrays are of other splits.
+        PcqError: there are labels, and they are those of no samples.
+    """
+    ends = {found[1] for found in map(SPLIT.search, names) if found}
+    if ends and split not in ends and all(map(SPLIT.search, names)):
+        said = f"it has arrays of {', '.join(sorted(ends))} but none of {split}"
+        raise NoSplit(said, where=where, allowed=f"x_{split} and y_{split}, or x and y")
+    tried = [(a, b, end) for end in (f"_{split}", "") for a, b in NAMES]
+    a, b, end = next((each for each in tried if each[0] + each[2] in names), ("", "", ""))
+    unread = [name for name in names if SPLIT.sub("", name) not in ANY_NAME]
+    if not a or (unread and b + end not in names):
+        return None
+    labels = next((label + end for label in (b, *LABELS) if label + end in names), None)
+    if labels is None and (lost := _without_samples(names)):
+        said, todo = f"{a}{end} has no labels, and {lost} no samples", f'Call the labels "{b}{end}"'
+        raise PcqError(said, where=where, todo=todo)
+    return a + end, labels
 
 
 def _without_samples(names: Sequence[str]) -> str | None:
@@ -120,8 +146,9 @@ def numbered(several: Several, split: str) -> Data:
 def from_arrays(name: str, split: str, x: Any, y: Any, *, mean: Any = (0.0,), std: Any = (1.0,)) -> Data:
     """Arrays or tensors x [n, ...] and y [n] (None: unlabelled).
 
-    8-bit images are divided by 255; [n, h, w] gets a channel axis; [n, h, w, c] with 1 or 3 channels is turned to
-    [n, c, h, w]. Other integers stay as they are, as tokens; other numbers become float32.
+    8-bit arrays of three axes or more are images: they are divided by 255; [n, h, w] gets a channel axis, and
+    [n, h, w, c] with 1 or 3 channels is turned to [n, c, h, w]. Other integers, 8-bit ones of fewer axes among them,
+    stay as they are, as tokens; other numbers become float32, in the order that they have.
 
     Raises:
         PcqError: the arrays do not fit one another, or are not numbers; or mean or std are not, or std not positive.
@@ -132,13 +159,14 @@ def from_arrays(name: str, split: str, x: Any, y: Any, *, mean: Any = (0.0,), st
     if samples.is_floating_point():
         refuse(~samples.isfinite(), "NaN or infinity", name)
     notes = []
-    if samples.dtype == torch.uint8 and samples.ndim == 3:
+    images = samples.dtype == torch.uint8 and samples.ndim > 2
+    if images and samples.ndim == 3:
         samples = samples[:, None]
         notes.append("Images without a channel axis got one.")
-    if samples.ndim == 4 and samples.shape[3] in (1, 3) and samples.shape[1] not in (1, 3):
+    if images and samples.ndim == 4 and samples.shape[3] in (1, 3) and samples.shape[1] not in (1, 3):
         samples = samples.permute(0, 3, 1, 2)
         notes.append("The channels were last and are first now.")
-    if samples.dtype == torch.uint8:
+    if images:
         notes.append("8-bit values were divided by 255.")
     means = torch.tensor(per_channel(mean, "mean", name))
     stds = torch.tensor(per_channel(std, "std", name, positive=True))
@@ -148,7 +176,7 @@ def from_arrays(name: str, split: str, x: Any, y: Any, *, mean: Any = (0.0,), st
             raise PcqError(f"mean and std have {len(value)} values for {channels} channels", where=name)
     shift, scale = (v.reshape(-1, *[1] * (samples.ndim - 2)) if samples.ndim > 1 else v for v in (means, stds))
     plain = not shift.any() and bool((scale == 1).all())
-    tokens = not samples.is_floating_point() and samples.dtype != torch.uint8
+    tokens = not samples.is_floating_point() and not images
     if tokens and not plain:
         said = f"mean and std are given, but the samples are {str(samples.dtype).removeprefix('torch.')}"
         todo = "Leave mean and std out, or store the samples as float32"
@@ -158,7 +186,7 @@ def from_arrays(name: str, split: str, x: Any, y: Any, *, mean: Any = (0.0,), st
         part = samples[torch.as_tensor(chosen)]
         if tokens:
             return part.long()
-        part = part.float() / 255 if part.dtype == torch.uint8 else part.float()
+        part = part.float() / 255 if images else part.float()
         return part.contiguous() if plain else (part - shift) / scale
 
     return Data(
@@ -184,9 +212,13 @@ def _labels(name: str, labels: Tensor | None, n: int) -> Tensor | None:
 def open_own(spec: Spec, split: str) -> Data:
     """Call the user's function, with ``split`` if it takes one, and make data of what it returns:
 
-    a :class:`Data`; arrays or tensors ``(x, y)``, or x alone; a map-style data set (such as torchvision's) or a
-    DataLoader of one, whose samples are x or (x, y); any other iterable of batches (x, y), or of samples (x, label)
-    with single numbers as labels, which is read into memory; None for a split that there is not.
+    a :class:`Data`; arrays or tensors ``(x, y)``, or x alone; a dictionary of them, named as in an ``.npz``; a
+    map-style data set (such as torchvision's) or a DataLoader of one, whose samples are x or (x, y); any other iterable
+    of batches (x, y), or of samples (x, label) with single numbers as labels, which is read into memory, as is a list
+    of batches; None for a split that there is not.
+
+    Of a DataLoader the samples are those that its sampler chooses, each as its ``collate_fn`` makes it; batches,
+    shuffling and a distribution among processes are pcq's own.
 
     Raises:
         PcqError: the function is not there or raises, or returns something else.
@@ -198,16 +230,21 @@ def open_own(spec: Spec, split: str) -> Data:
         raise NoSplit(f"it returned None for the split {split}", where=name)
     if isinstance(found, Data):
         return found
-    if isinstance(found, torch.utils.data.DataLoader) and isinstance(found.dataset, Indexed):
-        found = found.dataset
+    if isinstance(found, DataLoader) and isinstance(found.dataset, Indexed):
+        with running(spec, "its DataLoader's sampler"):
+            found = _loaded(found)
     if isinstance(found, Mapping):
         held = {str(key): value for key, value in found.items()}
+        if {SPLIT.sub("", key) for key in held} <= ANY_NAME and (one := _of_one_input(list(held), split, name)):
+            return from_arrays(name, split, held[one[0]], None if one[1] is None else held[one[1]])
         allowed = "arrays (x, y); several inputs by name are for calibration and eval"
         raise Several(f"it returned {', '.join(held)}", held, where=name, allowed=allowed)
     if isinstance(found, (Tensor, np.ndarray)):
         return from_arrays(name, split, found, None)
     if isinstance(found, tuple) and len(found) == 2 and all(isinstance(a, (Tensor, np.ndarray, list)) for a in found):
         return from_arrays(name, split, *found)
+    if isinstance(found, list) and found and _is_batch(found[0]):
+        return _collected(name, split, found)
     if isinstance(found, Indexed) and not isinstance(found, (dict, str, tuple)):
         return _indexed(spec, split, found)
     if isinstance(found, Iterable) and not isinstance(found, (dict, str)):
@@ -218,8 +255,95 @@ def open_own(spec: Spec, split: str) -> Data:
     raise PcqError(f"it returned a {type(found).__name__}", where=name, allowed=allowed)
 
 
-def _is_pair(item: Any) -> bool:
-    return isinstance(item, (tuple, list)) and len(item) == 2
+@dataclass(frozen=True)
+class _Chosen:
+    """Some samples of a map-style data set, each as ``collate`` makes it of a batch of one; None: as it is."""
+
+    dataset: Any
+    numbers: Sequence[int]
+    collate: Callable[[list[Any]], Any] | None
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int, /) -> Any:
+        item = self.dataset[self.numbers[index]]
+        if self.collate is None:
+            return item
+        made = self.collate([item])
+        parts = made if isinstance(made, (tuple, list)) else (made,)
+        if not all(isinstance(part, (Tensor, np.ndarray, list)) and len(part) == 1 for part in parts):
+            said = "its DataLoader's collate_fn makes something else of one sample than a batch of one"
+            raise PcqError(said, allowed="tensors x, or (x, y)", todo="Return the data set, or arrays")
+        return tuple(part[0] for part in parts)
+
+    @property
+    def classes(self) -> Any:
+        return getattr(self.dataset, "classes", None)
+
+    @property
+    def targets(self) -> Any:
+        given = getattr(self.dataset, "targets", None)
+        if given is None or self.collate is not None or len(given) != len(self.dataset):
+            return None
+        return [given[number] for number in self.numbers]
+
+    @property
+    def target_transform(self) -> Any:
+        return getattr(self.dataset, "target_transform", None)
+
+
+def _loaded(loader: DataLoader[Any]) -> Any:
+    """What a DataLoader draws from, in a fixed order: its data set, or some of its samples, or else the loader itself.
+
+    What chance draws is drawn with the seed 0, so that it is the same every time.
+    """
+    dataset: Any = loader.dataset
+    collate = loader.collate_fn
+    batches: Any = loader.batch_sampler
+    own = None if collate in (default_collate, default_convert) else collate
+    if batches is None and (own is not None or type(loader.sampler) not in PLAIN):
+        return loader  # its data set makes the batches
+    batched = batches is not None and type(batches) is not BatchSampler
+    if not batched and type(loader.sampler) in PLAIN and _takes_all(loader.sampler, dataset):
+        return dataset if own is None else _Chosen(dataset, range(len(dataset)), own)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        drawn: Iterable[Any] = loader.sampler
+        if batched:
+            drawn = (number for batch in batches for number in batch)
+        numbers = sorted(int(number) for number in drawn)
+    return _Chosen(dataset, numbers, own)
+
+
+def _takes_all(sampler: Any, dataset: Any) -> bool:
+    """Whether it only orders the samples, or divides them among processes."""
+    if isinstance(sampler, RandomSampler):
+        return not sampler.replacement and sampler.num_samples == len(dataset)
+    return len(getattr(sampler, "data_source", dataset)) == len(dataset)
+
+
+def _parts(item: Any) -> tuple[Any, Any]:
+    """A sample, or a batch, and its label or labels, None without."""
+    if isinstance(item, (tuple, list)) and len(item) == 2:
+        return item[0], item[1]
+    if isinstance(item, (tuple, list)) and len(item) == 1 and isinstance(item[0], (Tensor, np.ndarray)):
+        return item[0], None
+    return item, None
+
+
+def _is_batch(item: Any) -> bool:
+    """Whether it is samples with as many labels, rather than one with its own."""
+    x, y = _parts(item)
+    arrays = isinstance(x, (Tensor, np.ndarray)) and isinstance(y, (Tensor, np.ndarray))
+    return arrays and y.ndim == 1 and x.ndim > 0 and len(x) == len(y) > 1
+
+
+def _refuse_more(item: Any, name: str) -> None:
+    """Raise PcqError if it is neither x nor (x, y) but several tensors."""
+    given = isinstance(item, (tuple, list)) and len(item) > 2
+    if given and any(isinstance(a, (Tensor, np.ndarray)) for a in item):
+        raise PcqError(f"it yields {len(item)} values at a time", where=name, allowed="x alone, or (x, y)")
 
 
 def _indexed(spec: Spec, split: str, found: Indexed) -> Data:
@@ -227,39 +351,54 @@ def _indexed(spec: Spec, split: str, found: Indexed) -> Data:
     if not len(found):
         raise PcqError("the data set is empty", where=name)
     with running(spec, "its first sample"):
-        first, label = found[0] if _is_pair(found[0]) else (found[0], None)
+        item = found[0]
+    _refuse_more(item, name)
+    first, label = _parts(item)
     if not isinstance(first, (Tensor, np.ndarray)):
         todo = "Give the data set a transform that makes tensors, such as torchvision's ToTensor"
         raise PcqError(f"its samples are not tensors but {type(first).__name__}", where=name, todo=todo)
     first = tensor(first, name)
     labels = None
     if label is not None:
-        given = getattr(found, "targets", None)  # torchvision's sets tell all labels without reading the samples
         with running(spec, "reading its labels"):
-            if given is None or len(given) != len(found):
+            given = _told(found)
+            if given is None:
                 given = [float(found[i][1]) for i in range(len(found))]
             labels = _labels(name, tensor(given, name), len(found))
     classes = tuple(str(c) for c in getattr(found, "classes", ()) or ())
 
     def take(chosen: Sequence[int]) -> Tensor:
         with running(spec, "reading a sample"):
-            items = [found[i] for i in chosen]
-            x = torch.stack([torch.as_tensor(item[0] if _is_pair(item) else item) for item in items])
+            x = torch.stack([torch.as_tensor(_parts(found[i])[0]) for i in chosen])
         return x.float() if x.is_floating_point() else x.long()
 
     return Data(name, split, len(found), tuple(first.shape), take, labels, classes)
 
 
+def _told(found: Indexed) -> Any:
+    """``targets``, by which torchvision's sets tell all labels without reading the samples; None: not to be trusted.
+
+    They are the labels only where nothing transforms them: a sample of each class is asked, of up to ``ASKED`` classes.
+    """
+    given = getattr(found, "targets", None)
+    if given is None or len(given) != len(found) or getattr(found, "target_transform", None) is not None:
+        return None
+    try:
+        told = np.asarray(given)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    if told.ndim != 1 or told.dtype.kind not in "iuf":
+        return None
+    places = np.unique(told, return_index=True)[1]
+    asked = places[np.linspace(0, len(places) - 1, min(ASKED, len(places))).astype(int)]
+    return told if all(float(found[int(i)][1]) == told[i] for i in asked) else None
+
+
 def _collected(name: str, split: str, items: list[Any]) -> Data:
     xs, ys = [], []
     for item in items:
-        if (
-            isinstance(item, (tuple, list))
-            and len(item) != 2
-            and any(isinstance(a, (Tensor, np.ndarray)) for a in item)
-        ):
-            raise PcqError(f"it yields {len(item)} values at a time", where=name, allowed="x alone, or (x, y)")
-        x, y = item if _is_pair(item) else (item, None)
+        _refuse_more(item, name)
+        x, y = _parts(item)
         x, y = tensor(x, name), None if y is None else tensor(y, name)
         xs.append(x[None] if y is not None and y.ndim == 0 else x)
         ys.append(None if y is None else y.reshape(-1))
