@@ -9,7 +9,7 @@ trained ones.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,8 +19,9 @@ from pcq import qtensor
 from pcq import tape as tapes
 from pcq.calibrate.batchnorm import reestimate
 from pcq.calibrate.layers import Norm, norms
-from pcq.calibrate.oneshot import Settings
+from pcq.calibrate.oneshot import Settings, batches
 from pcq.calibrate.steps import Outcome, Step, calibrate_measured, outputs
+from pcq.data.inputs import held_batch
 from pcq.errors import PcqError
 from pcq.progress import Progress, silent
 from pcq.qtensor import Quantizer
@@ -87,12 +88,19 @@ def invented(
     """
     samples = synthesize(example, count or usual_count(example), seed)
     outputs(module, {}, samples[:1])
-    return samples, reference(tapes.record(module, (samples,)), tapes.state(module), (samples,))
+    parts = _parts(module, samples)
+    return samples, reference(tapes.record(module, parts[0]), tapes.state(module), parts)
 
 
-def reference(tape: Tape, tensors: Mapping[str, Tensor], samples: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """The statistics each BatchNorm sees on ``samples`` when all before it have been given theirs; name -> tensor."""
-    return reestimate(tape, tensors, [samples])
+def _parts(module: nn.Module, samples: Tensor) -> list[tuple[Tensor, ...]]:
+    """All samples at once, or as many as a program of a fixed batch takes."""
+    held = held_batch(module)
+    return [(samples,)] if held is None else batches((samples,), held, held)
+
+
+def reference(tape: Tape, tensors: Mapping[str, Tensor], parts: Sequence[tuple[Tensor, ...]]) -> dict[str, Tensor]:
+    """The statistics each BatchNorm sees on samples in batches when all before it have been given theirs, by name."""
+    return reestimate(tape, tensors, parts)
 
 
 def transferred(
@@ -147,7 +155,8 @@ def care(
     unseen = synthesize(example, count, settings.seed + 1)
     outputs(module, {}, unseen, count)
     try:
-        tape = tapes.record(module, (samples,))
+        parts = _parts(module, samples)
+        tape = tapes.record(module, parts[0])
         all_norms = norms(tape)
         reason = "" if all_norms else "the network has no BatchNorm, and so no record of its activations"
     except PcqError as problem:
@@ -156,7 +165,7 @@ def care(
         plain = {name: qtensor.quantize(quantizer, trained[name], rows) for name, (rows, quantizer) in plan.items()}
         nothing = (Step("nearest levels", None), Step("data-free care", None, reason=reason))
         return Outcome(plain, {}, {}, nothing, (), {}, count, len(unseen))
-    teacher = {**trained, **reference(tape, trained, (samples,))}
+    teacher = {**trained, **reference(tape, trained, parts)}
     settings = replace(settings, batch=count)
     outcome = calibrate_measured(module, plan, (samples,), (unseen,), settings, progress, teacher)
     return replace(outcome, changed=transferred(all_norms, outcome.changed, teacher, trained))

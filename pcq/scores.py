@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pcq.data import Data
+from pcq.data.inputs import filled, held_batch, refuse_kind
 from pcq.errors import CheckFailed, PcqError, did_you_mean, first_line
 from pcq.progress import Progress, silent
 
@@ -148,25 +149,39 @@ def looked_up(predict: Callable[..., Tensor], arrays: Sequence[Tensor]) -> Predi
     return lambda numbers: predict(*(array[numbers] for array in arrays))
 
 
+def channels_last(x: Tensor) -> str:
+    """What to do about samples that are refused, where they may be images in another order; else nothing."""
+    last = x.ndim == 4 and x.shape[3] in (1, 3) and x.shape[1] not in (1, 3)
+    return "If the channels are last, put them first: [n, c, h, w]" if last else ""
+
+
 def module_predictor(module: nn.Module) -> Callable[..., Tensor]:
     """``module`` in eval mode without gradients, on the device and in the precision of its first parameter.
 
     It takes samples, one tensor for each input. Of several outputs the first counts; a Hugging Face output's is its
-    logits.
+    logits. The fixed batch of an exported program is filled up with zeros.
     """
     module.eval()
+    held = held_batch(module)
     parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
 
     def predict(*inputs: Tensor) -> Tensor:
         if parameter is not None:
             inputs = tuple(x.to(parameter.device, parameter.dtype if x.is_floating_point() else None) for x in inputs)
+        if held is None or len(inputs[0]) == held:
+            return run(inputs)
+        parts = zip(*(x.split(held) for x in inputs), strict=True)
+        return torch.cat([run(tuple(filled(x, held) for x in part))[: len(part[0])] for part in parts])
+
+    def run(inputs: tuple[Tensor, ...]) -> Tensor:
         try:
             with torch.no_grad():
                 out: Any = module(*inputs)
         except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
             told = first_line(error)
             where = f"samples of {' and '.join('x'.join(map(str, x.shape[1:])) for x in inputs)}"
-            raise PcqError(f"the network does not take them: {told}", where=where) from error
+            todo = next((said for x in inputs if (said := channels_last(x))), "")
+            raise PcqError(f"the network does not take them: {told}", where=where, todo=todo) from error
         out = getattr(out, "logits", out)
         while isinstance(out, (tuple, list, dict)) and len(out):
             out = next(iter(out.values())) if isinstance(out, dict) else out[0]
@@ -226,6 +241,7 @@ def onnx_predictor(path: str | Path, names: Sequence[str] = ()) -> Callable[...,
             raise PcqError(f"ONNX Runtime {ort.__version__} cannot run it: {told}", where=str(path)) from error
 
     def check(value: Any, x: Tensor) -> None:
+        refuse_kind(x.is_floating_point(), np.dtype(dtypes[value.type]), value.name, str(path), only=len(taken) == 1)
         takes = [size if isinstance(size, int) else None for size in (value.shape or [])[1:]]
         sizes = list(x.shape[1:])
         if value.shape and (
@@ -233,17 +249,15 @@ def onnx_predictor(path: str | Path, names: Sequence[str] = ()) -> Callable[...,
         ):
             said = ["x".join("?" if size is None else str(size) for size in each) for each in (sizes, takes)]
             what = f"samples of {said[0]}: the model takes {said[1]}"
-            raise PcqError(what + (f" as {value.name}" if len(taken) > 1 else ""), where=str(path))
+            what += f" as {value.name}" if len(taken) > 1 else ""
+            raise PcqError(what, where=str(path), todo=channels_last(x))
 
     def predict(*samples: Tensor) -> Tensor:
         for value, x in zip(taken, samples, strict=True):
             check(value, x)
         if fixed is None:
             return run(samples)
-        parts = []
-        for part in zip(*(x.split(fixed) for x in samples), strict=True):
-            count = len(part[0])
-            parts.append(run([torch.cat([x, x.new_zeros(fixed - count, *x.shape[1:])]) for x in part])[:count])
-        return torch.cat(parts)
+        parts = zip(*(x.split(fixed) for x in samples), strict=True)
+        return torch.cat([run([filled(x, fixed) for x in part])[: len(part[0])] for part in parts])
 
     return predict

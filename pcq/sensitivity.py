@@ -18,6 +18,7 @@ from pcq import tape as tapes
 from pcq.calibrate.layers import find, patches
 from pcq.calibrate.oneshot import batches
 from pcq.calibrate.padding import counted, mask_at, of_tokens, real_rows
+from pcq.data.inputs import held_batch
 from pcq.errors import PcqError
 from pcq.progress import Progress, silent
 from pcq.qtensor import QuantizedTensor
@@ -117,7 +118,7 @@ class Bench:
         Raises:
             PcqError: the network does not take the samples, or its pass cannot be replayed.
         """
-        parts = batches(samples, BATCH)
+        parts = batches(samples, BATCH, held_batch(module))
         tape = tapes.record(module, parts[0])
         mask = mask_at(module, samples)
         bench = Bench(tape, parts, {**tapes.state(module), **(teacher or {})}, torch.empty(0), mask)

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pcq.errors import PcqError
+from pcq.errors import PcqError, first_line
 
 
 @dataclass(frozen=True)
@@ -339,7 +339,7 @@ def record(module: nn.Module, samples: tuple[Tensor, ...]) -> Tape:
     """Run ``module(*samples)`` in evaluation mode and write down what it does.
 
     Raises:
-        PcqError: the pass cannot be replayed exactly.
+        PcqError: the module does not take the samples, or the pass cannot be replayed exactly.
     """
     named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     with evaluating(module), torch.no_grad():
@@ -347,8 +347,12 @@ def record(module: nn.Module, samples: tuple[Tensor, ...]) -> Tape:
         inputs = tuple(recorder.new(sample) for sample in samples)
         recorder.sampled.update(inputs)
         recorder.discrete.update(n for n, sample in zip(inputs, samples, strict=True) if not sample.is_floating_point())
-        with recorder:
-            result = module(*samples)
+        try:
+            with recorder:
+                result = module(*samples)
+        except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+            where = f"samples of {' and '.join('x'.join(map(str, x.shape[1:])) or 'one number' for x in samples)}"
+            raise PcqError(f"the network does not take them: {first_line(error)}", where=where) from error
         tape = Tape(
             tuple(recorder.ops), inputs, recorder.names, recorder.constants, pytree.tree_map(recorder.value, result)
         )

@@ -105,7 +105,7 @@ def test_the_reference_has_the_trained_moments_at_every_batchnorm():
     x = synthesize((3, 16, 16), 8, 0)
     tape = tapes.record(net, (x,))
     tensors = tapes.state(net)
-    statistics = reference(tape, tensors, (x,))
+    statistics = reference(tape, tensors, [(x,)])
     assert statistics.keys() == {n for n in tensors if "running" in n}
     state = {**tensors, **statistics}
     for norm in norms(tape):
@@ -128,7 +128,7 @@ def test_a_transferred_change_does_the_same_to_the_trained_statistics():
     x, ratio, shift = torch.randn(50, 4), torch.tensor([0.5, 1.0, 3.0]), torch.tensor([1.0, -2.0, 0.1])
     tape = tapes.record(net, (x,))
     trained = tapes.state(net)
-    teacher = {**trained, **reference(tape, trained, (x,))}
+    teacher = {**trained, **reference(tape, trained, [(x,)])}
     (norm,) = norms(tape)
     changed = {
         norm.mean: teacher[norm.mean] * ratio + shift,

@@ -202,6 +202,12 @@ def test_onnx_files_that_cannot_run(tmp_path: Path, capfd: pytest.CaptureFixture
     onnx_linear(tmp_path / "m.onnx", "n")
     with pytest.raises(PcqError, match=r"m\.onnx: samples of 5: the model takes 3"):
         onnx_predictor(tmp_path / "m.onnx")(torch.randn(2, 5))
+    with pytest.raises(PcqError, match=r"takes floats as x0, and the data has whole numbers\. Store them as float32"):
+        onnx_predictor(tmp_path / "m.onnx")(torch.ones(2, 3, dtype=torch.int64))
+    with pytest.raises(PcqError, match="samples of 5x4x1.*If the channels are last, put them first"):
+        onnx_predictor(tmp_path / "m.onnx")(torch.randn(2, 5, 4, 1))
+    with pytest.raises(PcqError, match="network does not take them.*If the channels are last, put them first"):
+        module_predictor(Net())(torch.randn(2, 5, 7, 1))
     onnx_linear(tmp_path / "open.onnx", "n", width="k")  # its widths are known to the weights only
     with pytest.raises(PcqError, match=r"open\.onnx: ONNX Runtime \S+ cannot run it: "):
         onnx_predictor(tmp_path / "open.onnx")(torch.randn(2, 5))

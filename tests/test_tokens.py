@@ -70,7 +70,16 @@ def test_onnx_takes_every_word_and_computes_what_torch_does(
     np.testing.assert_allclose(session.run(None, {session.get_inputs()[0].name: ids})[0], wanted, atol=1e-5)
     out, _ = run(capsys, "eval", tmp_path / "net.onnx", "--data", f"npz:{folder}/ids.npz", "--reference",
                  folder / "net.safetensors", "--json")  # fmt: skip
-    assert json.loads(out)["agreement"] == 100
+    scores = json.loads(out)
+    assert scores["agreement"] == 100
+    numbers = np.load(folder / "ids.npz")
+    np.savez(tmp_path / "small.npz", x=numbers["x"].astype(np.uint8), y=numbers["y"])
+    np.savez(tmp_path / "off.npz", x=numbers["x"] + 0.7, y=numbers["y"])
+    for file in (tmp_path / "net.onnx", folder / "net.safetensors"):
+        out, _ = run(capsys, "eval", file, "--data", f"npz:{tmp_path}/small.npz", "--json")
+        assert json.loads(out)["top1"] == scores["top1"]
+        _, err = run(capsys, "eval", file, "--data", f"npz:{tmp_path}/off.npz", code=2)
+        assert "the data has floats" in err or "does not take them" in err
 
 
 def test_an_exported_program_of_them(

@@ -24,6 +24,7 @@ from pcq.calibrate.quadratic import Codes, Quadratic, descend, gptq, nearest, pr
 from pcq.calibrate.rounding import rounding
 from pcq.calibrate.starts import better, improved, search
 from pcq.calibrate.streams import Streams
+from pcq.data.inputs import held_batch
 from pcq.errors import PcqError
 from pcq.progress import Progress, silent
 from pcq.qtensor import QuantizedTensor, Quantizer
@@ -113,13 +114,22 @@ class Calibrated:
     samples: int
 
 
-def batches(samples: tuple[Tensor, ...], batch: int) -> list[tuple[Tensor, ...]]:
-    """Equal batches of at most ``batch`` samples; fewer samples than there are batches may be left over."""
+def batches(samples: tuple[Tensor, ...], batch: int, held: int | None = None) -> list[tuple[Tensor, ...]]:
+    """Equal batches of at most ``batch`` samples; fewer samples than there are batches may be left over.
+
+    For a program of a fixed batch, ``held``, they are of that many, and as many as do not fill one are left over.
+
+    Raises:
+        PcqError: there are no samples, or fewer than the program takes at once.
+    """
     count = len(samples[0])
     if count == 0 or any(len(sample) != count for sample in samples):
         raise PcqError("there are no calibration samples, or not as many of each input")
-    parts = -(-count // batch)
-    each = count // parts
+    if held is not None and count < held:
+        raise PcqError(f"the program takes {held} samples at once, and there are {count}", where="calibration",
+                       todo="Give more, or export it with an open batch")  # fmt: skip
+    parts = -(-count // batch) if held is None else count // held
+    each = held or count // parts
     return [tuple(_fast(s[i * each : (i + 1) * each]) for s in samples) for i in range(parts)]
 
 
@@ -261,7 +271,7 @@ def calibrate(
     Raises:
         PcqError: the network's forward pass cannot be replayed.
     """
-    parts = batches(samples, settings.batch)
+    parts = batches(samples, settings.batch, held_batch(module))
     tape = tapes.record(module, parts[0])
     tensors = {name: _fast(tensor) for name, tensor in {**tapes.state(module), **(teacher or {})}.items()}
     layers, plain = find(tape, {name: rows.shape for name, (rows, _) in plan.items()})

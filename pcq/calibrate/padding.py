@@ -6,7 +6,6 @@ which the network holds its tokens. Where there are not as many such rows as pad
 over all tokens) all rows count.
 """
 
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from pcq import tape as tapes
 from pcq.calibrate.layers import Layer
+from pcq.data.inputs import names
 from pcq.tape import Tape
 
 MASK = "attention_mask"
@@ -21,7 +21,7 @@ MASK = "attention_mask"
 
 def mask_at(module: nn.Module, inputs: tuple[Tensor, ...]) -> int | None:
     """Which of the inputs is a mask ``[n, t]`` of tokens; None: none is."""
-    return named_mask(list(inspect.signature(module.forward).parameters)[: len(inputs)], inputs)
+    return named_mask(names(module)[: len(inputs)], inputs)
 
 
 def named_mask(names: Sequence[str], inputs: Sequence[Tensor]) -> int | None:

@@ -16,6 +16,7 @@ from pcq.calibrate.equalization import equalize, most_common, pairs
 from pcq.calibrate.layers import find
 from pcq.calibrate.oneshot import LayerReport, Settings, batches, calibrate
 from pcq.calibrate.padding import mask_at, of_tokens
+from pcq.data.inputs import filled, held_batch
 from pcq.errors import PcqError, first_line
 from pcq.progress import Progress, silent
 from pcq.qtensor import QuantizedTensor, Quantizer
@@ -89,9 +90,10 @@ def outputs(
     parts = []
     with tapes.evaluating(module), torch.no_grad():
         inputs = x if isinstance(x, tuple) else (x,)
-        mask = mask_at(module, inputs)
-        for given in zip(*(each.split(batch) for each in inputs), strict=True):
-            part = given[0]
+        mask, held = mask_at(module, inputs), held_batch(module)
+        for given in zip(*(each.split(held or batch) for each in inputs), strict=True):
+            count = len(given[0])
+            given = tuple(filled(each, held or count) for each in given)
             try:
                 result = torch.func.functional_call(module, dict(tensors), given)
             except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
@@ -102,10 +104,12 @@ def outputs(
                 todo = "Give data of the shape that the network was trained on"
                 raise PcqError(f"the network does not take them: {told}", where=where, todo=todo) from error
             leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-            first = next((leaf for leaf in leaves if leaf.is_floating_point() and len(leaf) == len(part)), None)
+            size = len(given[0])
+            first = next((leaf for leaf in leaves if leaf.is_floating_point() and len(leaf) == size), None)
             if first is None:
                 raise PcqError("the network puts out no numbers for each sample", where=type(module).__name__)
-            parts.append(of_tokens(first, given, mask).float().flatten(1))
+            real = tuple(each[:count] for each in given)
+            parts.append(of_tokens(first[:count], real, mask).float().flatten(1))
     return torch.cat(parts)
 
 
@@ -163,7 +167,7 @@ def calibrate_measured(
     best = Outcome(rounded(exact), {}, {}, (), (), {}, 0, len(held_out[0]))
     steps.append(measured("nearest levels", best))
     start = time.perf_counter()
-    parts = batches(samples, settings.batch)
+    parts = batches(samples, settings.batch, held_batch(module))
     used = len(parts) * len(parts[0][0])
     tape = tapes.record(module, parts[0])
     layers, plain = find(tape, {name: rows.shape for name, (rows, _) in plan.items()})
@@ -181,7 +185,7 @@ def calibrate_measured(
     else:
         steps.append(Step("equalization", None, reason=most_common(refused)))
     source, floats = {**exact, **best.changed, **best.moved}, best.changed
-    few = tuple(each[:MATCHED] for each in samples)
+    few = tuple(each[: max(MATCHED, held_batch(module) or 0)] for each in samples)
     for some, how in ((few, replace(settings, method="nearest", corrected=False)), (samples, settings)):
         start = time.perf_counter()
         result = calibrate(module, plan, some, how, source, progress)

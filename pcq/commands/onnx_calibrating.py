@@ -69,6 +69,7 @@ def feeds(model: Path, asked: Calibration) -> "tuple[Feeds, Feeds, str]":
         PcqError: the data is not there, too little, or not for this model.
     """
     from pcq.data.arrays import refuse
+    from pcq.data.inputs import refuse_kind
     from pcq.onnx_input import open_graph
     from pcq.onnx_input.feeds import invented, named
     from pcq.onnx_input.trials import KINDS, find_trials, input_session, listed, read_arrays, refuse_strange
@@ -103,6 +104,9 @@ def feeds(model: Path, asked: Calibration) -> "tuple[Feeds, Feeds, str]":
             f"a data spec feeds one input, and the model has {len(inputs)} ({', '.join(names)})", where=asked.data,
             todo="Save an array for each and give --calib npz:FILE",
         )  # fmt: skip
+    for value in inputs:
+        given = np.asarray(arrays[value.name])
+        refuse_kind(given.dtype.kind == "f", np.dtype(KINDS[value.type]), value.name, asked.data, only=len(inputs) == 1)
     arrays = {value.name: np.asarray(arrays[value.name]).astype(KINDS[value.type], copy=False) for value in inputs}
     for name, array in arrays.items():
         if array.ndim and array.dtype.kind == "f":  # masks may be infinite

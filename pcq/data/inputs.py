@@ -112,6 +112,21 @@ def needed(module: nn.Module) -> list[str]:
     return [name for name, parameter in _arguments(module).items() if parameter.default is parameter.empty]
 
 
+def held_batch(module: nn.Module) -> int | None:
+    """How many samples an exported program takes at once; None: any number."""
+    if not isinstance(module, torch.fx.GraphModule):
+        return None
+    taken = [node.meta.get("val") for node in module.graph.nodes if node.op == "placeholder"]
+    sizes: list[object] = [x.shape[0] for x in taken if isinstance(x, Tensor) and x.ndim]
+    fixed = [size for size in sizes if isinstance(size, int)]
+    return fixed[0] if len(fixed) == len(sizes) and len(set(fixed)) == 1 else None
+
+
+def filled(x: Tensor, batch: int) -> Tensor:
+    """As many samples as ``batch``, zeros behind those that there are."""
+    return torch.cat([x, x.new_zeros(batch - len(x), *x.shape[1:])]) if len(x) < batch else x
+
+
 def _arguments(module: nn.Module) -> dict[str, inspect.Parameter]:
     return {
         name: parameter
@@ -140,6 +155,22 @@ def tensor(array: Any, where: str) -> Tensor:
     if found.is_complex():
         raise PcqError("the numbers are complex", where=where, allowed="real ones")
     return found
+
+
+def refuse_kind(floats: bool, takes: "np.dtype[Any]", name: str, where: str, *, only: bool) -> None:
+    """Samples of another kind than a model's input: it would round them, or take tokens for values.
+
+    ``only``: it is the only input. Of several, whole numbers may be floats of the model, such as a mask's.
+
+    Raises:
+        PcqError: so it is.
+    """
+    if takes.kind == "f" and not floats and only:
+        what, todo = f"the model takes floats as {name}, and the data has whole numbers", "Store them as float32"
+        raise PcqError(what, where=where, todo=todo)
+    if takes.kind != "f" and floats:
+        what, todo = f"the model takes whole numbers as {name}, and the data has floats", "Store them as integers"
+        raise PcqError(what, where=where, todo=todo)
 
 
 def _numbers(array: Any, where: str) -> Tensor:

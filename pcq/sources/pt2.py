@@ -286,9 +286,21 @@ def revive(program: bytes, state: Mapping[str, Tensor]) -> "ExportedProgram":
 
 
 def runnable(program: "ExportedProgram") -> nn.Module:
-    """A program as a module; ``eval()`` does nothing, for the mode was fixed by the export."""
+    """A program as a module; ``eval()`` does nothing, for the mode was fixed by the export.
+
+    Inputs that it was exported with by name are taken in their order, too.
+    """
     module: nn.Module = program.module()
     module.eval = lambda: module  # type: ignore[method-assign]
+    args, named = program.call_spec.in_spec.children() if program.call_spec.in_spec is not None else (None, None)
+    if args is not None and named is not None and named.num_children:
+        by_position, keys = args.num_children, list(named.context)
+
+        def ordered(_: nn.Module, given: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            extra = given[by_position:]
+            return given[:by_position] + extra[len(keys) :], {**dict(zip(keys, extra, strict=False)), **kwargs}
+
+        module.register_forward_pre_hook(ordered, prepend=True, with_kwargs=True)
     return module
 
 

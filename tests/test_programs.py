@@ -1,0 +1,82 @@
+"""Exported programs of a fixed batch, or with inputs by name: scored and calibrated as open ones by position are."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pcq
+from pcq import cli
+from pcq.commands import analyze
+
+
+class Two(nn.Module):
+    """Of two inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        out: Tensor = self.c((self.a(left) + self.b(right)).relu())
+        return out
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Programs of each kind, and samples whose labels are what the networks say."""
+    made = tmp_path_factory.mktemp("programs")
+    torch.manual_seed(0)
+    images, left, right = torch.randn(42, 1, 6, 6), torch.randn(42, 6), torch.randn(42, 5)
+    one = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 3)).eval()
+    two = Two()
+    batch = {0: torch.export.Dim("n")}
+    given = {"right": right[:2], "left": left[:2]}
+    programs = {
+        "fixed": torch.export.export(one, (images[:4],)),
+        "named": torch.export.export(two, (), given, dynamic_shapes={"right": batch, "left": batch}),
+        "both": torch.export.export(two, (), {"right": right[:4], "left": left[:4]}),
+    }
+    for name, program in programs.items():
+        torch.export.save(program, made / f"{name}.pt2")
+    with torch.no_grad():
+        labels = one(images).argmax(1), two(left, right).argmax(1)
+    np.savez(made / "fixed.npz", x=images.numpy(), y=labels[0].numpy())
+    np.savez(made / "named.npz", left=left.numpy(), right=right.numpy(), y=labels[1].numpy())
+    np.savez(made / "both.npz", left=left.numpy(), right=right.numpy(), y=labels[1].numpy())
+    return made
+
+
+@pytest.mark.parametrize("name", ["fixed", "named", "both"])
+def test_they_are_scored_analyzed_and_calibrated(name: str, folder: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    program, data = folder / f"{name}.pt2", f"npz:{folder / name}.npz"
+    assert pcq.evaluate(program, data, batch=7).scores.top1 == 100
+    out = str(tmp_path / "q.safetensors")
+    assert cli.run(["quantize", str(program), "-r", "w8", "--calib", data, "-o", out]) == 0
+    capsys.readouterr()
+    assert cli.run(["eval", out, "--data", data, "--reference", str(program), "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["n"] == 42
+    assert scores["top1"] == scores["agreement"] > 90
+    found = analyze(program, "w8", calib=data)
+    assert found.samples == 32
+    assert found.whole is not None
+    assert found.whole.agreement is not None
+    assert found.whole.agreement > 90
+
+
+def test_fixed_ones_on_invented_samples(folder: Path, tmp_path: Path) -> None:
+    asked = pcq.commands.Calibration("random", 10, input_shape=(1, 6, 6))
+    planned = pcq.commands.plan(folder / "fixed.pt2", "w4")
+    made = pcq.commands.calibrated(planned, asked)
+    assert made.outcome.samples == 8
+    assert made.outcome.steps[-1].error is not None
+
+
+def test_what_they_do_not_take_is_said(folder: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "d.npz", x=np.zeros((40, 2, 6, 6), np.float32))
+    with pytest.raises(pcq.PcqError, match="samples of 2x6x6: the network does not take them"):
+        analyze(folder / "fixed.pt2", "w4", calib=f"npz:{tmp_path / 'd.npz'}")
