@@ -10,12 +10,12 @@ import onnx
 import pytest
 import torch
 from onnx import helper
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from pcq import cli
+from pcq import cli, report
 from pcq.cli import frame
 from pcq.commands import Spread, bench, benching, export_onnx, quantize
-from pcq.commands.benched import open_files
+from pcq.commands.benched import Benched, open_files
 from pcq.commands.fresh import Fresh, measure
 from pcq.demo import HERE
 from pcq.errors import CheckFailed, PcqError
@@ -23,6 +23,7 @@ from pcq.plots import bench_figure
 from pcq.progress import silent
 from pcq.report.benching import _spread
 from tests.test_onnx_input import convolutions, images, normal, save, words
+from tests.test_scores import onnx_linear
 from tests.test_tokens import Masked
 
 DIGITS = HERE / "digits-resnet8.safetensors"
@@ -83,6 +84,28 @@ def test_models_of_several_inputs_and_fixed_batches(tmp_path: Path) -> None:
     result = bench([convolutions(tmp_path / "d.onnx"), fixed], batches=(1, 2), threads=(1,), rounds=1, processes=1)
     assert [[latency.batch for latency in row.latencies] for row in result.rows] == [[1, 2], [2]]
     assert bench([path], batches=(2,), threads=(1,), rounds=1, processes=1).rows[0].latencies[0].batch == 2
+
+
+def test_the_size_is_that_of_the_files_that_are_read(tmp_path: Path) -> None:
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    for number, name in enumerate(names):
+        save_file({f"w{number}": torch.zeros(1000)}, tmp_path / name)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"w0": names[0], "w1": names[1]}}))
+    (tmp_path / "optimizer.bin").write_bytes(bytes(50000))
+    for path in (index, tmp_path):
+        wanted = sum(part.stat().st_size for part in (index, *(tmp_path / name for name in names)))
+        assert benching._size(Benched(path, "torch", {"arch": None}, ())) == wanted
+
+
+def test_there_is_no_ratio_where_the_first_file_does_not_run(tmp_path: Path) -> None:
+    onnx_linear(tmp_path / "two.onnx", 2)
+    onnx_linear(tmp_path / "any.onnx", "n")
+    result = bench([tmp_path / "two.onnx", tmp_path / "any.onnx"], batches=(2, 3), threads=(1,), rounds=2, processes=1)
+    ratios = [[latency.ratio is None for latency in row.latencies] for row in result.rows]
+    assert ratios == [[False], [False, True]]
+    assert report.to_json(result)["rows"][1]["latencies"][1]["ratio"] is None
+    frame.console().print(report.render(result))
 
 
 def test_programs_say_what_they_take(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from pcq import checkpoint
+from pcq import checkpoint, sources
 from pcq.commands.benched import Array, Benched, open_files
 from pcq.commands.drawing import drawn
 from pcq.commands.fresh import Fresh, measure
@@ -45,12 +45,15 @@ class Spread:
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds of a run at that batch and thread count; ``ratio``: median of the rounds' ratios to the first file."""
+    """Seconds of a run at that batch and thread count.
+
+    ``ratio``: median of the rounds' ratios to the first file; None where that one does not run at this batch.
+    """
 
     batch: int
     threads: int
     seconds: Spread
-    ratio: float
+    ratio: float | None
 
     @property
     def place(self) -> str:
@@ -65,7 +68,7 @@ class BenchRow:
     Attributes:
         path: the file.
         runtime: ``ONNX Runtime`` or ``torch``.
-        nbytes: on disk, with external data.
+        nbytes: on disk, with external data or shards.
         load: seconds until it is ready, in processes of their own.
         first: seconds of the first run, likewise.
         peak: bytes of memory that loading and the first run take at most, beyond the runtime's own, likewise.
@@ -260,8 +263,8 @@ def _latencies(
                 times = [[seconds for seconds in column if seconds] for column in zip(*turns[WARM:], strict=True)]
                 for mine, seconds in zip(found, times, strict=True):
                     if seconds:
-                        first = times[0] or seconds
-                        ratio = statistics.median(a / b for a, b in zip(seconds, first, strict=True))
+                        each = [a / b for a, b in zip(seconds, times[0], strict=True)] if times[0] else []
+                        ratio = statistics.median(each) if each else None
                         mine.append(Latency(batch, count, Spread.of(seconds), ratio))
             del runners
     finally:
@@ -288,12 +291,15 @@ def _turn(
 
 
 def _size(file: Benched) -> int:
-    if file.runtime != "ONNX Runtime":
-        parts = [file.path] if file.path.is_file() else [part for part in file.path.rglob("*") if part.is_file()]
-        return sum(part.stat().st_size for part in parts)
-    from pcq.export.reading import file_bytes
+    """Bytes of the files that the network is read from: shards and external data with the others."""
+    if file.runtime == "ONNX Runtime":
+        from pcq.export.reading import file_bytes
 
-    return file_bytes(file.path)
+        return file_bytes(file.path)
+    if checkpoint.is_artifact(file.path):
+        return file.path.stat().st_size
+    how = {key: value for key, value in file.opening.items() if key != "arch"}
+    return sum(part.stat().st_size for part in sources.open_source(file.path, **how).files)
 
 
 def _machine(cores: int) -> str:

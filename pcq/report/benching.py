@@ -47,7 +47,8 @@ def _(result: commands.BenchResult) -> RenderableType:
             if (latency := known.get(title)) is None:
                 cells.append("-")
                 continue
-            cells.append(f"{_spread(latency.seconds)} {latency.ratio:.2f}x")
+            ratio = "-" if latency.ratio is None else f"{latency.ratio:.2f}x"
+            cells.append(f"{_spread(latency.seconds)} {ratio}")
         runs.add_row(row.path.name, *cells)
     turns = f"{counted(result.rounds, 'round')} and {counted(result.processes, 'process', 'es')}"
     notes = [f"{turns}, files in turn; {result.machine}; {result.seconds:.0f} s."]

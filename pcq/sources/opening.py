@@ -64,7 +64,8 @@ def open_source(
     entries, notes = (source.entries, []) if source.make_module else strip_prefixes(source.entries)
     if not entries:
         raise PcqError("it holds no tensors", where=str(path), todo="Give a checkpoint with the network's weights")
-    return replace(source, path=path, entries=entries, notes=(*source.notes, *notes))
+    files = source.files or (source.path,)
+    return replace(source, path=path, entries=entries, notes=(*source.notes, *notes), files=files)
 
 
 def open_folder(folder: Path, asked: Asked) -> Source:
@@ -148,7 +149,8 @@ def from_index(path: Path, asked: Asked) -> Source:
         entries = safetensors.sharded_entries(path)
     else:
         entries = pickles.sharded_entries(path, asked)
-    return Source(path, entries, (f"Opened {len(entries)} tensors in {len(places)} shards.",))
+    notes = (f"Opened {len(entries)} tensors in {len(places)} shards.",)
+    return Source(path, entries, notes, files=(path, *sorted(places)))
 
 
 def from_zip(path: Path, names: Sequence[str], inner: set[str]) -> Source:

@@ -47,6 +47,7 @@ class Source:
         arch: the architecture spec, where the checkpoint itself says so.
         program: the exported program without its weights (see ``pcq.sources.pt2``), for ``.pt2``.
         make_module: loads the network with its weights, where the file holds one.
+        files: what is read: the file, or an index and its shards.
     """
 
     path: Path
@@ -55,6 +56,7 @@ class Source:
     arch: str | None = None
     program: bytes | None = field(default=None, repr=False)
     make_module: Callable[[], nn.Module] | None = field(default=None, repr=False)
+    files: tuple[Path, ...] = ()
 
     @property
     def names(self) -> list[str]:
