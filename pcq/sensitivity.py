@@ -18,6 +18,7 @@ from pcq import tape as tapes
 from pcq.calibrate.layers import find, patches
 from pcq.calibrate.oneshot import batches
 from pcq.calibrate.padding import counted, mask_at, of_tokens, real_rows
+from pcq.calibrate.steps import output_error
 from pcq.data.inputs import held_batch
 from pcq.errors import PcqError
 from pcq.progress import Progress, silent
@@ -75,17 +76,18 @@ class WeightNoise:
 
 def drift(y: Tensor, aim: Tensor) -> Drift:
     """How far outputs ``y [n, k]`` are from the float network's ``aim [n, k]``."""
-    error = float((y - aim).square().sum() / (aim - aim.mean(0)).square().sum().clamp(min=1e-30))
+    error = output_error(y, aim)
     if aim.shape[1] < 2:
         return Drift(error, None, None)
     agreement = 100 * float((y.argmax(1) == aim.argmax(1)).float().mean())
-    sure = F.log_softmax(aim, 1)
-    return Drift(error, agreement, max(0.0, float((sure.exp() * (sure - F.log_softmax(y, 1))).sum(1).mean())))
+    sure, other = (F.log_softmax(x.double(), 1) for x in (aim, y))
+    apart = sure.exp() * (sure - other)
+    return Drift(error, agreement, max(float(apart.masked_fill(sure == -torch.inf, 0).sum(1).mean()), 0.0))
 
 
 def weight_noise(weight: Tensor, quantized: QuantizedTensor) -> WeightNoise:
     """Noise, lost signs and outliers of a weight."""
-    exact, rounded = weight.float(), quantized.dequantize()
+    exact, rounded = weight.double(), quantized.dequantize().double()
     rows = quantized.rows.split(exact)
     outside = (rows - rows.mean(1, keepdim=True)).abs() > OUTLIER * rows.std(1, correction=0, keepdim=True)
     share = float((rounded - exact).square().sum() / exact.square().sum().clamp(min=1e-30))

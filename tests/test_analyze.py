@@ -105,6 +105,61 @@ def test_drift_by_hand():
     assert drift(aim[:, :1], aim[:, :1]).agreement is None
 
 
+def test_outputs_that_both_networks_mask_do_not_count():
+    aim = torch.tensor([[0.0, 2.0, -torch.inf], [2.0, 0.0, -torch.inf]])
+    y = torch.tensor([[0.0, 2.0, -torch.inf], [0.0, 2.0, -torch.inf]])
+    plain, found = drift(y[:, :2], aim[:, :2]), drift(y, aim)
+    assert (found.error, found.agreement) == (plain.error, plain.agreement)
+    assert found.kl == pytest.approx(plain.kl)
+    assert drift(torch.zeros(2, 3), aim).error == torch.inf
+    with pytest.raises(pcq.PcqError, match="the float network: it puts out NaN for 1 of 2 samples"):
+        drift(y, torch.tensor([[0.0, torch.nan, 1.0], [0.0, 1.0, 1.0]]))
+
+
+class Net(torch.nn.Module):
+    """Its last output is masked."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = torch.nn.Linear(6, 8), torch.nn.Linear(8, 3)
+        self.register_buffer("mask", torch.tensor([0.0, 0.0, -torch.inf]))
+
+    def forward(self, x):
+        return self.b(self.a(x).relu()) + self.mask
+
+
+def network_of_masked_outputs():
+    return Net()
+
+
+def numbers():
+    return torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_network_of_masked_outputs_is_calibrated_and_its_json_is_json(tmp_path, capsys):
+    torch.save(Net().state_dict(), tmp_path / "m.pt")
+    given = [str(tmp_path / "m.pt"), "-r", "ternary-all", "--arch", f"{__file__}:network_of_masked_outputs"]
+    given += ["--calib", f"{__file__}:numbers", "--json"]
+    assert cli.run(["quantize", *given, "-o", str(tmp_path / "q.safetensors"), "--refine", "5"]) == 0
+    steps = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["calibration"]["steps"]
+    assert all(step["error"] > 0 for step in steps if step["error"] is not None)
+    assert any(step["kept"] for step in steps[1:])
+    assert cli.run(["analyze", *given]) == 0
+    whole = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["whole"]
+    assert whole["error"] > 0 < whole["kl"]
+
+
+def test_weights_that_are_not_finite_are_refused_and_huge_ones_measured(tmp_path, capsys):
+    torch.save({"w.weight": torch.tensor([[1.0, torch.nan], [2.0, 1.0]])}, tmp_path / "nan.pt")
+    assert cli.run(["analyze", str(tmp_path / "nan.pt"), "-r", "ternary-all"]) == 2
+    assert "w.weight: 1 of its 4 values are NaN or infinite" in capsys.readouterr().err
+    torch.manual_seed(0)
+    weight = torch.randn(4, 64)
+    noises = [weight_noise(w, qtensor.quantize(Ternary(), w, Rows((4, 64)))) for w in (weight, weight * 2.0**100)]
+    assert noises[0] == noises[1]
+
+
 def test_noise_signs_and_outliers_by_hand():
     weight = torch.tensor([[1.0, -1.0, 0.1, -1.0], [2.0, -2.0, 2.0, 0.0]])
     q = qtensor.quantize(Ternary(), weight, Rows((2, 4)))

@@ -241,11 +241,13 @@ class Wanted:
 
     @staticmethod
     def of(value: Tensor, rows: Tensor | None) -> "Wanted":
-        return Wanted(value, torch.ones(1) if rows is None else rows[..., None].to(value.dtype))
+        counts = torch.ones(1) if rows is None else rows[..., None].to(value.dtype)
+        infinite = value.isinf()  # masked outputs
+        return Wanted(value.masked_fill(infinite, 0), counts * ~infinite) if infinite.any() else Wanted(value, counts)
 
     def missed(self, y: Tensor) -> Tensor:
         """Sum of squared differences."""
-        return ((y - self.value) * self.counts).square().sum()
+        return torch.where(self.counts > 0, y - self.value, 0).square().sum()
 
 
 def _error(y: Sequence[Tensor], wanted: Sequence[Wanted]) -> float:
@@ -307,7 +309,7 @@ def _trained(
 
 
 def norms_and_biases(tape: Tape, block: Block, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of the block's float tensors of one axis that nothing outside of it reads, statistics aside."""
+    """Names of the block's finite tensors of one axis that nothing outside of it reads, statistics aside."""
     found: dict[str, None] = {}
     for op in tape.ops[block.start : block.stop]:
         statistics = op.args[3:5] if op.name == "native_batch_norm" else ()
@@ -322,4 +324,4 @@ def norms_and_biases(tape: Tape, block: Block, tensors: Mapping[str, Tensor]) ->
 
 
 def _trainable(tensor: Tensor) -> bool:
-    return tensor.ndim == 1 and tensor.is_floating_point()
+    return tensor.ndim == 1 and tensor.is_floating_point() and bool(tensor.isfinite().all())

@@ -113,9 +113,35 @@ def outputs(
     return torch.cat(parts)
 
 
+def output_error(y: Tensor, aim: Tensor) -> float:
+    """``E ||y - aim||^2 / E ||aim - E aim||^2`` of outputs [n, k].
+
+    Raises:
+        PcqError: ``aim``, the float network's, holds NaN.
+    """
+    error, spread = squares(y, aim)
+    return error / max(spread, 1e-30)
+
+
+def squares(y: Tensor, aim: Tensor) -> tuple[float, float]:
+    """``sum ||y - aim||^2`` and ``sum ||aim - E aim||^2``, without outputs that both mask: the same infinity in both.
+
+    Raises:
+        PcqError: ``aim``, the float network's, holds NaN.
+    """
+    if lost := int(aim.isnan().any(1).sum()):
+        todo = "Repair the network, or leave those samples out"
+        raise PcqError(f"it puts out NaN for {lost} of {len(aim)} samples", where="the float network", todo=todo)
+    infinite = aim.isinf()
+    apart = (y.double() - aim.double()).masked_fill(infinite & (y == aim), 0)
+    aim = aim.double().masked_fill(infinite, 0)
+    mean = aim.sum(0) / (~infinite).sum(0).clamp(min=1)
+    return float(apart.square().sum()), float((aim - mean).masked_fill(infinite, 0).square().sum())
+
+
 def compared(name: str, y: Tensor, aim: Tensor, seconds: float = 0.0) -> Step:
     """The step after which the network puts out ``y [n, k]`` where the float one puts out ``aim``."""
-    error = float((y - aim).square().sum() / (aim - aim.mean(0)).square().sum().clamp(min=1e-30))
+    error = output_error(y, aim)
     agreement = 100 * float((y.argmax(1) == aim.argmax(1)).float().mean()) if aim.shape[1] > 1 else None
     return Step(name, error, agreement, "", seconds)
 

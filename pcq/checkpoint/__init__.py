@@ -8,7 +8,7 @@ from pcq.atomic import atomic
 from pcq.checkpoint.header import ArtifactHeader, Coded, Plain, make_header, predicted_size
 from pcq.checkpoint.outputs import beside, refuse_overwrite
 from pcq.checkpoint.reading import Artifact, is_artifact, read_artifact
-from pcq.checkpoint.stream import Done, quantize_sliced, quantize_source, refuse_non_finite
+from pcq.checkpoint.stream import Done, non_finite_problems, quantize_sliced, quantize_source, refuse_non_finite
 from pcq.checkpoint.writing import write_artifact
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "beside",
     "is_artifact",
     "make_header",
+    "non_finite_problems",
     "predicted_size",
     "quantize_sliced",
     "quantize_source",

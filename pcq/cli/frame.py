@@ -7,6 +7,7 @@ Results go to standard output (``--json`` for machines), everything else to stan
 
 import functools
 import json
+import math
 import os
 import signal
 import sys
@@ -167,12 +168,21 @@ def _to_nowhere(*streams: TextIO) -> None:
             os.dup2(nowhere.fileno(), stream.fileno())
 
 
+def _numbers(found: object) -> object:
+    """JSON has neither NaN nor infinity: null in their place."""
+    if isinstance(found, dict):
+        return {key: _numbers(value) for key, value in found.items()}
+    if isinstance(found, (list, tuple)):
+        return [_numbers(value) for value in found]
+    return None if isinstance(found, float) and not math.isfinite(found) else found
+
+
 def emit(result: object, as_json: bool) -> None:
     """Print a result on standard output."""
     if not first():
         return
     if as_json:
-        print(json.dumps(_json(result), indent=1))
+        print(json.dumps(_json(result), indent=1, allow_nan=False))
     else:
         from pcq import report
 
@@ -182,7 +192,7 @@ def emit(result: object, as_json: bool) -> None:
 def _json(result: object) -> "dict[str, Any]":
     from pcq import report
 
-    return report.to_json(result)
+    return {key: _numbers(value) for key, value in report.to_json(result).items()}
 
 
 def _still_wanted() -> None:

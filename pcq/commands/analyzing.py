@@ -13,7 +13,7 @@ from pcq import checkpoint, qtensor
 from pcq.commands.calibrating import FEWEST, RANDOM, Calibration, draw_inputs, float_network, painted
 from pcq.commands.drawing import drawn
 from pcq.commands.quantizing import Planned, plan
-from pcq.errors import PcqError
+from pcq.errors import PcqError, raise_all
 from pcq.plan import Quantized
 from pcq.plots import bars, require_matplotlib
 from pcq.progress import Progress, silent
@@ -117,7 +117,7 @@ def analyze(
         progress: called after each measurement.
 
     Raises:
-        PcqError: the model, the recipe, the samples or the plot's path are not usable.
+        PcqError: a weight is not finite, or the model, the recipe, the samples or the plot's path are not usable.
     """
     given = {"--samples": samples, "--seed": seed, "--input": input_shape}
     if calib is None and (asked := [option for option, value in given.items() if value is not None]):
@@ -136,6 +136,8 @@ def analyze(
     chosen = [entry for entry in planned.plan.quantized if entry.parameter.tied_to is None]
     if not chosen:
         raise PcqError("the recipe quantizes nothing, so there is nothing to analyze", where=planned.recipe.name)
+    names = [entry.parameter.name for entry in chosen]
+    raise_all(checkpoint.non_finite_problems(planned.source, names))
     bench, said = (None, "") if calib is None else open_bench(planned, calib, samples, seed or 0, input_shape)
     rows, whole = measured(planned, chosen, bench, progress)
     ranked = sorted(rows, key=lambda row: -row.damage)

@@ -25,7 +25,7 @@ from pcq.calibrate.layers import patches
 from pcq.calibrate.moments import Moments, Sums
 from pcq.calibrate.oneshot import LayerReport, Settings, View, bounded, centred, match, quadratic, solve
 from pcq.calibrate.padding import altered, named_mask, of_tokens, unreached
-from pcq.calibrate.steps import Outcome, Step, better
+from pcq.calibrate.steps import Outcome, Step, better, squares
 from pcq.errors import PcqError, first_line
 from pcq.export import verify, writing
 from pcq.onnx_input.feeds import Array, Feeds
@@ -224,8 +224,10 @@ class _Work:
             want, got = (torch.from_numpy(np.concatenate([_flat(part[i]) for part in parts])) for parts in (aim, ours))
             if want.shape != got.shape:
                 return Step(name, float("inf"), None, "", seconds)
-            each = (want - want.mean(0)).square().sum() if len(want) > 1 else (want - want.mean()).square().sum()
-            error, variance = error + float((got - want).square().sum()), variance + float(each)
+            if len(want) == 1:
+                want, got = want.reshape(-1, 1), got.reshape(-1, 1)
+            apart, each = squares(got, want)
+            error, variance = error + apart, variance + each
         i = floats[0]
         agreement = None
         if aim[0][i].ndim > 1 and aim[0][i].shape[-1] > 1:
