@@ -63,9 +63,14 @@ def compare(exact: npt.NDArray[np.float32], int8: npt.NDArray[np.float32], label
     )  # fmt: skip
 
 
+def each_input(batch: Batch) -> tuple[Tensor, ...]:
+    """A tensor for each input."""
+    return batch if isinstance(batch, tuple) else (batch,)
+
+
 def arrays(batch: Batch) -> list[npt.NDArray[Any]]:
     """One for each input."""
-    return [x.numpy() for x in (batch if isinstance(batch, tuple) else (batch,))]
+    return [x.numpy() for x in each_input(batch)]
 
 
 def outputs(path: Path, samples: Samples) -> npt.NDArray[np.float32]:

@@ -22,7 +22,7 @@ from pcq.activations import FULL, HALF, Range
 from pcq.errors import CheckFailed, PcqError
 from pcq.export import scheme, verify, writing
 from pcq.export.cpu import described
-from pcq.export.drop import Batch, Drop, Samples, compare, outputs
+from pcq.export.drop import Batch, Drop, Samples, compare, each_input, outputs
 from pcq.export.int8 import Activations, Converted, Placement, Site, convert, find_sites, place
 from pcq.export.integers import expected
 from pcq.export.lowering import is_signed
@@ -318,9 +318,9 @@ class _Work:
         left = RANKED_ON
         for x, y in samples:
             if left > 0:
-                part = tuple(each[:left] for each in x) if isinstance(x, tuple) else x[:left]
+                part = tuple(each[:left] for each in each_input(x))
                 few.append((part, None if y is None else y[:left]))
-                left -= len(part[0] if isinstance(part, tuple) else part)
+                left -= len(part[0])
         exact = outputs(self.exact, few)
         moved: dict[int, float] = {}
         for i, site in enumerate(sites):
