@@ -138,10 +138,10 @@ def export_onnx(
     stored = checkpoint.read_artifact(source)
     refuse(stored.quantized, goal, layout, level)
     network = load_network(stored, source, arch)
-    asked = example
-    if example is None and int8 is not None and not (network.inputs or input_shape) and _several(int8.data):
-        asked = int8.data
-    given = first(asked, network.module, input_shape)
+    observed = None if int8 is None or int8.data is None else _opened(int8.data, "train", network)
+    given = first(example, network.module, input_shape)
+    if observed is not None and observed.several and not (given or network.inputs or input_shape):
+        given = observed.inputs(observed.data.take(list(range(min(FIRST, observed.data.n)))))
     shape = tuple(given[0].shape[1:]) if len(given) == 1 else input_shape or network.input_shape
     named = isinstance(network.inputs, dict)
     if (named or len(network.inputs) > 1) and input_shape:
@@ -161,7 +161,9 @@ def export_onnx(
         values = dict(zip(own, numbers, strict=True)) if isinstance(own, dict) else numbers
     else:
         values = given or (taken(network.module, shape or ()).example,)
-    calibration, held_out, said = _samples(int8, network, values) if int8 is not None else ([], [], "")
+    calibration, held_out, said = (
+        ([], [], "") if int8 is None or observed is None else _samples(int8, observed, network, values)
+    )
     if stored.activations:
         judged = sum(len(x[0]) for x, _ in held_out)
         said = "ranges of its training" + (f", judged on {judged} samples" if held_out else "")
@@ -228,50 +230,44 @@ def first(spec: str | None, module: nn.Module, input_shape: Sequence[int] | None
 
 
 def _samples(
-    int8: Int8, network: "Network", example: "Example"
+    int8: Int8, observed: "_Opened", network: "Network", example: "Example"
 ) -> tuple[list[tuple[Tensor, ...]], list[tuple[tuple[Tensor, ...], Tensor | None]], str]:
     """Batches to observe ranges on, batches held out of them, and both in words."""
-    if int8.data is None:
-        return [], [], ""
-    (data, inputs), (held_out, theirs) = (_opened(int8.data, split, network) for split in ("train", "val"))
+    where = int8.data or ""
+    judged = _opened(where, "val", network)
+    data, held_out = observed.data, judged.data
     takes = [list(x.shape[1:]) for x in (example.values() if isinstance(example, Mapping) else example)]
-    shapes = [list(x.shape[1:]) for x in inputs(data.take([0]))]
+    shapes = [list(x.shape[1:]) for x in observed.inputs(data.take([0]))]
     if shapes != takes:
         said, wanted = (", ".join(map(str, some)) for some in (shapes, takes))
         todo = "" if len(takes) == 1 else "Give an array for each input, named like it: npz:FILE"
-        raise PcqError(f"its samples are {said}, the network takes {wanted}", where=int8.data, todo=todo)
+        raise PcqError(f"its samples are {said}, the network takes {wanted}", where=where, todo=todo)
     if data.n < 2:
-        raise PcqError("one sample cannot both calibrate and judge", where=int8.data, allowed="2 or more samples")
+        raise PcqError("one sample cannot both calibrate and judge", where=where, allowed="2 or more samples")
     order, judging = data.order(int8.samples), held_out.order(int8.samples)
     if (data.name, data.n) == (held_out.name, held_out.n):  # no splits
         order = data.order(min(2 * int8.samples, data.n))
         order, judging = order[::2], order[1::2]
     said = f"ranges from {len(order)} samples of {data.name} ({data.split}), judged on {len(judging)} others"
-    observed = [inputs(x) for x, _ in data.batches(BATCH, order=order)]
-    return observed, [(theirs(x), y) for x, y in held_out.batches(BATCH, order=judging)], said
+    seen = [observed.inputs(x) for x, _ in data.batches(BATCH, order=order)]
+    return seen, [(judged.inputs(x), y) for x, y in held_out.batches(BATCH, order=judging)], said
 
 
-def _several(spec: str | None) -> bool:
-    """Whether that is data of several inputs, which says what they are."""
-    from pcq.data import open_data
-    from pcq.data.inputs import Several
+@dataclass(frozen=True)
+class _Opened:
+    """Data, and what makes a tensor for each of the network's inputs of its batches; ``several``: it names them."""
 
-    if spec is None:
-        return False
-    try:
-        open_data(spec, "train")
-    except Several:
-        return True
-    return False
+    data: "Data"
+    inputs: Callable[[Tensor], tuple[Tensor, ...]]
+    several: bool
 
 
-def _opened(spec: str, split: str, network: "Network") -> "tuple[Data, Callable[[Tensor], tuple[Tensor, ...]]]":
-    """Data, and what makes a tensor for each of the network's inputs of its batches."""
+def _opened(spec: str, split: str, network: "Network") -> _Opened:
     from pcq.data import numbered, open_data
     from pcq.data.inputs import Several, inputs, numbers
 
     try:
-        return open_data(spec, split), lambda x: (x,)
+        return _Opened(open_data(spec, split), lambda x: (x,), False)
     except Several as several:
         if isinstance(network.inputs, dict):
             named = numbers(several.arrays, spec)
@@ -281,4 +277,4 @@ def _opened(spec: str, split: str, network: "Network") -> "tuple[Data, Callable[
             found = tuple(named[name] for name in network.inputs)
         else:
             found = inputs(several.arrays, network.module, spec)
-        return numbered(several, split), lambda at: tuple(array[at] for array in found)
+        return _Opened(numbered(several, split), lambda at: tuple(array[at] for array in found), True)
