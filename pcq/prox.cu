@@ -13,27 +13,36 @@ struct Weight {  // rows [g, n] -> out [g, n], contiguous
   float zero;
 };
 
-struct Map {  // r, v: shifts in half gaps; slope = (1 - v) / (1 - r), shrink = r / 2, end = (1 - v) / 2: see prox.py
-  float slope, shrink, end, rho, varrho, outside;
-  int hard, ramps, goes_on, identity, unit;
+struct Map {  // r, v: shifts in half gaps; slope = (1 - v) / (1 - r), shrink = r / 2, smooth: v = 0; see prox.py
+  float slope, shrink, rho, varrho, outside;
+  int hard, smooth, goes_on, identity, unit;
 };
 
 __device__ __forceinline__ float clamped(float x, float low, float high) { return fminf(fmaxf(x, low), high); }
 
-// Levels scale * (code - zero), code = 0 .. top.
-__device__ __forceinline__ float even(float w, float scale, float at_zero, float top, int clipped, const Map& m) {
-  const float aside = m.ramps ? 0.5f : 0.0f, zero = __fsub_rn(at_zero, aside);
-  float rest = __fadd_rn(__fdiv_rn(w, scale > 0 ? scale : 1.0f), zero);
-  if (clipped) rest = clamped(rest, -aside, top - aside);
+// Levels scale * (code - zero), code = 0 .. top; `fixed`: zero is that of all rows.
+__device__ __forceinline__ float even(float w, float scale, float zero, int fixed, float top, int clipped,
+                                      const Map& m) {
+  const int ramps = m.smooth && !(fixed && zero == rintf(zero));
+  const float origin = ramps ? __fsub_rn(zero, 0.5f) : zero;
+  const int moved = m.hard || !fixed || origin != rintf(origin);
+  const float low = moved ? (ramps ? -0.5f : 0.0f) : -zero, high = __fadd_rn(low, top);
+  float rest = __fdiv_rn(w, scale > 0 ? scale : 1.0f);
+  if (moved) rest = __fadd_rn(rest, origin);
+  if (clipped) rest = clamped(rest, low, high);
   float code = rintf(rest);
-  if (!clipped) code = clamped(code, 0.0f, top);
+  if (!clipped) code = clamped(code, low, high);
   if (!m.hard) {
     rest = __fsub_rn(rest, code);
-    if (!m.ramps && m.shrink > 0)
-      rest = rest > m.shrink ? __fsub_rn(rest, m.shrink) : rest < -m.shrink ? __fadd_rn(rest, m.shrink) : 0.0f;
-    code = m.slope > 1 ? __fadd_rn(code, clamped(__fmul_rn(rest, m.slope), -m.end, m.end)) : fmaf(m.slope, rest, code);
+    if (ramps) {
+      code = __fadd_rn(code, clamped(__fmul_rn(rest, m.slope), -0.5f, 0.5f));
+    } else {
+      if (m.shrink > 0)
+        rest = rest > m.shrink ? __fsub_rn(rest, m.shrink) : rest < -m.shrink ? __fadd_rn(rest, m.shrink) : 0.0f;
+      code = fmaf(m.slope, rest, code);
+    }
   }
-  return __fmul_rn(__fsub_rn(code, zero), scale);
+  return __fmul_rn(moved ? __fsub_rn(code, origin) : code, scale);
 }
 
 __device__ __forceinline__ float middle(float a, float b) {
@@ -80,7 +89,7 @@ __device__ __forceinline__ float mapped(float w, const Weight& weight, long long
     const float top = weight.count - 1;
     low = __fmul_rn(__fsub_rn(0, zero), scale), high = __fmul_rn(__fsub_rn(top, zero), scale);
     if (m.goes_on && scale > 0) beyond = 0;  // the map of the outermost half gap goes on by itself
-    inside = m.identity ? clamped(w, low, high) : even(w, scale, zero, top, !(m.goes_on && scale > 0), m);
+    inside = m.identity ? clamped(w, low, high) : even(w, scale, zero, !weight.zeros, top, !(m.goes_on && scale > 0), m);
   } else {
     const float* levels = weight.levels + row * weight.count;
     low = levels[0], high = levels[weight.count - 1];

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,6 +71,16 @@ class Shifts:
         return r, v, 0.0 if max(r, v) == 1 else (1 - v) / (1 - r)
 
     @property
+    def slope(self) -> float:
+        """That of evenly spaced levels, in float32: none by which half a step, shrunk by r, passes its middle."""
+        r, _, slope = self.half_gaps
+        rest = np.float32(0.5) - np.float32(r / 2)
+        if slope <= 1 or not rest:
+            return slope
+        rounded = np.float32(min(slope, 0.5 / float(rest)))
+        return float(rounded if float(rounded) * float(rest) <= 0.5 else np.nextafter(rounded, np.float32(0)))
+
+    @property
     def goes_on(self) -> bool:
         """Whether the map of the outermost half gap, not clipped, is that outside of the levels too."""
         return self.outside == self.half_gaps[2] and self.rho <= self.varrho
@@ -77,10 +88,10 @@ class Shifts:
     @property
     def numbers(self) -> tuple[float | int, ...]:
         """What the kernel takes: ``Map`` of ``prox.cu``, in its order."""
-        r, v, slope = self.half_gaps
+        r, v, _ = self.half_gaps
         hard = max(r, v) == 1
         flags = (hard, v == 0 and not hard, self.goes_on, self.identity, UNITS.index(self.unit))
-        return slope, r / 2, (1 - v) / 2, self.rho, self.varrho, self.outside, *flags
+        return self.slope, r / 2, self.rho, self.varrho, self.outside, *flags
 
 
 def _unit(relative: bool) -> Literal["gap", "row"]:
@@ -262,34 +273,39 @@ def _beyond(table: Tensor, shifts: Shifts) -> Kernel:
 def _even(grid: Affine, shifts: Shifts, clipped: bool) -> Kernel:
     """In units of the step, L is the nearest code plus the shrunk rest: one scalar function for all rows and gaps.
 
-    A map without jumps is rather taken as the nearest middle of a gap plus a ramp, which needs no shrinking. Monotone
-    to the last bit: every operation is, and the rest never passes 1/2.
+    Codes are counted from the zero point where it is a whole number, which saves moving there and back. Where it is
+    not, a map without jumps is rather taken as the nearest middle of a gap plus a ramp, which needs no shrinking.
+    Monotone to the last bit: every operation is, and the rest never passes 1/2.
     """
-    r, v, slope = shifts.half_gaps
-    hard = max(r, v) == 1
+    (r, v, _), slope = shifts.half_gaps, shifts.slope
+    hard, zero = max(r, v) == 1, grid.zero_point
     step = torch.where(grid.scale > 0, grid.scale, 1.0)[:, None]
     scale = grid.scale[:, None]
-    ramps = v == 0 and not hard
+    ramps = v == 0 and not hard and (isinstance(zero, Tensor) or zero % 1 != 0)
     aside = 0.5 if ramps else 0.0
-    zero = grid.zero_point.float()[:, None] - aside if isinstance(grid.zero_point, Tensor) else grid.zero_point - aside
+    moved, low = True, -aside
+    origin = zero.float()[:, None] - aside if isinstance(zero, Tensor) else zero - aside
+    if not (hard or isinstance(zero, Tensor) or (zero - aside) % 1):
+        moved, low = False, -zero
+    high = low + grid.count - 1
 
     def shift(x: Tensor, which: slice, sign: int) -> Tensor:
-        return x.add_(_of(zero, which) if isinstance(zero, Tensor) else zero, alpha=sign)
+        return x.add_(_of(origin, which) if isinstance(origin, Tensor) else origin, alpha=sign) if moved else x
 
     def kernel(weights: Tensor, which: slice, result: Tensor, scratch: Tensor) -> Tensor:
         rest = shift(torch.div(weights, _of(step, which), out=result if hard else scratch), which, 1)
         if clipped:
-            rest.clamp_(-aside, grid.count - 1 - aside)
+            rest.clamp_(low, high)
         code = rest.round_() if hard else torch.round(rest, out=result)
         if not clipped:
-            code.clamp_(0, grid.count - 1)
+            code.clamp_(low, high)
         if not hard:
             rest.sub_(code)
-            if r > 0 and not ramps:
-                torch.ops.aten.softshrink.out(rest, r / 2, out=rest)
-            if slope > 1:
-                code.add_(rest.mul_(slope).clamp_(-(1 - v) / 2, (1 - v) / 2))
+            if ramps:
+                code.add_(rest.mul_(slope).clamp_(-0.5, 0.5))
             else:
+                if r > 0:
+                    torch.ops.aten.softshrink.out(rest, r / 2, out=rest)
                 code.add_(rest, alpha=slope)
         return shift(code, which, -1).mul_(_of(scale, which))
 

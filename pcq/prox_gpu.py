@@ -15,7 +15,7 @@ from pcq.grids import Affine, Grid
 from pcq.kernels import THREADS, WEIGHTS, Arguments, built, launch
 
 _WEIGHT = struct.Struct("QQQQ7if")
-_MAP = struct.Struct("6f5ii")
+_MAP = struct.Struct("5f5ii")
 
 SOURCE = "prox.cu"
 

@@ -227,6 +227,22 @@ def test_monotone(case: tuple[Tensor, Grid], kind: Prox, strength: float) -> Non
     assert (mapped[:, 1:] - mapped[:, :-1] >= -slack).all()
 
 
+@pytest.mark.parametrize(
+    ("strength", "scale"),
+    [(0.06252065263209139, 3.3014550), (0.08290358875809611, 0.65916842), (0.1634339464407789, 0.41712171)],
+)
+def test_a_steep_map_does_not_pass_the_middle_by_rounding(strength: float, scale: float) -> None:
+    """Strengths whose slope in float32 is too large by itself."""
+    grid, middle = Affine(torch.tensor([scale]), 1.0, 3), torch.tensor([scale / 2])
+    around = [middle]
+    for _ in range(40):
+        ends = ((around[0], -math.inf), (around[-1], math.inf))
+        below, above = (torch.nextafter(x, torch.tensor(to)) for x, to in ends)
+        around = [below, *around, above]
+    mapped = proximal(torch.cat(around)[None], grid, Parq().shifts(strength))
+    assert (mapped[:, 1:] >= mapped[:, :-1]).all()
+
+
 def rounding_sum(grid: Grid, rows: Tensor) -> Tensor:
     return 2 * ULP * torch.maximum(grid.levels().abs().amax(1, keepdim=True), rows.abs().amax(1, keepdim=True))
 
