@@ -285,8 +285,9 @@ def test_options_of_inspect_that_would_do_nothing(made: Path, capsys: pytest.Cap
         for option in (["--key", "ema"], ["--unsafe-pickle"], ["--allow-global", "a.B"]):
             err = run(capsys, "inspect", made / name, *option, code=2)[1]
             assert f"{option[0]}: this is about checkpoints" in err
-    on = ["--data", "digits", "--arch", "foo:bar"]
-    assert "--arch: this is about checkpoints" in run(capsys, "eval", made / "net.ternary.onnx", *on, code=2)[1]
+    for option in (["--arch", "foo:bar"], ["--unsafe-pickle"], ["--allow-global", "a.B"]):
+        err = run(capsys, "eval", made / "net.ternary.onnx", "--data", "digits", *option, code=2)[1]
+        assert f"{option[0]}: this is about checkpoints" in err
 
 
 def test_a_name_of_another_kind_of_file(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

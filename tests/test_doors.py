@@ -111,7 +111,7 @@ def test_a_program_for_which_there_is_no_room(artifact: Path, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("shape", [(1, -8, 8), (1, 8.5), (True, 8), "1x8x8", (99999999999, 8)])
+@pytest.mark.parametrize("shape", [(1, -8, 8), (1, 8.5), (True, 8), "1x8x8", 8, (99999999999, 8)])
 def test_what_is_no_shape(artifact: Path, shape: Any) -> None:
     export: Callable[..., object]
     for export in (export_onnx, export_pt2, partial(bench, [artifact])):
@@ -240,6 +240,13 @@ def test_others_may_read_what_is_written(artifact: Path, tmp_path: Path) -> None
     assert modes.pop(folder) == 0o755
     assert len(modes) == 3
     assert set(modes.values()) == {0o644}
+
+
+def test_a_folder_to_be_made_in_none_is_refused_at_once(artifact: Path, tmp_path: Path) -> None:
+    seen: list[str] = []
+    with pytest.raises(PcqError, match="there is no folder"):
+        export_compressed(artifact, tmp_path / "none" / "c", progress=lambda stage, done, total: seen.append(stage))
+    assert not seen
 
 
 def test_folders_with_other_files_are_never_replaced(artifact: Path, tmp_path: Path) -> None:

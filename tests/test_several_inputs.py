@@ -15,6 +15,7 @@ from pcq import tape as tapes
 from pcq.commands import Calibration
 from pcq.commands.calibrating import draw_inputs
 from pcq.commands.exporting import Int8
+from pcq.data import open_data
 from pcq.errors import PcqError
 
 
@@ -304,6 +305,13 @@ def test_what_several_inputs_are_has_to_be_said(model: Path, tmp_path: Path) -> 
     np.savez(tmp_path / "one.npz", x=np.zeros((9, 6), int))
     with pytest.raises(PcqError, match="takes 2 inputs"):
         pcq.export_onnx(made.path, arch=arch, example=f"npz:{tmp_path / 'one.npz'}")
+
+
+@pytest.mark.parametrize("given", ["mean=0.5", "std=0.5", "mean=0.5&std=2"])
+def test_mean_and_std_are_of_one_input(tmp_path: Path, given: str) -> None:
+    np.savez(tmp_path / "two.npz", colour=np.zeros((4, 3, 8, 8), "float32"), grey=np.zeros((4, 1, 8, 8), "float32"))
+    with pytest.raises(PcqError, match="mean and std are of one input, and it holds colour, grey"):
+        open_data(f"npz:{tmp_path / 'two.npz'}?{given}", "test")
 
 
 class Pair(nn.Module):

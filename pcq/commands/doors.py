@@ -1,5 +1,6 @@
 """Other ways out of an artifact: a float state dict, a folder for compressed-tensors."""
 
+import errno
 import json
 import os
 import secrets
@@ -141,9 +142,12 @@ def refuse_folder(path: Path, force: bool) -> None:
     """Let pass a folder that is new, was written by :func:`export_compressed`, or may be replaced by ``force``.
 
     Raises:
-        PcqError: a file of that name, a folder of somebody else's, or one with other files, which are never deleted.
+        PcqError: a file of that name, a folder of somebody else's, or one with other files, which are never deleted;
+            or there is no folder to make it in.
     """
     if not path.exists():
+        if not path.parent.is_dir():
+            raise unwritable(FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)), path)
         return
     if not path.is_dir():
         raise PcqError("cannot be written: it is a file", where=str(path), todo="Name a folder")

@@ -62,8 +62,10 @@ def evaluate(
     from pcq.scores import evaluate as score
 
     files = [Path(each) for each in (path, reference) if each is not None]
-    if arch is not None and all(file.suffix == ONNX_SUFFIX for file in files):
-        raise PcqError("this is about checkpoints, and an ONNX file was given", where="--arch", todo="Leave it out")
+    theirs = {"--arch": arch, "--allow-global": allow_globals, "--unsafe-pickle": unsafe_pickle}
+    if all(file.suffix == ONNX_SUFFIX for file in files) and (asked := [name for name, said in theirs.items() if said]):
+        what = "this is about checkpoints, and an ONNX file was given"
+        raise PcqError(what, where=", ".join(asked), todo="Leave it out")
     several: Several | None = None
     try:
         opened = open_data(data, split)

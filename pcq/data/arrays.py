@@ -69,6 +69,9 @@ def open_npz(path: str, split: str, *, mean: Any = (0.0,), std: Any = (1.0,)) ->
             if chosen is None:
                 allowed = "x and y, images and labels, or x_test and y_test"
                 held = {name.removesuffix(f"_{split}"): arrays[name] for name in _of_split(arrays.files, split)}
+                if (mean, std) != ((0.0,), (1.0,)):
+                    what = f"mean and std are of one input, and it holds {', '.join(held)}"
+                    raise PcqError(what, where=str(file), todo="Leave them out, and store what the network reads")
                 raise Several(f"it holds {', '.join(held)}", held, where=str(file), allowed=allowed)
             x, y = (None if name is None else arrays[name] for name in chosen)
     except PcqError:

@@ -28,9 +28,9 @@ def sample_shape(shape: Sequence[int] | None) -> tuple[int, ...] | None:
     Raises:
         PcqError: it is not made of whole numbers from 1 on, or a sample of it is too large to be run on.
     """
-    if shape is None or not len(shape):
+    if shape is None or (not isinstance(shape, int) and not len(shape)):
         return None
-    sizes: list[Any] = [*shape]
+    sizes: list[Any] = [None] if isinstance(shape, int) else [*shape]
     if any(isinstance(size, bool) or not isinstance(size, int | np.integer) or size <= 0 for size in sizes):
         raise PcqError(f"{shape!r} is not one sample's shape", where="--input", allowed="sizes such as (3, 224, 224)")
     if math.prod(map(int, sizes)) > LARGEST:
