@@ -174,10 +174,18 @@ def _at_every_zero(rows: SortedRows, codes: Tensor, limit: Tensor) -> tuple[Tens
     return every[which], error, scales.view(g, -1).gather(1, which[:, None])[:, 0]
 
 
-def _error(rows: SortedRows, table: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared error and scale after refitting the scale to the codes that ``scale`` gives: float64 ``[g]`` each."""
+def _error(rows: SortedRows, table: Tensor, scale: Tensor, which: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Squared error and scale after refitting the scale to the codes that ``scale`` gives: float64 ``[g]`` each.
+
+    Only rows in ``which``, bool ``[g]``, need be looked at; the error of one that is not may be infinite.
+    """
     if table.shape[1] * DIRECT >= rows.values.shape[1] and _is_even(table):
-        return _error_of_each(rows, table, scale)
+        if which is None or int(which.sum()) * 4 > 3 * len(which):
+            return _error_of_each(rows.values, rows.square, table, scale)
+        error, refit = torch.full_like(scale, torch.inf), scale.clone()
+        some = rows.values[which], rows.square[which], table[which], scale[which]
+        error[which], refit[which] = _error_of_each(*some)
+        return error, refit
     middles = (table[:, 1:] + table[:, :-1]) / 2
     counts, sums = rows.runs(rows.cuts(scale[:, None] * middles))
     cross, norm = (table * sums).sum(1), (table.square() * counts).sum(1)
@@ -190,23 +198,21 @@ def _is_even(table: Tensor) -> bool:
     return table.shape[1] > 1 and bool((table.diff(dim=1) == 1).all())
 
 
-def _error_of_each(rows: SortedRows, table: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def _error_of_each(rows: Tensor, square: Tensor, table: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`_error` by rounding every weight, for levels one apart: quicker where they are many and the rows short.
 
     From the residuals r of the codes q: the refit adds ``<r, q> / <q, q>`` to the scale and takes
     ``<r, q>**2 / <q, q>`` off the error, so that float32 sums do, however small the error is.
     """
     before = scale.clamp_min(1e-30).float()[:, None]
-    low, high = table[:, :1].float(), table[:, -1:].float()
-    q = rows.values / before
-    q.sub_(low).round_().add_(low)
-    torch.minimum(torch.maximum(q, low, out=q), high, out=q)
-    r = torch.addcmul(rows.values, q, before, value=-1)
+    low = table[:, :1].float()
+    q = (rows / before).sub_(low).round_().clamp_(0, table.shape[1] - 1).add_(low)
+    r = torch.addcmul(rows, q, before, value=-1)
     qq, qr, rr = (torch.linalg.vecdot(a, b).double() for a, b in ((q, q), (q, r), (r, r)))
     gain = torch.where(qq > 0, qr / qq, 0.0)
     refit = before[:, 0].double() + gain
     used = (refit > 0) & (qq > 0)
-    return torch.where(used, (rr - gain * qr).clamp_min(0), rows.square), torch.where(used, refit, 0.0)
+    return torch.where(used, (rr - gain * qr).clamp_min(0), square), torch.where(used, refit, 0.0)
 
 
 def _scanned_scale(
@@ -225,10 +231,10 @@ def _scanned_scale(
 
     error, scale, probe = rows.square, torch.zeros_like(start), start
 
-    def consider(at: Tensor, which: Tensor | bool = True) -> None:
+    def consider(at: Tensor, which: Tensor | None = None) -> None:
         nonlocal error, scale, probe
-        found, refit = _error(rows, table, at)
-        better = (found < error) & which
+        found, refit = _error(rows, table, at, which)
+        better = found < error if which is None else (found < error) & which
         error, scale, probe = found.where(better, error), refit.where(better, scale), at.where(better, probe)
 
     for at in (most,) if rule is None else (most, rule):
@@ -248,10 +254,12 @@ def _scanned_scale(
     for step in range(1 - FINE, FINE):
         if step:
             consider(around * COARSE ** (step / FINE))
+    moving = torch.ones_like(open_)
     for _ in range(REFITS):
         before = error
-        consider(scale)
-        if torch.equal(error, before):
+        consider(scale, moving)
+        moving = error < before
+        if not bool(moving.any()):
             break
     return error, scale
 
