@@ -57,6 +57,27 @@ def test_layers_in_a_row_make_blocks_of_three():
     assert [len(block.weights) for block in found] == [3, 2]
 
 
+def test_a_block_is_judged_by_an_output_that_its_weights_have_a_part_in():
+    class Detector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.scores, self.boxes = nn.Linear(4, 16), nn.Linear(16, 8), nn.Linear(16, 6)
+
+        def forward(self, x):
+            x = self.body(x).relu()
+            return self.scores(x), self.boxes(x), x.abs()
+
+    torch.manual_seed(0)
+    module = Detector()
+    tape, found = _blocks(module, torch.randn(4, 4))
+    assert found[-1].weights == ("scores.weight", "boxes.weight")
+    assert found[-1].leaves == tape.results[1]
+    x = torch.randn(32, 4)
+    start = calibrate(module, _plan(module, Binary()), (x,), Settings(method="nearest"))
+    refined = refine(tape, found, start.quantized, start.changed, tapes.state(module), batches((x,), 4), 40)
+    assert refined.blocks[-1].after < refined.blocks[-1].before
+
+
 def test_what_all_blocks_see_unchanged_does_not_join_them():
     class Masked(nn.Module):
         def __init__(self):

@@ -86,7 +86,18 @@ def blocks(tape: Tape, layers: Sequence[Layer], weights: Sequence[str]) -> list[
             found.append(Block(start, stop, inside, leaves))
             row = 1 if len(inside) == 1 else 0
         start = stop
-    return found
+    return [_reached(tape, block) for block in found]
+
+
+def _reached(tape: Tape, block: Block) -> Block:
+    """Judged by what its weights have a part in: where that is not what leaves it, a result of the network, or none."""
+    own = {number for number, name in tape.names.items() if name in block.weights}
+    for op in tape.ops[: block.stop]:
+        if any(number in own for number in op.inputs):
+            own.update(op.outputs)
+    if not block.weights or block.leaves in own:
+        return block
+    return replace(block, leaves=next((number for number in reversed(tape.results) if number in own), None))
 
 
 def _cuts(tape: Tape, weights: Sequence[str]) -> list[tuple[int, int | None]]:
