@@ -4,6 +4,7 @@ import contextlib
 import errno
 import glob
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -92,7 +93,9 @@ def room(folder: Path) -> Iterator[None]:
         raise
     except Exception as error:
         ours = isinstance(error, PcqError) and error.__cause__ is None
-        if not ours and shutil.disk_usage(folder).free < LEFT:
+        rust = re.search(r"\(os error (\d+)\)", str(error))  # a quota, or the largest file: the disk has room
+        full = rust is not None and int(rust[1]) in FULL
+        if not ours and (full or shutil.disk_usage(folder).free < LEFT):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
         raise
 

@@ -97,14 +97,24 @@ def test_the_program_puts_out_the_same_bits(artifact: Path, tmp_path: Path) -> N
         export_pt2(artifact, tmp_path / "o.pt2")
 
 
-def test_a_program_for_which_there_is_no_room(artifact: Path, tmp_path: Path) -> None:
-    """torch would end the process; RLIMIT_FSIZE stands for the disk."""
+@pytest.mark.parametrize(
+    ("export", "name"),
+    [
+        (partial(export_pt2, input_shape=(1, 8, 8)), "a.pt2"),
+        (export_state_dict, "a.safetensors"),
+        (export_compressed, "a"),
+    ],
+)
+def test_an_output_for_which_there_is_no_room(
+    export: Callable[..., object], name: str, artifact: Path, tmp_path: Path
+) -> None:
+    """torch would end the process, safetensors has an error of its own; RLIMIT_FSIZE stands for the disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     try:
         with pytest.raises(PcqError, match="no room left to write it"):
-            export_pt2(artifact, tmp_path / "a.pt2", input_shape=(1, 8, 8))
+            export(artifact, tmp_path / name)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
