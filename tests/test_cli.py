@@ -53,6 +53,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_file_that_became_larger_is_not_called_smaller() -> None:
+    assert forms.smaller(410, 100) == "4.1x smaller"
+    assert forms.smaller(100, 100) == "1.0x smaller"
+    assert forms.smaller(100, 123) == "1.2x larger"
+
+
 def test_quantize_prints_plan_and_ledger(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, err = run(capsys, "quantize", DIGITS, "--recipe", "ternary", "--arch", ARCH, "-o", tmp_path / "x.safetensors")
     assert "layer2.0.conv1.weight" in out

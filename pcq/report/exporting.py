@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from pcq import commands
-from pcq.report.forms import render, shape, size, table, to_json
+from pcq.report.forms import render, shape, size, smaller, table, to_json
 
 if TYPE_CHECKING:
     from pcq.export import Drop, Int8Report
@@ -28,7 +28,7 @@ def _(result: commands.ExportResult) -> RenderableType:
     transient = f", {size(proof.transient)} more for a moment in every run" if proof.transient else ""
     lines = [
         f"{size(proof.float_bytes)} of float weights and tensors -> {size(proof.nbytes)} on disk "
-        f"({proof.float_bytes / proof.nbytes:.1f}x smaller), {proof.bits_per_weight:.3f} bits per packed weight.",
+        f"({smaller(proof.float_bytes, proof.nbytes)}), {proof.bits_per_weight:.3f} bits per packed weight.",
         f"Proved: every code and level bit-exact; outputs within {proof.error:.1e} of torch's, relative to their "
         f"scale, in {len(proof.agreements)} runs of ONNX Runtime {proof.ort_version} with and without graph "
         f"optimisation; size {proof.nbytes:,} bytes.",
@@ -39,8 +39,10 @@ def _(result: commands.ExportResult) -> RenderableType:
         "Leave the runtime's default optimisation on; do not run onnxsim or onnxslim on the file: they unpack it.",
     ]
     if proof.folded:
-        what = "a BatchNorm is" if len(proof.folded) == 1 else f"{len(proof.folded)} BatchNorms are"
-        lines.insert(1, f"{what[0].upper()}{what[1:]} folded into the scales and biases of the layers before them.")
+        one, many = "the scales and the bias of the layer before it", "the scales and biases of the layers before them"
+        count = len(proof.folded)
+        what = f"A BatchNorm is folded into {one}." if count == 1 else f"{count} BatchNorms are folded into {many}."
+        lines.insert(1, what)
     if proof.level4 is not None:
         moved = f"{proof.level4.relative_l2:.1e} away (relative L2; at worst {proof.level4.error:.1e} of their scale)"
         lines.insert(2, "MatMulNBits may round activations to int8 (accuracy level 4): from torch's, outputs of ONNX "
@@ -57,7 +59,7 @@ def _int8(result: commands.ExportResult, int8: "Int8Report") -> RenderableType:
     fused = ", ".join(f"{count} {kind}" for kind, count in int8.fused.items()) or "nothing"
     lines = [
         f"{size(result.report.float_bytes)} of float weights and tensors -> {size(int8.nbytes)} on disk "
-        f"({result.report.float_bytes / int8.nbytes:.1f}x smaller; with float activations it takes "
+        f"({smaller(result.report.float_bytes, int8.nbytes)}; with float activations it takes "
         f"{size(int8.exact_bytes)}).",
         f"{running} of {len(int8.layers)} packed weights run in int8; ONNX Runtime {result.report.ort_version} fused "
         f"{fused}" + (f"; {int8.unfused} were not fused and gain nothing." if int8.unfused else "."),

@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from pcq import commands
-from pcq.report.forms import percent, render, size, table, to_json
+from pcq.report.forms import percent, render, size, smaller, table, to_json
 
 
 @render.register
@@ -24,7 +24,7 @@ def _(result: commands.FinetuneResult) -> RenderableType:
     seen, how = result.telemetry, result.settings
     lines = [
         f"{size(result.bytes_before)} of tensors -> {size(result.bytes_after)} on disk "
-        f"({result.bytes_before / result.bytes_after:.1f}x smaller), {result.bits:.3f} bits per quantized weight; size "
+        f"({smaller(result.bytes_before, result.bytes_after)}), {result.bits:.3f} bits per quantized weight; size "
         f"as predicted to the byte.",
         f"{how.method}, {result.steps:,} steps of {how.batch}, {how.optimizer} at {how.learning_rate:g}, "
         f"seed {how.seed}, {result.seconds:.0f} s; all weights on their levels; flips at the end "

@@ -29,6 +29,11 @@ def shape(sizes: tuple[int, ...]) -> str:
     return "x".join(map(str, sizes)) or "scalar"
 
 
+def smaller(before: float, after: float) -> str:
+    """``4.1x smaller``, ``1.2x larger``."""
+    return f"{before / after:.1f}x smaller" if after <= before else f"{after / before:.1f}x larger"
+
+
 def percent(value: float | None) -> str:
     """A score in percent, two decimals."""
     return "-" if value is None else f"{value:.2f} %"

@@ -7,7 +7,7 @@ from rich.text import Text
 
 from pcq import commands
 from pcq.report import quantizing  # noqa: F401  (its Calibrated)
-from pcq.report.forms import decibels, finite, render, shape, size, table, to_json
+from pcq.report.forms import decibels, finite, render, shape, size, smaller, table, to_json
 
 
 @render.register
@@ -23,8 +23,8 @@ def _(result: commands.OnnxQuantizeResult) -> RenderableType:
     drift = 100 * proof.drift
     off = f"{drift:.0f}" if drift >= 10 else f"{drift:.2g}"
     lines = [
-        f"{size(result.bytes_before)} -> {size(proof.nbytes)} on disk ({result.bytes_before / proof.nbytes:.1f}x "
-        f"smaller), {result.bits:.3f} bits per packed weight with scales and tables.",
+        f"{size(result.bytes_before)} -> {size(proof.nbytes)} on disk ({smaller(result.bytes_before, proof.nbytes)}), "
+        f"{result.bits:.3f} bits per packed weight with scales and tables.",
         f"Proved: every code and level bit-exact; outputs within {error:.1e} of those of the input model with these "
         f"weights in float, in {len(proof.agreements)} runs of ONNX Runtime {proof.ort_version} with and without "
         "graph optimisation.",

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from pcq import commands
 from pcq.plan import Kept, Quantized
-from pcq.report.forms import decibels, finite, render, shape, size, table, to_json
+from pcq.report.forms import decibels, finite, render, shape, size, smaller, table, to_json
 
 
 @render.register
@@ -87,7 +87,7 @@ def _(result: commands.QuantizeResult) -> RenderableType:
         )
     total = (
         f"{size(result.bytes_before)} of tensors -> {size(result.bytes_after)} on disk "
-        f"({result.bytes_before / result.bytes_after:.1f}x smaller), {result.bits:.3f} bits per quantized weight with "
+        f"({smaller(result.bytes_before, result.bytes_after)}), {result.bits:.3f} bits per quantized weight with "
         f"scales and tables; size as predicted to the byte; {result.seconds:.1f} s."
     )
     parts = [render(part) for part in (result.allocation, result.calibrated) if part is not None]
