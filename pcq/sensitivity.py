@@ -12,13 +12,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from pcq import tape as tapes
 from pcq.calibrate.layers import find, patches
 from pcq.calibrate.oneshot import batches
 from pcq.calibrate.padding import counted, mask_at, of_tokens, real_rows
-from pcq.calibrate.steps import output_error
+from pcq.calibrate.steps import listed, of_each_sample, output_error
 from pcq.data.inputs import held_batch
 from pcq.errors import PcqError
 from pcq.progress import Progress, silent
@@ -74,9 +73,10 @@ class WeightNoise:
     outliers: float
 
 
-def drift(y: Tensor, aim: Tensor) -> Drift:
-    """How far outputs ``y [n, k]`` are from the float network's ``aim [n, k]``."""
-    error = output_error(y, aim)
+def drift(outputs: Tensor | Sequence[Tensor], aims: Tensor | Sequence[Tensor]) -> Drift:
+    """How far outputs ``[n, k]`` are from the float network's ``[n, k]``: all by their error, the first by the rest."""
+    error = output_error(listed(outputs), listed(aims))
+    y, aim = listed(outputs)[0], listed(aims)[0]
     if aim.shape[1] < 2:
         return Drift(error, None, None)
     agreement = 100 * float((y.argmax(1) == aim.argmax(1)).float().mean())
@@ -103,14 +103,14 @@ class Bench:
         tape: its pass.
         parts: the samples in batches.
         tensors: its parameters and buffers.
-        aim: what it puts out: ``[n, k]``.
+        aim: what it puts out: ``[n, k]`` for each output.
         mask: which of its inputs masks tokens; those do not count.
     """
 
     tape: Tape
     parts: Sequence[tuple[Tensor, ...]]
     tensors: Mapping[str, Tensor]
-    aim: Tensor
+    aim: tuple[Tensor, ...]
     mask: int | None = None
 
     @staticmethod
@@ -123,17 +123,17 @@ class Bench:
         parts = batches(samples, BATCH, held_batch(module))
         tape = tapes.record(module, parts[0])
         mask = mask_at(module, samples)
-        bench = Bench(tape, parts, {**tapes.state(module), **(teacher or {})}, torch.empty(0), mask)
+        bench = Bench(tape, parts, {**tapes.state(module), **(teacher or {})}, (), mask)
         return replace(bench, aim=bench.outputs({}))
 
-    def outputs(self, changed: Mapping[str, Tensor]) -> Tensor:
+    def outputs(self, changed: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """What the network puts out with some tensors ``changed``."""
         tensors = {**self.tensors, **changed}
         found = []
         for part in self.parts:
             values = tapes.run(self.tape, tensors, dict(zip(self.tape.inputs, part, strict=True)), 0, self.end)
             found.append(self._output(values, part))
-        return torch.cat(found)
+        return _joined(found)
 
     @property
     def end(self) -> int:
@@ -146,12 +146,11 @@ class Bench:
         ]
         return min(places, default=None)
 
-    def _output(self, values: Mapping[int, Tensor], part: tuple[Tensor, ...]) -> Tensor:
-        leaves: list[Any] = pytree.tree_leaves(tapes.output(self.tape, values))
-        for leaf in leaves:
-            if isinstance(leaf, Tensor) and leaf.is_floating_point() and len(leaf) == len(part[0]):
-                return of_tokens(leaf, part, self.mask).float().flatten(1)
-        raise PcqError("the network puts out no numbers for each sample")
+    def _output(self, values: Mapping[int, Tensor], part: tuple[Tensor, ...]) -> list[Tensor]:
+        floats = of_each_sample(tapes.output(self.tape, values), len(part[0]))
+        if not floats:
+            raise PcqError("the network puts out no numbers for each sample")
+        return [of_tokens(each, part, self.mask).float().flatten(1) for each in floats]
 
     def one_by_one(
         self,
@@ -167,7 +166,7 @@ class Bench:
         places = {name: self.first_use(name) for name in swapped}
         order = sorted((place, name) for name, place in places.items() if place is not None)
         tensors = {**self.tensors, **base}
-        found: dict[str, list[Tensor]] = {name: [] for _, name in order}
+        found: dict[str, list[list[Tensor]]] = {name: [] for _, name in order}
         for index, part in enumerate(self.parts):
             values = dict(zip(self.tape.inputs, part, strict=True))
             at = 0
@@ -178,7 +177,7 @@ class Bench:
                 end = tapes.run(self.tape, {**tensors, name: swapped[name]}, values, place, self.end)
                 found[name].append(self._output(end, part))
         same = drift(self.outputs(base), self.aim) if len(order) < len(swapped) else None
-        return {name: drift(torch.cat(found[name]), self.aim) if name in found else _known(same) for name in swapped}
+        return {name: drift(_joined(found[name]), self.aim) if name in found else _known(same) for name in swapped}
 
     def local(
         self, candidates: Mapping[str, Sequence[Callable[[], Tensor]]], progress: Progress = silent
@@ -226,6 +225,10 @@ class Bench:
                 for whole, mean in zip(square[1:], off[1:], strict=True)
             ]
         return result
+
+
+def _joined(parts: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+    return tuple(torch.cat(each) for each in zip(*parts, strict=True))
 
 
 def _known(value: Drift | None) -> Drift:

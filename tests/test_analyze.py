@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import pcq
 from pcq import cli, qtensor
+from pcq.calibrate.steps import all_outputs, compared
 from pcq.commands.analyzing import paste, worst
 from pcq.commands.calibrating import Calibration, draw
 from pcq.demo import HERE
@@ -16,7 +17,7 @@ from pcq.plan import Parameter, Quantized, make_plan
 from pcq.quantizers import Ternary
 from pcq.recipe import parse_recipe, shipped_text
 from pcq.rows import Rows
-from pcq.sensitivity import drift, weight_noise
+from pcq.sensitivity import Bench, drift, weight_noise
 
 ARCH = "pcq.demo.nets:resnet8?num_classes=10&in_channels=1"
 DIGITS = HERE / "digits-resnet8.safetensors"
@@ -114,6 +115,35 @@ def test_outputs_that_both_networks_mask_do_not_count():
     assert drift(torch.zeros(2, 3), aim).error == torch.inf
     with pytest.raises(pcq.PcqError, match="the float network: it puts out NaN for 1 of 2 samples"):
         drift(y, torch.tensor([[0.0, torch.nan, 1.0], [0.0, 1.0, 1.0]]))
+
+
+class Detector(torch.nn.Module):
+    """Puts out a loss of the batch, scores and boxes."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.scores, self.boxes = torch.nn.Linear(6, 8), torch.nn.Linear(8, 3), torch.nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.body(x).relu()
+        return x.mean(), {"scores": self.scores(x), "boxes": self.boxes(x)}
+
+
+def test_of_several_outputs_each_counts():
+    module, x = Detector().eval(), torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
+    rounded = {f"{name}.weight": getattr(module, name).weight.detach().sign() / 4 for name in ("scores", "boxes")}
+    bench = Bench.of(module, (x,))
+    alone = bench.one_by_one({}, rounded)
+    with torch.no_grad():
+        exact, coarse = (torch.func.functional_call(module, w, (x,))[1] for w in ({}, rounded))
+    spread = sum((y - y.mean(0)).square().sum() for y in exact.values())
+    for name, y in exact.items():
+        off = (coarse[name] - y).square().sum() / spread
+        assert alone[f"{name}.weight"].error == pytest.approx(float(off), rel=1e-4)
+    assert alone["boxes.weight"].agreement == 100
+    step = compared("", all_outputs(module, rounded, x), all_outputs(module, {}, x))
+    assert step.error == pytest.approx(sum(each.error for each in alone.values()), rel=1e-4)
 
 
 class Net(torch.nn.Module):

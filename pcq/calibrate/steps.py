@@ -79,7 +79,14 @@ class Outcome:
 def outputs(
     module: nn.Module, tensors: Mapping[str, Tensor], x: Tensor | tuple[Tensor, ...], batch: int = 64
 ) -> Tensor:
-    """``module``'s first floating output with ``tensors`` in place of its own: float32 ``[n, k]``.
+    """The first of :func:`all_outputs`."""
+    return all_outputs(module, tensors, x, batch)[0]
+
+
+def all_outputs(
+    module: nn.Module, tensors: Mapping[str, Tensor], x: Tensor | tuple[Tensor, ...], batch: int = 64
+) -> tuple[Tensor, ...]:
+    """``module``'s floating outputs with ``tensors`` in place of its own: float32 ``[n, k]`` each.
 
     ``x`` are samples, or an array of them for each input. Where one is an ``attention_mask`` and the network puts out
     something for each token, n are the tokens that it does not mask.
@@ -103,24 +110,28 @@ def outputs(
                 )
                 todo = "Give data of the shape that the network was trained on"
                 raise PcqError(f"the network does not take them: {told}", where=where, todo=todo) from error
-            leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-            size = len(given[0])
-            first = next((leaf for leaf in leaves if leaf.is_floating_point() and len(leaf) == size), None)
-            if first is None:
+            floats = of_each_sample(result, len(given[0]))
+            if not floats:
                 raise PcqError("the network puts out no numbers for each sample", where=type(module).__name__)
             real = tuple(each[:count] for each in given)
-            parts.append(of_tokens(first[:count], real, mask).float().flatten(1))
-    return torch.cat(parts)
+            parts.append([of_tokens(each[:count], real, mask).float().flatten(1) for each in floats])
+    return tuple(torch.cat(each) for each in zip(*parts, strict=True))
 
 
-def output_error(y: Tensor, aim: Tensor) -> float:
-    """``E ||y - aim||^2 / E ||aim - E aim||^2`` of outputs [n, k].
+def of_each_sample(result: object, n: int) -> list[Tensor]:
+    """Of what a network puts out the floating tensors with a row for each of ``n`` samples."""
+    leaves = (leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
+    return [leaf for leaf in leaves if leaf.is_floating_point() and leaf.ndim and len(leaf) == n]
+
+
+def output_error(y: Sequence[Tensor], aim: Sequence[Tensor]) -> float:
+    """``E ||y - aim||^2 / E ||aim - E aim||^2`` of outputs [n, k], over all of them.
 
     Raises:
         PcqError: ``aim``, the float network's, holds NaN.
     """
-    error, spread = squares(y, aim)
-    return error / max(spread, 1e-30)
+    sums = [squares(a, b) for a, b in zip(y, aim, strict=True)]
+    return sum(error for error, _ in sums) / max(sum(spread for _, spread in sums), 1e-30)
 
 
 def squares(y: Tensor, aim: Tensor) -> tuple[float, float]:
@@ -139,11 +150,20 @@ def squares(y: Tensor, aim: Tensor) -> tuple[float, float]:
     return float(apart.square().sum()), float((aim - mean).masked_fill(infinite, 0).square().sum())
 
 
-def compared(name: str, y: Tensor, aim: Tensor, seconds: float = 0.0) -> Step:
-    """The step after which the network puts out ``y [n, k]`` where the float one puts out ``aim``."""
+def compared(name: str, y: Tensor | Sequence[Tensor], aim: Tensor | Sequence[Tensor], seconds: float = 0.0) -> Step:
+    """The step after which the network puts out ``y [n, k]`` where the float one puts out ``aim``.
+
+    Of several outputs the error is that of all, the agreement that of the first.
+    """
+    y, aim = listed(y), listed(aim)
     error = output_error(y, aim)
-    agreement = 100 * float((y.argmax(1) == aim.argmax(1)).float().mean()) if aim.shape[1] > 1 else None
+    agreement = 100 * float((y[0].argmax(1) == aim[0].argmax(1)).float().mean()) if aim[0].shape[1] > 1 else None
     return Step(name, error, agreement, "", seconds)
+
+
+def listed(y: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    """One output is a list of one."""
+    return (y,) if isinstance(y, Tensor) else y
 
 
 def calibrate_measured(
@@ -173,7 +193,7 @@ def calibrate_measured(
         PcqError: the network does not take the samples, or its pass cannot be replayed.
     """
     exact = {**tapes.state(module), **(teacher or {})}
-    aim = outputs(module, exact, held_out)
+    aim = all_outputs(module, exact, held_out)
     steps: list[Step] = []
 
     def rounded(weights: Mapping[str, Tensor]) -> dict[str, QuantizedTensor]:
@@ -181,7 +201,7 @@ def calibrate_measured(
 
     def measured(name: str, made: Outcome) -> Step:
         seconds = time.perf_counter() - start
-        return compared(name, outputs(module, {**exact, **made.tensors()}, held_out), aim, seconds)
+        return compared(name, all_outputs(module, {**exact, **made.tensors()}, held_out), aim, seconds)
 
     def chosen(name: str, made: Outcome, other: Outcome) -> Outcome:
         step = measured(name, made)

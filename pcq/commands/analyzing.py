@@ -151,7 +151,7 @@ def analyze(
     result = AnalyzeResult(
         planned,
         said,
-        0 if bench is None else len(bench.aim),
+        0 if bench is None else len(bench.aim[0]),
         tuple(ranked),
         whole,
         paste(named),
