@@ -20,6 +20,8 @@ EMBEDDING = re.compile(
 )
 RECURRENT = re.compile(r"^weight_(ih|hh|hr)(_l\d+(_reverse)?)?$")
 ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+PARAMETRIZED = re.compile(r"(^|\.)parametrizations\.|(^|\.)weight_(g|v|orig)$")
+PART = "part of a weight (weight_norm or the like): remove that before saving"
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 NORMS = (
     nn.modules.batchnorm._NormBase,
@@ -55,7 +57,8 @@ def inventory(
             holder = holders.get(name)
             known = None if holder is None else _by_module(holder, name.rpartition(".")[2], len(shape))
             kind, groups = known or _by_name(name, shapes, first)
-        parameters.append(Parameter(name, shape, dtype, kind, groups, shared.get(name)))
+        why = PART if kind == "other" and PARAMETRIZED.search(name) else ""
+        parameters.append(Parameter(name, shape, dtype, kind, groups, shared.get(name), why))
     return parameters
 
 

@@ -1,5 +1,6 @@
 """Whether a state dict fits a module, what to say where it does not, and loading it where it does."""
 
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -113,9 +114,11 @@ def check_shapes(module: nn.Module, shapes: Shapes, arch: str = "") -> None:
         PcqError: as :func:`load_state`.
     """
     if check := mismatch(module, shapes):
-        if any(tensor.device.type != "meta" for tensor in module.state_dict().values()):
-            raise check.error(arch)
-        _load_otherwise(module, {n: torch.empty(shape, device="meta") for n, shape in shapes.items()}, check, arch)
+        try:
+            bare = copy.deepcopy(module).to("meta")
+        except (RuntimeError, TypeError):  # it holds what cannot be copied
+            raise check.error(arch) from None
+        _load_otherwise(bare, {n: torch.empty(shape, device="meta") for n, shape in shapes.items()}, check, arch)
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor], arch: str = "") -> None:

@@ -21,7 +21,7 @@ import pcq
 from pcq import models
 from pcq.commands import plan
 from pcq.errors import PcqError
-from pcq.inventory import inventory
+from pcq.inventory import PART, inventory
 from pcq.recognition import Slot, read_index, recognise, signature, tree_hash
 from pcq.spec import parse
 from pcq.torchvision_compat import import_torchvision
@@ -438,8 +438,18 @@ def test_modules_that_rename_on_loading_still_load() -> None:
     old, new = torch.nn.utils.weight_norm(nn.Linear(3, 4)), weight_norm(nn.Linear(3, 4))
     models.load_state(new, old.state_dict())
     assert torch.equal(new.parametrizations.weight.original1, old.weight_v)  # type: ignore[union-attr, operator]
+    models.check_shapes(new, shapes_of(old))
     with torch.device("meta"):
         models.check_shapes(weight_norm(nn.Linear(3, 4)), shapes_of(old))
+
+
+def test_parts_of_a_weight_are_left_float_and_say_what_to_do() -> None:
+    old, new = torch.nn.utils.weight_norm(nn.Linear(3, 4)), weight_norm(nn.Linear(3, 4))
+    for module in (old, new):
+        dtypes = dict.fromkeys(shapes_of(module), "float32")
+        for network in (module, None):
+            _, *parts = sorted(models.inventory(shapes_of(module), dtypes, network), key=lambda each: len(each.name))
+            assert [each.unfit for each in parts] == [PART, PART]
 
 
 @pytest.mark.parametrize("check", ["load_state", "check_shapes"])
