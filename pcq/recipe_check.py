@@ -126,7 +126,7 @@ def _sentences(errors: Sequence[Any], data: Data) -> Iterator[_Problem]:
         kind, loc, context = error["type"], error["loc"], error.get("ctx", {})
         place = _place(data, loc)
         if kind == "literal_error" and loc != ("pcq",):
-            choices[place] = re.findall(r"'([^']*)'", context["expected"])
+            choices[place] = [word or number for word, number in re.findall(r"'([^']*)'|(\d+)", context["expected"])]
             found[place] = error["input"]
         elif kind in _EXPECTED:
             expected.setdefault(place, []).append(_EXPECTED[kind])

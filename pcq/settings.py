@@ -1,5 +1,6 @@
 """How to fine-tune: the ``finetune:`` section of a recipe, and what its words stand for."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -112,13 +113,13 @@ class Finetune:
             ("anneal_end", self.anneal_end >= min(1.0, self.anneal_start), "a share that is not before anneal_start"),
             ("anneal_start", not (self.anneal == "theory" and self.anneal_start), "0 where anneal is theory"),
             ("refit", self.refit >= 0, "0 or a number of steps"),
-            ("epochs", self.epochs is None or self.epochs > 0, "a number above 0"),
+            ("epochs", self.epochs is None or 0 < self.epochs < math.inf, "a finite number above 0"),
             ("steps", self.steps is None or self.steps >= 1, "1 or more"),
-            ("minutes", self.minutes is None or self.minutes > 0, "a number above 0"),
+            ("minutes", self.minutes is None or 0 < self.minutes < math.inf, "a finite number above 0"),
             ("batch", self.batch >= 1, "1 or more"),
-            ("lr", self.lr is None or self.lr > 0, "a number above 0"),
-            ("weight_decay", self.weight_decay >= 0, "0 or more"),
-            ("clip", self.clip >= 0, "0 or more"),
+            ("lr", self.lr is None or 0 < self.lr < math.inf, "a finite number above 0"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more, and finite"),
+            ("clip", 0 <= self.clip < math.inf, "0 or more, and finite"),
             ("smoothing", 0 <= self.smoothing < 1, "a number from 0 to below 1"),
             ("distill", 0 <= self.distill <= 1, "a share of the loss from 0 to 1"),
             (

@@ -634,6 +634,7 @@ RULES = 'pcq: 1\nrules:\n  - match: "*"\n    levels: ternary\n'
         ("  mode: evil", "r.yaml:6: `mode` has to be one of train, eval, not 'evil'. Did you mean 'eval'"),
         ("  graphs: true\n  mode: eval", "r.yaml:6: graphs is True, which has to be false in mode eval"),
         ("  refit: 2.5", "r.yaml:6: `refit` has to be a whole number"),
+        ("  activations: 4", "r.yaml:6: `activations` has to be 8, not 4"),
         ("  anneal_end: 1", "r.yaml:6: anneal_end is 1"),
         ("  relative: yes", "r.yaml:6: `relative` has to be true or false"),
         ("  steps: 5\n  epochs: 2", "r.yaml:6: steps and epochs both say how long"),
@@ -643,6 +644,13 @@ RULES = 'pcq: 1\nrules:\n  - match: "*"\n    levels: ternary\n'
 def test_mistakes_in_the_recipe_have_their_line(said: str, says: str) -> None:
     with pytest.raises(PcqError, match=says):
         parse_recipe(f"{RULES}finetune:\n{said}\n", "r.yaml")
+
+
+@pytest.mark.parametrize("key", ["epochs", "minutes", "lr", "weight_decay", "clip"])
+def test_numbers_that_are_not_finite_are_refused(key: str) -> None:
+    for number in (float("inf"), float("nan")):
+        with pytest.raises(PcqError, match=rf"{key} is {number}, which has to be .*finite"):
+            changed(Finetune(), **{key: number})
 
 
 def test_all_mistakes_at_once() -> None:
