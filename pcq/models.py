@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from pcq.errors import PcqError, did_you_mean, first_line
 from pcq.inventory import inventory
@@ -195,7 +196,18 @@ def _own(spec: Spec) -> nn.Module:
     if not isinstance(found, nn.Module):
         todo = f"Let '{spec.name}' return the network itself"
         raise PcqError(f"it returned a {type(found).__name__}, not a torch.nn.Module", where=str(spec), todo=todo)
+    if any(parameter in _given for parameter in found.parameters()):
+        try:
+            found = copy.deepcopy(found)
+        except Exception as error:
+            what = f"it returned weights that it had returned before, and a copy of them raised {first_line(error)}"
+            raise PcqError(what, where=str(spec), todo=f"Let '{spec.name}' make a new network each time") from error
+    _given.update((parameter, True) for parameter in found.parameters())
     return found
+
+
+_given = WeakTensorKeyDictionary()
+"""Parameters of the user's own networks that were handed out: a function may return the same ones again."""
 
 
 def _package(name: str, install: str, spec: Spec) -> Any:

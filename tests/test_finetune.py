@@ -284,6 +284,21 @@ def test_distillation_with_and_without_labels(tmp_path: Path) -> None:
     assert before.agreement < 50 < 90 < after.agreement
 
 
+def test_layers_that_an_own_network_does_not_train_are_rounded_once(tmp_path: Path) -> None:
+    own = tmp_path / "own.py"
+    own.write_text(
+        "from pcq.demo.nets import resnet8\n\n\ndef net():\n    made = resnet8(num_classes=10, in_channels=1)\n"
+        "    made.conv1.weight.requires_grad_(False)\n    return made\n"
+    )
+    asked = {"steps": 3, "overrides": ["finetune.refit=0"]}
+    result = pcq.finetune(DIGITS, "ternary-all", "digits", arch=f"{own}:net", out=tmp_path / "a.safetensors", **asked)
+    once = pcq.quantize(DIGITS, "ternary-all", out=tmp_path / "b.safetensors")
+    tuned, rounded = (load_file(path) for path in (result.path, once.path))
+    kept = [name for name in rounded if name.startswith("conv1.weight")]
+    assert kept
+    assert all(torch.equal(tuned[name], rounded[name]) for name in kept)
+
+
 def test_own_network_and_own_data(tmp_path: Path) -> None:
     own = tmp_path / "own.py"
     own.write_text(

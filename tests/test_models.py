@@ -273,6 +273,8 @@ class Net(nn.Module):
 def nothing(): return None
 def raises():
     raise ValueError("no weights at hand")
+SHARED = nn.Linear(3, 2)
+def shared(): return nn.Sequential(SHARED)
 """
 
 
@@ -293,6 +295,16 @@ def test_own_functions_and_classes(own: str, monkeypatch: pytest.MonkeyPatch) ->
     assert models.build("nets:net").state_dict()["0.weight"].shape == (4, 3)
     assert models.build("nets.py:net").state_dict()["0.weight"].shape == (4, 3)
     assert models.build("pcq.demo.nets:resnet8?num_classes=3").state_dict()["fc.weight"].shape == (3, 64)
+
+
+def test_a_function_that_returns_the_same_weights_again_gives_networks_of_their_own(
+    own: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(own).parent)
+    first, second = models.build("nets:shared"), models.build("nets:shared")
+    with torch.no_grad():
+        first[0].weight.zero_()
+    assert bool(second[0].weight.any())
 
 
 def test_an_artifact_used_from_another_folder_asks_where_its_network_is(

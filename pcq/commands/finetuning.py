@@ -396,7 +396,7 @@ def freeze(
 ) -> dict[str, QuantizedTensor]:
     """Take what ``settings.freeze`` matches out of training; its weights with levels are rounded now, or calibrated.
 
-    A tied parameter is matched by any of its names.
+    So are those that the network's own code has taken out. A tied parameter is matched by any of its names.
 
     Raises:
         PcqError: a pattern matches nothing, or all is frozen.
@@ -408,10 +408,10 @@ def freeze(
         if not any(fnmatchcase(name, pattern) for name in parameters)
     ]
     raise_all(problems)
-    matched = [name for name in parameters if any(fnmatchcase(name, pattern) for pattern in settings.freeze)]
-    for name in matched:
-        parameters[name].requires_grad_(False)
-    chosen = {name for name in parameters if not parameters[name].requires_grad} if matched else set()
+    for name in parameters:
+        if any(fnmatchcase(name, pattern) for pattern in settings.freeze):
+            parameters[name].requires_grad_(False)
+    chosen = {name for name in parameters if not parameters[name].requires_grad}
     fixed = {}
     for entry in planned.plan.quantized:
         name = entry.parameter.name
