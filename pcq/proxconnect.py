@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from pcq import prox_gpu, qtensor, shards
 from pcq.errors import CheckFailed, PcqError, raise_all
@@ -64,7 +65,9 @@ def targets(plan: Plan, parameters: Mapping[str, Tensor]) -> dict[str, Target]:
         if entry.parameter.tied_to is not None:
             continue
         if name not in parameters:
-            problems.append(PcqError("planned, but the model has no parameter of that name", where=name))
+            longer = next((other for other in parameters if other.endswith(f".{name}")), "")
+            todo = f"The model calls it {longer}: give the names of the module inside of it" if longer else ""
+            problems.append(PcqError("planned, but the model has no parameter of that name", where=name, todo=todo))
         elif tuple(parameters[name].shape) != shape:
             got = tuple(parameters[name].shape)
             problems.append(PcqError(f"planned with shape {shape}, but the model's is {got}", where=name))
@@ -162,6 +165,9 @@ class ProxConnect:
     Where the optimizer's step raises, the model holds the latents for the moment. The next call of a method gives it
     its weights again; the next step does too, and raises, as its gradient was taken at the latents.
 
+    Copy or pickle it together with the model and the optimizer, ``copy.deepcopy((model, optimizer, prox))``: the copies
+    train on as these would.
+
     Parameters that FSDP2 has sharded are gathered, one at a time, to fit their levels and to map them: so every row and
     every level is that of one process, whatever is cut. All processes then have to call every method.
 
@@ -202,11 +208,26 @@ class ProxConnect:
         self._groups = self._grouped()
         for weight in self._weights.values():
             self._map_hidden(weight)
+        self._hooks: tuple[RemovableHandle, ...] = ()
+        self._attach()
+
+    def _attach(self) -> None:
         self._hooks = (
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
+            self.optimizer.register_step_pre_hook(self._before),
+            self.optimizer.register_step_post_hook(self._after),
         )
-        _attached.add(optimizer)
+        _attached.add(self.optimizer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy brings its optimizer's copy, which torch makes without hooks, and is attached to that if this is."""
+        return {**vars(self), "_hooks": bool(self._hooks), "_batch": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self._hooks:
+            self._attach()
+        else:
+            self._hooks = ()
 
     # -- the two hooks ------------------------------------------------------------------------------------------------
 
@@ -503,6 +524,7 @@ class ProxConnect:
         """Take the hooks off; the weights stay as they are."""
         for hook in self._hooks:
             hook.remove()
+        self._hooks = ()
         _attached.discard(self.optimizer)
 
     def state_dict(self) -> dict[str, Any]:

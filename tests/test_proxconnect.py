@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -727,6 +728,23 @@ def test_resume_is_bit_equal(name: str, quantizer: Quantizer) -> None:
         assert torch.equal(done[key].codes, other_done[key].codes)
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))], ids=["copy", "pickle"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_copy_trains_on_as_the_original(name: str, copied: Callable[[Any], Any]) -> None:
+    model = network()
+    optimizer = OPTIMIZERS["adamw"](list(model.parameters()))
+    prox = ProxConnect(optimizer, weights(model), METHODS[name], steps=STEPS)
+    train(model, optimizer, 0, 10)
+    other, its, others = copied((model, optimizer, prox))
+    train(other, its, 10, STEPS)
+    assert prox.step == 10
+    train(model, optimizer, 10, STEPS)
+    same((prox.state_dict(), model.state_dict()), (others.state_dict(), other.state_dict()))
+    prox.finish()
+    others.finish()
+    assert not copied(prox)._hooks
+
+
 def test_a_state_of_another_run_is_refused_with_all_differences() -> None:
     model = network()
     optimizer = OPTIMIZERS["adamw"](list(model.parameters()))
@@ -883,6 +901,9 @@ def test_targets_come_from_a_plan() -> None:
         proxconnect.targets(bad, dict(model.named_parameters()))
     assert "0.weight: planned with shape (8, 7), but the model's is (8, 6)" in str(raised.value)
     assert "9.weight: planned, but the model has no parameter of that name" in str(raised.value)
+    wrapped = {f"_orig_mod.{name}": parameter for name, parameter in model.named_parameters()}
+    with pytest.raises(PcqError, match=r"The model calls it _orig_mod\.2\.weight: give the names of the module inside"):
+        proxconnect.targets(plan, wrapped)
     names = {**dict(model.named_parameters()), "alias": matrix(model)}
     assert proxconnect.targets(Plan((entry("alias", (8, 6)),)), names)["alias"].parameter is matrix(model)
     twice = Plan((entry("0.weight", (8, 6)), entry("alias", (8, 6))))
