@@ -1,6 +1,8 @@
 """TensorBoard gets what metrics.jsonl gets."""
 
+import errno
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,17 @@ def test_without_the_package_nothing_starts(tmp_path: Path, monkeypatch: pytest.
         tune(tmp_path)
     assert not (tmp_path / "board").exists()
     assert not (tmp_path / "x.metrics.jsonl").exists()
+
+
+def test_a_disk_that_fills_up_is_told_by_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = pytest.importorskip("torch.utils.tensorboard").SummaryWriter
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(writer, "flush", full)
+    with pytest.raises(PcqError, match="board: no room left to write it"):
+        tune(tmp_path)
 
 
 def test_a_folder_that_cannot_be_one(tmp_path: Path) -> None:

@@ -588,6 +588,14 @@ def test_metrics_are_cut_where_the_state_was_saved(tmp_path: Path) -> None:
     assert [json.loads(line)["a"] for line in path.read_text().splitlines()] == [1, 3]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+def test_a_full_disk_is_told_by_the_file_that_it_is_full_for() -> None:
+    measured = saving.Metrics(Path("/dev/full"))
+    with pytest.raises(PcqError, match="/dev/full: no room left to write it"):
+        measured.write({"a": 1})
+    measured.close()
+
+
 def test_a_run_that_cannot_begin_leaves_the_last_ones_measurements(tmp_path: Path) -> None:
     out, metrics = tmp_path / "x.safetensors", tmp_path / "x.metrics.jsonl"
     np.savez(tmp_path / "d.npz", x=np.zeros((20, 3, 9, 9), np.float32), y=np.zeros(20, np.int64))

@@ -1,9 +1,11 @@
 """The numbers of ``metrics.jsonl`` for TensorBoard."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pcq.atomic import unwritable
 from pcq.errors import PcqError
 
 
@@ -37,13 +39,22 @@ class Board:
         except OSError as error:
             what = f"cannot be written: {(error.strerror or type(error).__name__).lower()}"
             raise PcqError(what, where=str(folder), todo="Choose another folder") from error
+        self._folder = folder
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """A scalar ``kind/name`` for each number of a line, at its step."""
-        for name, value in line.items():
-            if name not in ("kind", "step") and isinstance(value, (int, float)):
-                self._writer.add_scalar(f"{line['kind']}/{name}", value, line["step"])
-        self._writer.flush()
+        """A scalar ``kind/name`` for each number of a line, at its step.
+
+        Raises:
+            PcqError: the disk is full, or the folder cannot be written any more.
+        """
+        try:
+            for name, value in line.items():
+                if name not in ("kind", "step") and isinstance(value, (int, float)):
+                    self._writer.add_scalar(f"{line['kind']}/{name}", value, line["step"])
+            self._writer.flush()
+        except OSError as error:
+            raise unwritable(error, self._folder) from error
 
     def close(self) -> None:
-        self._writer.close()
+        with suppress(OSError):  # each line was flushed, or has been told of
+            self._writer.close()

@@ -4,12 +4,13 @@ import json
 import os
 import pickle
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from pcq.atomic import atomic
+from pcq.atomic import atomic, unwritable
 from pcq.errors import CheckFailed, PcqError, first_line, raise_all
 from pcq.train.board import Board
 
@@ -96,11 +97,18 @@ class Metrics:
             self._file.seek(keep)
 
     def write(self, line: Mapping[str, Any]) -> None:
-        if self._file is None and self._path is not None:  # only now: a run that cannot begin leaves the last one's
-            self._file = open(self._path, "wb")  # noqa: SIM115  (closed by close)
-        if self._file is not None:
-            self._file.write(json.dumps(line).encode() + b"\n")
-            self._file.flush()
+        """
+        Raises:
+            PcqError: the disk is full, or a file cannot be written any more.
+        """
+        if self._path is not None:
+            try:
+                if self._file is None:  # only now: a run that cannot begin leaves the last one's
+                    self._file = open(self._path, "wb")  # noqa: SIM115  (closed by close)
+                self._file.write(json.dumps(line).encode() + b"\n")
+                self._file.flush()
+            except OSError as error:
+                raise unwritable(error, self._path) from error
         if self._board is not None:
             self._board.write(line)
 
@@ -113,6 +121,7 @@ class Metrics:
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # each line was flushed, or has been told of
+                self._file.close()
         if self._board is not None:
             self._board.close()
