@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pcq.errors import PcqError, did_you_mean, first_line
@@ -196,6 +197,14 @@ def _own(spec: Spec) -> nn.Module:
     if not isinstance(found, nn.Module):
         todo = f"Let '{spec.name}' return the network itself"
         raise PcqError(f"it returned a {type(found).__name__}, not a torch.nn.Module", where=str(spec), todo=todo)
+    if any(is_lazy(tensor) for tensor in (*found.parameters(), *found.buffers())):
+        todo = f"Let '{spec.name}' run it on a sample before it returns it"
+        raise PcqError(
+            "it has lazy layers, whose weights have no shape before they have run", where=str(spec), todo=todo
+        )
+    if odd := [name for name, value in found.state_dict().items() if not isinstance(value, torch.Tensor)]:
+        what = f"its state holds something that is no tensor ({odd[0]}), which no file of pcq keeps"
+        raise PcqError(what, where=str(spec), todo="Leave get_extra_state out, or let it return a tensor")
     if any(parameter in _given for parameter in found.parameters()):
         try:
             found = copy.deepcopy(found)

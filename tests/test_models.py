@@ -275,6 +275,10 @@ def raises():
     raise ValueError("no weights at hand")
 SHARED = nn.Linear(3, 2)
 def shared(): return nn.Sequential(SHARED)
+def lazy(): return nn.LazyLinear(2)
+class Counts(nn.Linear):
+    def get_extra_state(self): return {"runs": 0}
+    def set_extra_state(self, state): pass
 """
 
 
@@ -345,6 +349,8 @@ def test_nothing_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
         ("OWN:nett", "has no 'nett'.*Did you mean 'net'"),
         ("OWN:nothing", "returned a NoneType, not a torch.nn.Module"),
         ("OWN:raises", r"raises\(\) raised ValueError: no weights at hand.*See line 11 of .*nets\.py"),
+        ("OWN:lazy", r"lazy layers, whose weights have no shape.*Let 'lazy' run it on a sample"),
+        ("OWN:Counts?in_features=3&out_features=2", r"holds something that is no tensor \(_extra_state\)"),
         ("OWN:net?depth=3", r"net\(depth=3\) raised TypeError"),
         ("OWN:nn", "is a module, not a function or class"),
         ("OWN:", "no function is named"),
