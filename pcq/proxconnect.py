@@ -25,7 +25,7 @@ from pcq.prox import Hard, Prox, proximal
 from pcq.qtensor import QuantizedTensor
 from pcq.refit import Refitted, following, refit_together, refit_weight
 from pcq.rows import Rows
-from pcq.schedules import Linear, Schedule
+from pcq.schedules import Linear, Schedule, Theory
 
 FORMAT = 2
 
@@ -182,8 +182,8 @@ class ProxConnect:
         refit: steps between refits of the levels to the moving weights; None: the levels stay as first fitted.
 
     Raises:
-        PcqError: the optimizer has one attached already, no hooks, or averages in place of weights; or a weight is not
-            float32, not finite, not the optimizer's.
+        PcqError: the optimizer has one attached already, no hooks, averages in place of weights, or no learning rate
+            where the schedule grows by it; or a weight is not float32, not finite, not the optimizer's.
     """
 
     def __init__(
@@ -197,6 +197,9 @@ class ProxConnect:
         refit: int | None = 20,
     ) -> None:
         _check(optimizer, weights, steps, refit)
+        if isinstance(schedule, Theory) and any(group.get("lr") is None for group in optimizer.param_groups):
+            what = "the optimizer has no learning rate, by whose sum the schedule Theory grows"
+            raise PcqError(what, todo="Give it one, or choose another schedule")
         self.optimizer, self.method, self.schedule, self.steps, self.refit = optimizer, method, schedule, steps, refit
         self.step = 0
         self.hardened = False
@@ -270,7 +273,8 @@ class ProxConnect:
             self._exchange(to_model=False)
         self._exchanged = False
         for weight, group in self._groups[1]:
-            weight.mu += float(group["lr"])
+            rate = group.get("lr")
+            weight.mu += 0.0 if rate is None else float(rate)
         if refits:
             self._refit_all()
         self._map_all()

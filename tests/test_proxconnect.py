@@ -431,6 +431,28 @@ def test_mu_sums_the_rates_of_an_optimizer_that_was_loaded_anew_too() -> None:
     assert [weight["mu"] for weight in hooked.state_dict()["weights"].values()] == [1 + 0.5 + 0.5 + 1, 1 + 0.25 + 2 + 2]
 
 
+class Relative(torch.optim.SGD):
+    """Makes up its own learning rate, as Adafactor of transformers does."""
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        super().__init__(parameters, lr=0.1)
+        self.param_groups[0]["lr"] = None
+
+    def step(self, closure: Any = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            p.data.sub_(p.grad, alpha=0.1)
+
+
+def test_an_optimizer_without_a_learning_rate_trains_by_any_schedule_but_that_of_the_rates() -> None:
+    model = network()
+    optimizer = Relative(list(model.parameters()))
+    with pytest.raises(PcqError, match="the optimizer has no learning rate"):
+        ProxConnect(optimizer, weights(model), METHODS["proxconnect"], Theory(), steps=STEPS)
+    prox = ProxConnect(optimizer, weights(model), METHODS["proxconnect"], steps=STEPS)
+    train(model, optimizer)
+    prox.finish()
+
+
 def test_accumulation_clipping_scheduler_and_autocast_around_an_attached_optimizer() -> None:
     def run(attach: bool) -> list[Tensor]:
         model = network()
