@@ -196,7 +196,7 @@ class ProxConnect:
         steps: int,
         refit: int | None = 20,
     ) -> None:
-        _check(optimizer, weights, steps, refit)
+        _check(optimizer, weights, method, steps, refit)
         if isinstance(schedule, Theory) and any(group.get("lr") is None for group in optimizer.param_groups):
             what = "the optimizer has no learning rate, by whose sum the schedule Theory grows"
             raise PcqError(what, todo="Give it one, or choose another schedule")
@@ -512,7 +512,10 @@ class ProxConnect:
             shown = weight.whole(weight.shown)
             done[name] = qtensor.encode(shown, weight.grid, weight.rows)
             off = int((done[name].dequantize() != shards.whole(weight.parameter.data)).sum())
-            if off:
+            if not bool(torch.isfinite(shown).all()):
+                todo = "Training has diverged: lower the learning rate, or skip steps whose gradients are not finite"
+                problems.append(CheckFailed("has infinite or NaN weights", where=name, todo=todo))
+            elif off:
                 problems.append(
                     CheckFailed(
                         f"{off} of {shown.numel()} weights are not on their levels",
@@ -610,7 +613,9 @@ def _refuse_averages(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def _check(optimizer: torch.optim.Optimizer, weights: Mapping[str, Target], steps: int, refit: int | None) -> None:
+def _check(
+    optimizer: torch.optim.Optimizer, weights: Mapping[str, Target], method: object, steps: int, refit: int | None
+) -> None:
     try:
         optimizer.register_step_pre_hook(lambda *_: None).remove()
     except AttributeError:  # a wrapper, such as Accelerate's
@@ -623,6 +628,9 @@ def _check(optimizer: torch.optim.Optimizer, weights: Mapping[str, Target], step
         problems.append(
             PcqError("this optimizer has a ProxConnect attached already", todo="Call its finish() or detach() first.")
         )
+    if not isinstance(method, Method):
+        what, todo = f"the method is a {type(method).__name__}", 'Write METHODS["proxconnect"], or another of them'
+        problems.append(PcqError(what, allowed="a pcq.methods.Method", todo=todo))
     if not weights:
         problems.append(PcqError("there are no weights to quantize"))
     if steps < 1:
@@ -640,7 +648,11 @@ def _check(optimizer: torch.optim.Optimizer, weights: Mapping[str, Target], step
         seen[id(target.parameter)] = name
         if id(target.parameter) not in mine:
             problems.append(
-                PcqError("is not one of the optimizer's parameters", where=name, todo="Attach to the one that has it.")
+                PcqError(
+                    "is not one of the optimizer's parameters",
+                    where=name,
+                    todo="Attach to the one that has it, or leave out what is not trained.",
+                )
             )
         elif type(data) is not Tensor and not (shards.sharded(data) and shards.by_rows(data)):
             allowed = "a plain tensor, or one that FSDP2 has cut along its first axis"

@@ -299,6 +299,33 @@ def test_layers_that_an_own_network_does_not_train_are_rounded_once(tmp_path: Pa
     assert all(torch.equal(tuned[name], rounded[name]) for name in kept)
 
 
+def test_a_run_on_data_that_augments_itself_goes_on_in_the_same_bytes(tmp_path: Path) -> None:
+    own = tmp_path / "own.py"
+    own.write_text(
+        "import random\nimport numpy as np\nimport torch\nfrom pcq.data import open_data\n\n\nclass Set:\n"
+        "    def __init__(self):\n        data = open_data('digits', 'train')\n"
+        "        self.x, self.y = data.take(range(300)), data.labels\n\n    def __len__(self):\n        return 300\n\n"
+        "    def __getitem__(self, i):\n        noise = torch.randn(1, 8, 8) + np.random.rand() + random.random()\n"
+        "        return self.x[i] + 0.1 * noise, int(self.y[i])\n"
+    )
+    asked = {"arch": ARCH, "steps": 6, "overrides": ["finetune.batch=32"]}
+
+    def dying(stage: str, done: int, total: int) -> None:
+        if done == 4:
+            raise ZeroDivisionError
+
+    whole = pcq.finetune(DIGITS, "ternary", f"{own}:Set", out=tmp_path / "a.safetensors", **asked)
+    out = tmp_path / "b.safetensors"
+    with pytest.raises(ZeroDivisionError):
+        pcq.finetune(DIGITS, "ternary", f"{own}:Set", out=out, save_every=3, progress=dying, **asked)
+    random.seed()
+    np.random.seed()
+    torch.seed()
+    result = pcq.finetune(DIGITS, "ternary", f"{own}:Set", out=out, resume=True, **asked)
+    assert result.resumed_at == 3
+    assert result.path.read_bytes() == whole.path.read_bytes()
+
+
 def test_own_network_and_own_data(tmp_path: Path) -> None:
     own = tmp_path / "own.py"
     own.write_text(

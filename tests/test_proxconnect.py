@@ -676,6 +676,23 @@ def test_finish_finds_weights_that_were_moved_off_their_levels() -> None:
         prox.finish()
 
 
+def test_finish_says_that_the_training_has_diverged() -> None:
+    model = network()
+    optimizer = OPTIMIZERS["adamw"](list(model.parameters()))
+    prox = ProxConnect(optimizer, weights(model), METHODS["proxconnect"], steps=1)
+    (model(X).sum() * float("nan")).backward()
+    optimizer.step()
+    with pytest.raises(PcqError, match="0.weight: has infinite or NaN weights. Training has diverged"):
+        prox.finish()
+
+
+def test_a_method_by_its_name_is_refused() -> None:
+    model = network()
+    optimizer = OPTIMIZERS["adamw"](list(model.parameters()))
+    with pytest.raises(PcqError, match=r"the method is a str\. Allowed: a pcq\.methods\.Method"):
+        ProxConnect(optimizer, weights(model), "parq", steps=STEPS)  # type: ignore[arg-type]
+
+
 def test_weights_are_on_their_levels_all_through_the_hard_phase() -> None:
     model = network()
     optimizer = OPTIMIZERS["sgd-momentum"](list(model.parameters()))

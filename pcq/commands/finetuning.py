@@ -28,7 +28,7 @@ from pcq.qtensor import QuantizedTensor
 from pcq.recipe import Recipe, load_recipe
 from pcq.settings import Finetune, changed
 from pcq.train import ranks
-from pcq.train.batches import own_randomness
+from pcq.train.batches import own_randomness, seed_all
 from pcq.train.stopping import Interrupted
 
 if TYPE_CHECKING:
@@ -235,6 +235,7 @@ def _finetune(
     if here.first:
         sweep(files.saved)
         sweep(files.artifact)
+    seed_all(settings.seed)  # the data's own code may draw random numbers
     splits = open_splits(data, settings.augment == "resized-crop")
     if splits.train.labels is None:
         settings = replace(settings, distill=1.0)
@@ -440,6 +441,7 @@ def fingerprint(
     """
     samples = hashlib.sha256()
     for part in (splits.train, splits.val):
+        seed_all(recipe.finetune.seed if recipe.finetune is not None else 0)
         samples.update(f"{part.n} {part.shape}".encode())
         if part.labels is not None:
             samples.update(part.labels.numpy().tobytes())
