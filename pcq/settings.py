@@ -67,8 +67,8 @@ class Finetune:
             Python; for networks whose computation does not depend on the numbers in it.
         mode: in which the network is while it trains: `train`, or `eval`, in which it computes as it will: BatchNorm by
             the checkpoint's statistics, no dropout. That is for few samples and small batches.
-        batchnorm: batches from which the statistics of BatchNorm are estimated anew at the end; 0: never. In mode
-            `eval` they stay as they are.
+        batchnorm: training batches from which the statistics of BatchNorm are estimated anew at the end, to be kept if
+            they are better on the samples held out; 0: never. In mode `eval` they stay as they are.
         seed: of everything random.
     """
 

@@ -947,6 +947,19 @@ def test_in_mode_eval_it_trains_as_it_will_compute(mode: str, tmp_path: Path, mo
     assert not torch.equal(tuned["bn1.weight"], was["bn1.weight"])  # what BatchNorm multiplies by is trained
 
 
+def test_batchnorm_is_estimated_on_samples_as_they_are_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[Tensor]] = []
+    monkeypatch.setattr(batchnorm, "reestimate", lambda module, samples: seen.append(list(samples)))
+    tune(tmp_path / "x.safetensors", overrides=["finetune.batchnorm=2", "finetune.augment=crop", "finetune.batch=64"])
+    data = open_splits("digits").train
+    batches = Batches(data, 64, 0, augment.make("crop", data.shape))
+    assert [len(some) for some in seen] == [2, 2]  # a look on the way, and the end
+    for some in seen:
+        assert all(torch.equal(x, batches.make(step)[0]) for step, x in enumerate(some))
+
+
 def test_batchnorm_is_the_mean_over_the_batches() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Dropout(0.5), nn.ReLU(), nn.BatchNorm2d(3))

@@ -234,7 +234,7 @@ def _set_up(job: Job, batches: Batches, total: int) -> _Run:
     run = _Run(optimizer, prox, total, torch.zeros((), dtype=torch.float64, device=device))
     if job.weights8 is not None:
         run.simulation = Simulation(module, job.weights8, ranks=job.ranks)
-        run.simulation.look(next(_plain(job, batches, 1)))
+        run.simulation.look(next(_samples(job, batches, 1)))
         if settings.ranges == "learned" and run.simulation.seen <= run.simulation.halved:
             raise PcqError("there are no ranges to learn", where="finetune.ranges",
                            allowed="activations of 8 bits; where weights of 8 bits read them they have 7, and "
@@ -428,12 +428,11 @@ def _as_file(job: Job, run: _Run, levels: Mapping[str, Grid]) -> AbstractContext
     return nullcontext() if run.simulation is None else run.simulation.on_levels({**job.fixed, **levels})
 
 
-def _plain(job: Job, batches: Batches, count: int) -> Iterator[Tensor]:
-    """``count`` batches of training samples as they are, in a fixed order that mixes the classes."""
-    calm = replace(batches, data=job.splits.plain, augment=None)
+def _samples(job: Job, batches: Batches, count: int) -> Iterator[Tensor]:
+    """``count`` batches as they are trained on, changed at random, the same ones each time."""
     device = next(job.module.parameters()).device
-    for step in range(min(count, calm.an_epoch)):
-        yield placed(calm.make(step)[0], device)
+    for step in range(min(count, batches.an_epoch)):
+        yield placed(batches.make(step)[0], device)
 
 
 def _look(job: Job, run: _Run, batches: Batches, measured: saving.Metrics, progress: Progress) -> None:
@@ -442,7 +441,7 @@ def _look(job: Job, run: _Run, batches: Batches, measured: saving.Metrics, progr
     job.ranks.check_same({name: target.parameter.data for name, target in job.weights.items()})
     job.ranks.share(job.module.buffers())
     count = min(LOOK_BATCHES, job.settings.estimates)
-    estimated = batchnorm.borrowed(job.module, _plain(job, batches, count)) if count else nullcontext()
+    estimated = batchnorm.borrowed(job.module, _samples(job, batches, count)) if count else nullcontext()
     try:
         with run.prox.quantized() as levels, estimated, _as_file(job, run, levels):
             score = number(scored(job.module, job, progress))
@@ -536,7 +535,7 @@ def _finished(
         levels = {name: weight.grid for name, weight in quantized.items()}
         with _as_file(job, run, levels):
             before = number(scored(module, job, heed))
-        batchnorm.reestimate(module, _plain(job, batches, settings.estimates))
+        batchnorm.reestimate(module, _samples(job, batches, settings.estimates))
         with _as_file(job, run, levels):
             after = number(scored(module, job, heed))
         if after <= before:

@@ -83,11 +83,10 @@ def settle_batchnorm(module: nn.Module, splits: Splits, settings: Finetune, batc
     """As ``pcq.finetune`` does: statistics estimated anew, kept if they are better on the samples held out."""
     if not (settings.batchnorm and (kept := batchnorm.statistics(module))):
         return None
-    calm = Batches(splits.plain, batches.size, settings.seed)
     device = next(module.parameters()).device
     before = score(module, splits.val)
-    steps = range(min(settings.batchnorm, calm.an_epoch))
-    batchnorm.reestimate(module, (loop.placed(calm.make(step)[0], device) for step in steps))
+    steps = range(min(settings.batchnorm, batches.an_epoch))
+    batchnorm.reestimate(module, (loop.placed(batches.make(step)[0], device) for step in steps))
     after = score(module, splits.val)
     if after <= before:
         batchnorm.put(module, kept)
