@@ -61,6 +61,12 @@ class SortedRows:
         cuts = torch.searchsorted(self.values, middles.to(torch.float32).contiguous(), right=True)
         return F.pad(F.pad(cuts, (1, 0)), (0, 1), value=self.values.shape[1])
 
+    def only(self, which: Tensor) -> "SortedRows":
+        """These rows, int64 ``[h]`` in ascending order."""
+        if len(which) == len(self.square):
+            return self
+        return SortedRows(self.values[which], self.sums[which], self.square[which])
+
     def runs(self, cuts: Tensor) -> tuple[Tensor, Tensor]:
         """Counts and sums of the runs between ``cuts [g, k + 1]``: float64 ``[g, k]`` each."""
         return cuts.diff(dim=1).double(), self.sums.gather(1, cuts).diff(dim=1)
@@ -150,10 +156,27 @@ def best_affine(rows: SortedRows, count: int, rules: Sequence[tuple[Tensor, Tens
         return scale, zero
     consider(of_range, *_scanned_scale(rows, codes - of_range[:, None], error))
     moves = [count / 2**k for k in range(3, 9) if count / 2**k * unit >= 1] or [1 / unit]
-    for move, way, factor in itertools.product(moves * ROUNDS, (-1, 1), FACTORS):
-        other = (zero + way * move).clamp(0, count - 1)
-        consider(other, *_error(rows, codes - other[:, None], scale * factor))
+    moving = torch.ones_like(error, dtype=torch.bool)
+    for _ in range(ROUNDS):
+        if not bool(moving.any()):
+            break
+        at = moving.nonzero()[:, 0]
+        before = error[at]
+        error[at], scale[at], zero[at] = _one_round(rows.only(at), codes, moves, before, scale[at], zero[at])
+        moving[at] = error[at] < before  # where nothing was better, nothing will be
     return scale, zero
+
+
+def _one_round(
+    rows: SortedRows, codes: Tensor, moves: Sequence[float], error: Tensor, scale: Tensor, zero: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Squared error, scale and zero point, float64 ``[g]`` each, after trying each move of the zero point once."""
+    for move, way, factor in itertools.product(moves, (-1, 1), FACTORS):
+        other = (zero + way * move).clamp(0, len(codes) - 1)
+        found, refit = _error(rows, codes - other[:, None], scale * factor)
+        better = found < error
+        error, scale, zero = found.where(better, error), refit.where(better, scale), other.where(better, zero)
+    return error, scale, zero
 
 
 def _at_every_zero(rows: SortedRows, codes: Tensor, limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
