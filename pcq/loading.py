@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pcq import weight_norm
 from pcq.errors import PcqError
 from pcq.recognition import Ambiguous, Shapes, recognise
 
@@ -139,10 +140,16 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], arch: str = "") -
 
 
 def _load_otherwise(module: nn.Module, state: Mapping[str, Tensor], check: Mismatch, arch: str) -> None:
-    """Some modules rename what they load, such as weight_norm: let them try before the state dict is refused."""
+    """Some modules rename what they load, such as weight_norm: let them try before the state dict is refused.
+
+    One that still has the parts of a weight_norm (artifacts of older versions) fits a module without it.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about meta tensors, which stand for the shapes
             module.load_state_dict(dict(state), strict=True)
     except RuntimeError:
-        raise check.error(arch) from None
+        whole = weight_norm.whole(state)
+        if whole.keys() == state.keys():
+            raise check.error(arch) from None
+        load_state(module, whole, arch)

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from pcq import weight_norm
 from pcq.errors import PcqError, did_you_mean, first_line
 from pcq.inventory import inventory
 from pcq.loading import check_shapes, load_state
@@ -44,7 +45,7 @@ KINDS = "torchvision:NAME, timm:NAME, hf:FOLDER, file.py:function or package.mod
 
 
 def build(arch: str, shapes: Shapes | None = None) -> nn.Module:
-    """The network that ``arch`` names, in training mode, randomly initialised.
+    """The network that ``arch`` names, in training mode, randomly initialised, without weight_norm.
 
     Args:
         arch: the spec. A ``file.py`` or ``package.module`` in it is imported and called: that runs its code. Under
@@ -67,6 +68,12 @@ def build(arch: str, shapes: Shapes | None = None) -> nn.Module:
 
 
 def _build(spec: Spec) -> nn.Module:
+    module = _made(spec)
+    weight_norm.remove(module)
+    return module
+
+
+def _made(spec: Spec) -> nn.Module:
     match spec.kind:
         case "torchvision":
             return _torchvision(spec)
@@ -205,6 +212,7 @@ def _own(spec: Spec) -> nn.Module:
     if odd := [name for name, value in found.state_dict().items() if not isinstance(value, torch.Tensor)]:
         what = f"its state holds something that is no tensor ({odd[0]}), which no file of pcq keeps"
         raise PcqError(what, where=str(spec), todo="Leave get_extra_state out, or let it return a tensor")
+    weight_norm.remove(found)  # its weights are no leaves, which cannot be copied
     if any(parameter in _given for parameter in found.parameters()):
         try:
             found = copy.deepcopy(found)

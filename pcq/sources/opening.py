@@ -12,7 +12,7 @@ from pcq.sources import pickles, pt2, safetensors
 from pcq.sources.archive import members
 from pcq.sources.arrays import npz_entries
 from pcq.sources.pickles import Asked
-from pcq.sources.source import Source, strip_prefixes, unreadable
+from pcq.sources.source import Source, put_together, strip_prefixes, unreadable
 from pcq.sources.torchscript import torchscript_entries
 from pcq.sources.wrappers import NoSuchState
 
@@ -61,11 +61,15 @@ def open_source(
         source = open_folder(path, asked) if path.is_dir() else open_file(path, asked)
     except OSError as error:
         raise unreadable(path, error) from error
-    entries, notes = (source.entries, []) if source.make_module else strip_prefixes(source.entries)
+    entries, notes = source.entries, list(source.notes)
+    if not source.make_module:
+        stripped, said = strip_prefixes(entries)
+        entries, told = put_together(stripped, source.by_name)
+        notes += said + told
     if not entries:
         raise PcqError("it holds no tensors", where=str(path), todo="Give a checkpoint with the network's weights")
     files = source.files or (source.path,)
-    return replace(source, path=path, entries=entries, notes=(*source.notes, *notes), files=files)
+    return replace(source, path=path, entries=entries, notes=tuple(notes), files=files)
 
 
 def open_folder(folder: Path, asked: Asked) -> Source:
@@ -139,18 +143,16 @@ def from_safetensors(path: Path) -> Source:
     if ARTIFACT_KEY in metadata:
         todo = "Give the float checkpoint it was made from; an artifact can be inspected, evaluated and exported"
         raise PcqError("it is an artifact of pcq: its weights are quantized already", where=str(path), todo=todo)
-    return Source(path, entries)
+    return Source(path, entries, by_name=True)
 
 
 def from_index(path: Path, asked: Asked) -> Source:
     """The index of a sharded checkpoint, of either kind."""
     places = set(safetensors.read_index(path).values())
-    if all(shard.suffix == ".safetensors" for shard in places):
-        entries = safetensors.sharded_entries(path)
-    else:
-        entries = pickles.sharded_entries(path, asked)
+    by_name = all(shard.suffix == ".safetensors" for shard in places)
+    entries = safetensors.sharded_entries(path) if by_name else pickles.sharded_entries(path, asked)
     notes = (f"Opened {len(entries)} tensors in {len(places)} shards.",)
-    return Source(path, entries, notes, files=(path, *sorted(places)))
+    return Source(path, entries, notes, files=(path, *sorted(places)), by_name=by_name)
 
 
 def from_zip(path: Path, names: Sequence[str], inner: set[str]) -> Source:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pcq import weight_norm
 from pcq.errors import PcqError
 from pcq.sources.archive import check_sums, damaged
 from pcq.sources.safetensors import pick, read_index
@@ -78,6 +79,8 @@ def open_pickle(path: Path, asked: Asked) -> Opened:
         notes.append("Opened with --unsafe-pickle: code in the file could run.")
     where, found, beside = find_state(loaded, path, asked.key)
     module = next((x for x in (loaded, found) if isinstance(x, nn.Module)), None)
+    if module is not None and (count := weight_norm.remove(module)):
+        notes.append(weight_norm.note(count))
     state = found.state_dict() if isinstance(found, nn.Module) else found
     for name, value in state.items():
         if isinstance(value, tuple) and any(isinstance(each, Tensor) and each.is_quantized for each in value):

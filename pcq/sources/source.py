@@ -4,12 +4,13 @@ import hashlib
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from pcq import weight_norm
 from pcq.errors import PcqError, did_you_mean
 
 PREFIXES = ("module.", "_orig_mod.", "model.")
@@ -48,6 +49,7 @@ class Source:
         program: the exported program without its weights (see ``pcq.sources.pt2``), for ``.pt2``.
         make_module: loads the network with its weights, where the file holds one.
         files: what is read: the file, or an index and its shards.
+        by_name: the file lists its tensors by their names, not in the network's order.
     """
 
     path: Path
@@ -57,6 +59,7 @@ class Source:
     program: bytes | None = field(default=None, repr=False)
     make_module: Callable[[], nn.Module] | None = field(default=None, repr=False)
     files: tuple[Path, ...] = ()
+    by_name: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -136,6 +139,39 @@ def strip_prefixes(entries: Mapping[str, Entry]) -> tuple[dict[str, Entry], list
         found = {name.removeprefix(prefix): found[name] for name in _counted(found)}
         notes.append(f"Took the prefix '{prefix}' off all {len(found)} names.")
     return found, notes
+
+
+def put_together(entries: Mapping[str, Entry], by_name: bool) -> tuple[dict[str, Entry], list[str]]:
+    """A weight in the place of the two parts of each weight_norm, read when asked for; ``-> entries, notes``.
+
+    It stands before its layer's bias, as in a layer without a weight_norm, unless the file lists tensors ``by_name``.
+    """
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    found = weight_norm.parts(shapes, {name: entry.dtype for name, entry in entries.items()})
+    if not found:
+        return dict(entries), []
+    joined: dict[str, Entry] = {}
+    places: dict[str, list[str]] = {}
+    biases: dict[str, str] = {}
+    for layer, _, last in () if by_name else (name.rpartition(".") for name in entries):
+        if last.startswith("bias"):
+            biases.setdefault(layer, f"{layer}.{last}" if layer else last)
+    for weight, parts in found.items():
+        g, v = entries[parts.g], entries[parts.v]
+        identity = None if g.identity is None or v.identity is None else (g.identity, v.identity, parts.axis)
+        joined[weight] = Entry(v.shape, v.dtype, partial(_join, parts, g, v), identity)
+        places.setdefault(biases.get(weight.rpartition(".")[0], parts.g), []).append(weight)
+    gone = {name for parts in found.values() for name in (parts.g, parts.v)}
+    put: dict[str, Entry] = {}
+    for name, entry in entries.items():
+        put |= {weight: joined[weight] for weight in places.get(name, ())}
+        if name not in gone:
+            put[name] = entry
+    return put, [weight_norm.note(len(found))]
+
+
+def _join(parts: weight_norm.Parts, g: Entry, v: Entry) -> Tensor:
+    return parts.join(g.read(), v.read())
 
 
 def _counted(entries: Mapping[str, Entry]) -> Sequence[str]:
