@@ -343,6 +343,37 @@ def pictures(folder: Path, **changes: Tensor) -> str:
     return f"npz:{folder / 'pictures.npz'}"
 
 
+class Grey(nn.Module):
+    """One input, whose shape its spec does not tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.head = nn.Conv2d(1, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, grey: Tensor) -> Tensor:
+        return self.head(self.conv(grey).relu().mean((2, 3)))
+
+
+def test_int8_takes_the_shape_of_one_input_from_the_samples(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", x=torch.randn(30, 1, 8, 8).numpy())
+    artifact, spec = packed(tmp_path, Grey()), f"npz:{tmp_path / 'x.npz'}"
+    made = pcq.export_onnx(artifact, tmp_path / "x.onnx", int8=Int8(spec, samples=10, max_drop=50))
+    assert made.int8 is not None
+    assert onnx_input(made.path) == ["batch", 1, 8, 8]
+    with pytest.raises(PcqError, match=r"its samples are \[1, 8, 8\], the network takes \[1, 9, 9\]"):
+        pcq.export_onnx(artifact, tmp_path / "y.onnx", input_shape=(1, 9, 9), int8=Int8(spec, samples=10))
+    two = packed(tmp_path, Pair())
+    with pytest.raises(PcqError, match="the network takes 2 inputs"):
+        pcq.export_onnx(two, tmp_path / "y.onnx", int8=Int8(spec, samples=10))
+
+
+def onnx_input(path: Path) -> list[object]:
+    import onnx
+
+    return [axis.dim_param or axis.dim_value for axis in onnx.load(path).graph.input[0].type.tensor_type.shape.dim]
+
+
 def test_int8_of_several_inputs_has_the_ranges_of_each(tmp_path: Path) -> None:
     spec, artifact = pictures(tmp_path), packed(tmp_path, Pair())
     made = pcq.export_onnx(artifact, tmp_path / "x.onnx", int8=Int8(spec, samples=20, ranges="minmax", max_drop=10))

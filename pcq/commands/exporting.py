@@ -103,7 +103,8 @@ def export_onnx(
         input_shape: one sample's shape without the batch, such as ``(3, 224, 224)``; default: what the architecture
             is made for.
         example: a data spec instead, whose first samples the file is compared with torch on, too. It also says what the
-            inputs of a network of several are: an array for each by its name, as for calibration.
+            inputs of a network of several are: an array for each by its name, as for calibration. Without it and
+            ``input_shape`` the samples of ``int8`` say so, where the architecture does not.
         target_ort: the oldest ONNX Runtime that must run the file.
         layout: how weights lie in the file where that serves, ``exact`` elsewhere; see ``pcq.export.layouts``.
         aim: choose a layout for each weight instead.
@@ -140,7 +141,8 @@ def export_onnx(
     network = load_network(stored, source, arch)
     observed = None if int8 is None or int8.data is None else _opened(int8.data, "train", network)
     given = first(example, network.module, input_shape)
-    if observed is not None and observed.several and not (given or network.inputs or input_shape):
+    unknown = not (given or network.inputs or input_shape)
+    if observed is not None and unknown and (observed.several or network.input_shape is None):
         given = observed.inputs(observed.data.take(list(range(min(FIRST, observed.data.n)))))
     shape = tuple(given[0].shape[1:]) if len(given) == 1 else input_shape or network.input_shape
     named = isinstance(network.inputs, dict)
