@@ -27,6 +27,7 @@ from pcq.sources import open_source
 
 STATE_DICT = "Save the network's weights as a state dict: torch.save(model.state_dict(), 'weights.pt')."
 AGAIN = "Fetch or write it again."
+RECONSTRUCT = f"{np.ones(1).__reduce__()[0].__module__}._reconstruct"
 ORIGINAL = "Give the state dict of the original model: torch.save(model.state_dict(), 'weights.pt')."
 
 
@@ -167,6 +168,10 @@ BAD = [
     Bad("an empty dict", "model.pt", saved({}), "it holds nothing. Give a checkpoint with the network's weights."),
     Bad("no weights", "model.pt", saved({"epoch": 3, "optimizer": {"state": {0: {"m": torch.ones(2)}}}}),
         "it holds no tensors, only epoch, optimizer. Give a checkpoint with the network's weights."),
+    Bad("NumPy arrays for weights", "model.pt", saved({"w": np.ones((4, 3))}),
+        "it holds NumPy arrays, not only tensors. If they are the weights, save them as tensors, "
+        "torch.from_numpy(array) for each, or as an .npz: numpy.savez('weights.npz', **arrays). If they stand beside "
+        f"the weights and you trust the file, add `--allow-global {RECONSTRUCT} --allow-global numpy.ndarray`"),
     Bad("an empty safetensors file", "model.safetensors", lambda path: save_file({}, path),
         "it holds no tensors. Give a checkpoint with the network's weights."),
     Bad("two networks", "model.pt", saved({"generator": weights(), "discriminator": weights()}),

@@ -370,6 +370,16 @@ def test_a_pickled_module_of_torchvision(options: str, tmp_path: Path) -> None:
     assert done.stdout.strip() == "['classifier.weight', 'classifier.bias']", done.stderr
 
 
+@pytest.mark.parametrize("state", [{"w": np.ones((4, 3))}, {"net": {"w": np.ones(3)}, "epoch": 3}])
+def test_numpy_arrays_that_are_let_in_are_no_weights(state: dict[str, object], tmp_path: Path) -> None:
+    path, allowed = tmp_path / "m.pt", [f"{np.ones(1).__reduce__()[0].__module__}._reconstruct", "numpy.ndarray"]
+    torch.save(state, path)
+    with pytest.raises(PcqError, match=r"it holds NumPy arrays, not tensors.*torch.from_numpy.*numpy.savez"):
+        open_source(path, allow_globals=allowed)
+    torch.save({"state_dict": {"w": torch.ones(3)}} | state, path)
+    assert open_source(path, allow_globals=allowed).names == ["w"]
+
+
 def test_a_pickled_module_needs_leave(net: Net, tmp_path: Path) -> None:
     path = tmp_path / "net.pt"
     torch.save(net, path)

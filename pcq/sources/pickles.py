@@ -25,7 +25,7 @@ from pcq.sources.archive import check_sums, damaged
 from pcq.sources.safetensors import pick, read_index
 from pcq.sources.source import Entry
 from pcq.sources.tensors import tensor_entries
-from pcq.sources.wrappers import find_state, listed
+from pcq.sources.wrappers import ARRAYS, find_state, listed
 from pcq.torchvision_compat import declare_operators
 
 RUNS_CODE = re.compile(
@@ -44,6 +44,8 @@ PLAIN_DATA: list[Any] = [
     (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
 ]
 """What training scripts store beside the weights and torch does not allow by itself; building it runs no code."""
+ARRAY = re.compile(r"numpy\.(_?core\.multiarray\._reconstruct|ndarray)")
+"""What builds a NumPy array."""
 BLOCKED = re.compile(r"GLOBAL ([\w.]+)")
 
 
@@ -158,6 +160,12 @@ def refusal(path: Path, blocked: Sequence[str]) -> PcqError:
         what = f"loading it would run code of its own choosing: it calls {', '.join(hostile)}"
         return PcqError(what, where=str(path), todo="Nothing was run. Do not open this file with anything else either")
     own = [name for name in blocked if not name.startswith("torch.nn.modules.")] or list(blocked)
+    if all(ARRAY.fullmatch(name) for name in blocked):
+        flags = " ".join(f"--allow-global {name}" for name in blocked)
+        todo = (
+            f"If they are the weights, {ARRAYS}. If they stand beside the weights and you trust the file, add `{flags}`"
+        )
+        return PcqError("it holds NumPy arrays, not only tensors", where=str(path), todo=todo)
     flags = " ".join(f"--allow-global {name}" for name in own)
     todo = (
         f"If you trust the file, add `{flags}` (these classes are then loaded, nothing else), or --unsafe-pickle "

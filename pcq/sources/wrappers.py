@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from pcq.errors import PcqError, did_you_mean
@@ -16,6 +17,8 @@ WRAPPER = re.compile(
 """Names under which training scripts keep the weights."""
 NOT_WEIGHTS = re.compile(r"optim|sched|scaler|rng|callbacks|loops|hparams|hyper_parameters|criterion|queue", re.I)
 """Names under which they keep other things that can hold tensors."""
+ARRAYS = "save them as tensors, torch.from_numpy(array) for each, or as an .npz: numpy.savez('weights.npz', **arrays)"
+"""What to do where weights are NumPy arrays."""
 
 
 class NoSuchState(PcqError):
@@ -63,6 +66,8 @@ def find_state(loaded: Any, path: Path, key: str | None = None) -> tuple[str, An
         return where, value, [str(name) for name in loaded if name != top]
     if has_tensors(loaded):
         return "", loaded, []
+    if has_arrays(loaded):
+        raise PcqError("it holds NumPy arrays, not tensors", where=str(path), todo=f"If they are the weights, {ARRAYS}")
     held = f"no tensors, only {listed([str(key) for key in loaded])}" if loaded else "nothing"
     raise PcqError(f"it holds {held}", where=str(path), todo="Give a checkpoint with the network's weights")
 
@@ -83,6 +88,11 @@ def candidates(loaded: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, A
 
 def has_tensors(mapping: Mapping[Any, Any]) -> bool:
     return any(isinstance(key, str) and isinstance(value, Tensor) for key, value in mapping.items())
+
+
+def has_arrays(value: Any) -> bool:
+    """Whether it is a NumPy array, or a mapping with one somewhere inside."""
+    return isinstance(value, np.ndarray) or (isinstance(value, Mapping) and any(map(has_arrays, value.values())))
 
 
 def _count(value: Any) -> int:
