@@ -349,6 +349,10 @@ def _training(network: nn.Module, weights: Weights) -> None:
     network.train()
 
 
+def _projected(network: nn.Module, weights: Weights) -> None:
+    network.add_module("rnn", nn.LSTM(6, 4, proj_size=2).eval())
+
+
 def _unknown(network: nn.Module, weights: Weights) -> None:
     weights["a.wieght"] = weights.pop("a.weight")
 
@@ -363,6 +367,7 @@ def _shape(network: nn.Module, weights: Weights) -> None:
         (_wrong_values, "a.weight: the network holds other values than the codes stand for"),
         (_half, "a.weight: the network holds it in float16. Allowed: float32"),
         (_training, "the network is in training mode. Call .eval() first"),
+        (_projected, "rnn: it is an LSTM with proj_size, which ONNX has not: torch leaves its projection out. Export"),
         (_unknown, "a.wieght: the network has no such parameter. Did you mean 'a.weight'?"),
         (_shape, "has shape [10, 6] in the network and [6, 10] in its codes"),
         (lambda network, weights: weights.clear(), "there are no quantized weights"),

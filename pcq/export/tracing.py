@@ -57,7 +57,8 @@ def trace(network: nn.Module | ExportedProgram, example: Example | None, opset: 
     the dimensions it was exported with; without an example its own is taken.
 
     Raises:
-        PcqError: the network is in training mode or not on the CPU; torch cannot export it; its batch size is fixed.
+        PcqError: the network is in training mode or not on the CPU; torch cannot export it, or would leave
+            something out; its batch size is fixed.
     """
     if example is None and isinstance(network, ExportedProgram) and network.example_inputs is not None:
         example = tuple(pytree.tree_leaves(network.example_inputs))
@@ -142,6 +143,10 @@ def _check(module: nn.Module) -> None:
     elsewhere = [name for name, value in module.state_dict().items() if value.device.type != "cpu"]
     if elsewhere:
         problems.append(PcqError("the weights are not in CPU memory", where=elsewhere[0], todo="Call .cpu() first"))
+    projected = [name for name, child in module.named_modules() if isinstance(child, nn.LSTM) and child.proj_size]
+    if projected:
+        what = "it is an LSTM with proj_size, which ONNX has not: torch leaves its projection out"
+        problems.append(PcqError(what, where=projected[0] or "export", todo="Export a program instead: --pt2"))
     raise_all(problems)
 
 
