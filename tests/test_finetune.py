@@ -552,6 +552,15 @@ def test_a_budget_chooses_the_levels_first(calibration: str | None, tmp_path: Pa
     assert report_of(made)["allocation"]["budget"] == "2.5bits"
 
 
+def test_a_budget_that_is_too_small_names_only_what_there_is(tmp_path: Path) -> None:
+    """It had sent users to `--dry-run`, which `finetune` does not have."""
+    recipe = tmp_path / "b.yaml"
+    rules = '[{match: fc.weight, keep: small}, {match: "*", levels: ternary}]'
+    recipe.write_text(f"pcq: 1\nbudget: 1kB\nrules: {rules}\n")
+    with pytest.raises(PcqError, match="counts too: `pcq quantize --dry-run` lists it"):
+        tune(tmp_path / "x.safetensors", str(recipe))
+
+
 def test_a_run_of_a_budget_goes_on(tmp_path: Path) -> None:
     budget = [f"budget={small(tmp_path).stat().st_size}B"]
     with pytest.raises(Killed):

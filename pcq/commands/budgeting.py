@@ -213,11 +213,11 @@ class Problem:
             bits = isinstance(self.limit, Bits)
             numel = sum(entry.parameter.numel for entry in self.entries)
             said = f"{8 * self.least / numel:.3f} bits" if bits else f"{self.least:,} bytes"
+            counts = "; what stays float counts too: `pcq quantize --dry-run` lists it"
             raise PcqError(
                 f"{self.budget} is less than the smallest levels for every weight take, {said}",
                 where="budget",
-                todo="Give it more"
-                + ("" if bits or not self.planned.plan.kept else "; what stays float counts too, see `--dry-run`"),
+                todo="Give it more" + ("" if bits or not self.planned.plan.kept else counts),
             )
 
     def solve(
