@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pcq.data import Data
 from pcq.data.inputs import filled, held_batch, refuse_kind
 from pcq.errors import CheckFailed, PcqError, did_you_mean, first_line
+from pcq.logits import main_name, main_output
 from pcq.progress import Progress, silent
 
 Predictor = Callable[[Tensor], Tensor]
@@ -158,8 +159,8 @@ def channels_last(x: Tensor) -> str:
 def module_predictor(module: nn.Module) -> Callable[..., Tensor]:
     """``module`` in eval mode without gradients, on the device and in the precision of its first parameter.
 
-    It takes samples, one tensor for each input. Of several outputs the first counts; a Hugging Face output's is its
-    logits. The fixed batch of an exported program is filled up with zeros.
+    It takes samples, one tensor for each input. Of several outputs the one called ``logits`` counts, else the
+    first. The fixed batch of an exported program is filled up with zeros.
     """
     module.eval()
     held = held_batch(module)
@@ -182,9 +183,7 @@ def module_predictor(module: nn.Module) -> Callable[..., Tensor]:
             where = f"samples of {' and '.join('x'.join(map(str, x.shape[1:])) for x in inputs)}"
             todo = next((said for x in inputs if (said := channels_last(x))), "")
             raise PcqError(f"the network does not take them: {told}", where=where, todo=todo) from error
-        out = getattr(out, "logits", out)
-        while isinstance(out, (tuple, list, dict)) and len(out):
-            out = next(iter(out.values())) if isinstance(out, dict) else out[0]
+        out = main_output(out)
         if not isinstance(out, Tensor):
             raise PcqError(f"it returns a {type(out).__name__}", where="the network", allowed="a tensor [b, classes]")
         return out.float().cpu()
@@ -193,7 +192,9 @@ def module_predictor(module: nn.Module) -> Callable[..., Tensor]:
 
 
 def onnx_predictor(path: str | Path, names: Sequence[str] = ()) -> Callable[..., Tensor]:
-    """The ONNX file in ONNX Runtime on the CPU. Its first output counts; a fixed batch is filled up with zeros.
+    """The ONNX file in ONNX Runtime on the CPU. Of its outputs ``logits`` counts, else the first.
+
+    A fixed batch is filled up with zeros.
 
     Args:
         path: the file.
@@ -222,7 +223,7 @@ def onnx_predictor(path: str | Path, names: Sequence[str] = ()) -> Callable[...,
         what = f"its inputs are {', '.join(inputs)}, the data has {', '.join(names)}"
         raise PcqError(what, where=str(path), todo=did_you_mean(lost[0], inputs))
     taken = [inputs[name] for name in names] or list(inputs.values())
-    output = session.get_outputs()[0].name
+    output = main_name([value.name for value in session.get_outputs()])
     dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
     dtypes |= {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_}  # type: ignore[dict-item]
     if strange := [value.type for value in taken if value.type not in dtypes]:

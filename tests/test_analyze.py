@@ -146,6 +146,26 @@ def test_of_several_outputs_each_counts():
     assert step.error == pytest.approx(sum(each.error for each in alone.values()), rel=1e-4)
 
 
+class Named(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = torch.nn.Linear(6, 8), torch.nn.Linear(8, 3)
+
+    def forward(self, x):
+        hidden = self.body(x).relu()
+        return {"hidden": hidden, "logits": self.head(hidden)}
+
+
+def test_agreement_is_that_of_what_is_called_logits():
+    module, x = Named().eval(), torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
+    other = {"head.weight": -module.head.weight.detach()}
+    exact, flipped = (torch.func.functional_call(module, w, (x,))["logits"].argmax(1) for w in ({}, other))
+    agreement = pytest.approx(100 * float((exact == flipped).float().mean()))
+    assert agreement != 100
+    assert Bench.of(module, (x,)).one_by_one({}, other)["head.weight"].agreement == agreement
+    assert compared("", all_outputs(module, other, x), all_outputs(module, {}, x)).agreement == agreement
+
+
 class Net(torch.nn.Module):
     """Its last output is masked."""
 

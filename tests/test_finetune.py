@@ -645,6 +645,29 @@ def test_a_run_that_cannot_begin_leaves_the_last_ones_measurements(tmp_path: Pat
         tune(out, save_every=0)
 
 
+class Named(Small):
+    """Gives its logits by name, behind something else; the last layer reads that."""
+
+    def forward(self, x: Tensor) -> Any:
+        seen: list[Tensor] = []
+        with self.fc.register_forward_pre_hook(lambda _, given: seen.append(given[0])):
+            out = super().forward(x)
+        return {"hidden": seen[0], "logits": out}
+
+
+@pytest.mark.parametrize("more", [{}, {"overrides": ["finetune.distill=0.5"]}])
+def test_logits_in_a_dictionary_are_what_is_trained_and_scored(more: dict[str, Any], tmp_path: Path) -> None:
+    """Its first entry had been."""
+    named = pcq.finetune(
+        small(tmp_path), "ternary", "digits", out=tmp_path / "x.safetensors", arch=f"{__name__}:Named", steps=2, **more
+    )
+    plain = tune(tmp_path / "y.safetensors", steps=2, **more)
+    assert [row.test for row in named.rows] == [row.test for row in plain.rows]
+    assert load_file(named.path).keys() == load_file(plain.path).keys()
+    for name, tensor in load_file(plain.path).items():
+        assert torch.equal(tensor, load_file(named.path)[name]), name
+
+
 class Silent(Small):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[1] != 1:
@@ -772,7 +795,14 @@ def test_the_loss_is_cross_entropy_and_divergence() -> None:
 
 def test_logits_are_found() -> None:
     x = torch.zeros(2, 3)
-    assert logits(x) is logits((x, 1)) is logits({"a": x}) is logits(type("Out", (), {"logits": x})()) is x
+    assert (
+        logits(x)
+        is logits((x, 1))
+        is logits({"a": x})
+        is logits({"a": 1, "logits": x})
+        is logits(type("Out", (), {"logits": x})())
+        is x
+    )
     with pytest.raises(PcqError, match=r"its output is of shape \[2\]"):
         logits(torch.zeros(2))
 

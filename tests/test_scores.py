@@ -12,9 +12,13 @@ from onnx import TensorProto, helper
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pcq import qtensor
 from pcq.data import Data, from_arrays, open_data
 from pcq.demo.nets import resnet8
 from pcq.errors import CheckFailed, PcqError
+from pcq.export import write_onnx
+from pcq.quantizers import Uniform
+from pcq.rows import Rows
 from pcq.scores import evaluate, module_predictor, onnx_predictor
 
 
@@ -136,6 +140,8 @@ class Output(dict):  # type: ignore[type-arg]
         lambda out: out,
         lambda out: (out, out + 1),
         lambda out: {"out": out, "aux": out + 1},
+        lambda out: {"hidden": out + 1, "logits": out},
+        lambda out: ({"hidden": out + 1, "logits": (out, out + 2)}, out + 3),
         lambda out: Output(loss=out.sum(), logits=out),
     ],
 )
@@ -188,6 +194,18 @@ def test_onnx_runs_any_number_of_samples(tmp_path: Path, batch: str | int, dtype
         out = predict(x)
         assert out.shape == (n, 4)
         assert torch.allclose(out, x @ w + b, atol=1e-5 if dtype == TensorProto.FLOAT else 2e-2)
+
+
+def test_logits_in_a_dictionary_are_scored_in_the_onnx_file_too(tmp_path: Path) -> None:
+    net, x = Net(lambda out: {"hidden": out[:, :2] + 1, "logits": out}).eval(), torch.randn(5, 3)
+    weight = net.fc.weight.detach()
+    kept = qtensor.quantize(Uniform(8), weight, Rows(tuple(weight.shape), 0))
+    with torch.no_grad():
+        net.fc.weight.copy_(kept.dequantize())
+    write_onnx(net, {"fc.weight": kept}, (x,), tmp_path / "m.onnx")
+    out = onnx_predictor(tmp_path / "m.onnx")(x)
+    assert out.shape == (5, 4)
+    assert torch.allclose(out, module_predictor(net)(x), atol=1e-5)
 
 
 def test_onnx_files_that_cannot_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from pcq import qtensor
 from pcq import tape as tapes
@@ -18,6 +17,7 @@ from pcq.calibrate.oneshot import LayerReport, Settings, batches, calibrate
 from pcq.calibrate.padding import mask_at, of_tokens
 from pcq.data.inputs import filled, held_batch
 from pcq.errors import PcqError, first_line
+from pcq.logits import all_tensors
 from pcq.progress import Progress, silent
 from pcq.qtensor import QuantizedTensor, Quantizer
 from pcq.rows import Rows
@@ -119,9 +119,8 @@ def all_outputs(
 
 
 def of_each_sample(result: object, n: int) -> list[Tensor]:
-    """Of what a network puts out the floating tensors with a row for each of ``n`` samples."""
-    leaves = (leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
-    return [leaf for leaf in leaves if leaf.is_floating_point() and leaf.ndim and len(leaf) == n]
+    """Of what a network puts out the floating tensors with a row for each of ``n`` samples; ``logits`` come first."""
+    return [leaf for leaf in all_tensors(result) if leaf.is_floating_point() and leaf.ndim and len(leaf) == n]
 
 
 def output_error(y: Sequence[Tensor], aim: Sequence[Tensor]) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pcq.errors import PcqError, first_line
 from pcq.export import verify
+from pcq.logits import main_name
 
 Batch = Tensor | tuple[Tensor, ...]
 """Of the network's input, or of all of its inputs in their order."""
@@ -74,10 +75,10 @@ def arrays(batch: Batch) -> list[npt.NDArray[Any]]:
 
 
 def outputs(path: Path, samples: Samples) -> npt.NDArray[np.float32]:
-    """The first output on all samples."""
+    """The output that counts, on all samples."""
     session: ort.InferenceSession = verify.open_session(str(path), optimised=True)
     names = [value.name for value in session.get_inputs()]
-    output = session.get_outputs()[0].name
+    output = main_name([value.name for value in session.get_outputs()])
     try:
         feeds = (dict(zip(names, arrays(x), strict=True)) for x, _ in samples)
         return np.concatenate([np.asarray(session.run([output], feed)[0]) for feed in feeds])

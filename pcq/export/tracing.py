@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -16,6 +17,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from pcq.errors import PcqError, raise_all
+from pcq.logits import NAME, main_output
 
 Example = Sequence[Tensor] | Mapping[str, Tensor]
 """A network's inputs: positional, or by the names of ``forward``'s arguments."""
@@ -89,13 +91,27 @@ def trace(network: nn.Module | ExportedProgram, example: Example | None, opset: 
     if not isinstance(network, ExportedProgram | torch.fx.GraphModule) and not batched[0]:
         raise FixedBatch
 
-    def run(values: Sequence[Tensor]) -> list[Tensor]:
+    def result(values: Sequence[Tensor]) -> Any:
         with torch.no_grad():
-            result = module(**dict(zip(inputs, values, strict=True))) if isinstance(inputs, dict) else module(*values)
-        return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+            return module(**dict(zip(inputs, values, strict=True))) if isinstance(inputs, dict) else module(*values)
 
+    def run(values: Sequence[Tensor]) -> list[Tensor]:
+        return [leaf for leaf in pytree.tree_leaves(result(values)) if isinstance(leaf, Tensor)]
+
+    if len(graph.outputs) > 1:
+        _name_main(graph, result(leaves))
     used, smallest = _signature(program.exported_program, tensors_of(network))
     return Traced(program.model, used, leaves, batched, smallest, run)
+
+
+def _name_main(graph: ir.Graph, result: Any) -> None:
+    """Give the output that counts its name, where it is not the first, so that whoever runs the file knows it."""
+    found = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+    main = main_output(result)
+    at = next((i for i, leaf in enumerate(found) if leaf is main), 0)
+    taken = {value.name for node in graph for value in node.outputs} | {value.name for value in graph.inputs}
+    if at and len(found) == len(graph.outputs) and not {NAME} & (taken | graph.initializers.keys()):
+        graph.outputs[at].name = NAME
 
 
 def tensors_of(network: nn.Module | ExportedProgram) -> dict[str, Tensor]:

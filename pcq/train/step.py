@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcq.errors import PcqError
+from pcq.logits import main_output
 from pcq.settings import Finetune
 from pcq.train.ranks import ALONE, Ranks
 
@@ -51,10 +52,8 @@ def _cosine(first: float, last: float, share: float) -> float:
 
 
 def logits(out: Any) -> Tensor:
-    """The first output; a Hugging Face output's is its logits."""
-    out = getattr(out, "logits", out)
-    while isinstance(out, (tuple, list, dict)) and len(out):
-        out = next(iter(out.values())) if isinstance(out, dict) else out[0]
+    """The output called ``logits``, else the first."""
+    out = main_output(out)
     if not isinstance(out, Tensor) or out.ndim != 2:
         found = f"of shape {list(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
         raise PcqError(f"its output is {found}", where="the network", allowed="a tensor [b, classes]")

@@ -1,0 +1,34 @@
+"""Which of a network's outputs counts: what it calls its logits, else the first."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+NAME = "logits"
+
+
+def main_output(out: Any) -> Any:
+    """Of what a network returned its ``logits``, an attribute (Hugging Face) or a key, else the first of it."""
+    while True:
+        if isinstance(out, Mapping) and len(out):
+            out = out[NAME] if NAME in out else next(iter(out.values()))
+        elif hasattr(out, NAME):
+            out = getattr(out, NAME)
+        elif isinstance(out, tuple | list) and len(out):
+            out = out[0]
+        else:
+            return out
+
+
+def all_tensors(out: Any) -> list[Tensor]:
+    """Its tensors, that of :func:`main_output` before the others."""
+    found = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
+    main = main_output(out)
+    return [main, *(leaf for leaf in found if leaf is not main)] if isinstance(main, Tensor) else found
+
+
+def main_name(names: Sequence[str]) -> str:
+    """Of an ONNX graph's outputs the one that counts."""
+    return NAME if NAME in names else names[0]
