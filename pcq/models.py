@@ -200,7 +200,7 @@ def _own(spec: Spec) -> nn.Module:
         raise PcqError(
             f"there is no such file in {file.parent}", where=str(spec), todo=f"Say where it is: --arch {there}"
         )
-    found = call(spec)
+    found = _inside(call(spec))
     if not isinstance(found, nn.Module):
         todo = f"Let '{spec.name}' return the network itself"
         raise PcqError(f"it returned a {type(found).__name__}, not a torch.nn.Module", where=str(spec), todo=todo)
@@ -220,6 +220,18 @@ def _own(spec: Spec) -> nn.Module:
             what = f"it returned weights that it had returned before, and a copy of them raised {first_line(error)}"
             raise PcqError(what, where=str(spec), todo=f"Let '{spec.name}' make a new network each time") from error
     _given.update((parameter, True) for parameter in found.parameters())
+    return found
+
+
+def _inside(found: Any) -> Any:
+    """What ``torch.compile``, DataParallel or DistributedDataParallel has wrapped, else ``found`` itself."""
+    while isinstance(found, nn.Module):
+        if isinstance(found, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            found = found.module
+        elif list(found._modules) == ["_orig_mod"]:  # OptimizedModule, whose import would take seconds
+            found = found._modules["_orig_mod"]
+        else:
+            break
     return found
 
 

@@ -282,6 +282,18 @@ class Counts(nn.Linear):
 """
 
 
+WRAPPERS = """
+from torch import distributed as dist
+def compiled_parallel(net): return torch.compile(nn.DataParallel(net))
+def distributed(net):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        return nn.parallel.DistributedDataParallel(net)
+    finally:
+        dist.destroy_process_group()
+"""
+
+
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     (tmp_path / "nets.py").write_text(OWN)
@@ -299,6 +311,16 @@ def test_own_functions_and_classes(own: str, monkeypatch: pytest.MonkeyPatch) ->
     assert models.build("nets:net").state_dict()["0.weight"].shape == (4, 3)
     assert models.build("nets.py:net").state_dict()["0.weight"].shape == (4, 3)
     assert models.build("pcq.demo.nets:resnet8?num_classes=3").state_dict()["fc.weight"].shape == (3, 64)
+
+
+@pytest.mark.parametrize("wrapper", ["torch.compile", "nn.DataParallel", "compiled_parallel", "distributed"])
+def test_a_wrapped_network_is_the_one_inside(wrapper: str, own: str) -> None:
+    """It had been another architecture."""
+    with open(own, "a") as file:
+        file.write(WRAPPERS + f"def wrapped(): return {wrapper}(net())\n")
+    found = models.build(f"{own}:wrapped")
+    assert type(found) is nn.Sequential
+    assert list(found.state_dict()) == ["0.weight", "0.bias"]
 
 
 def test_a_function_that_returns_the_same_weights_again_gives_networks_of_their_own(
