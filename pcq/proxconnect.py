@@ -206,6 +206,7 @@ class ProxConnect:
         self._skips = False
         self._asked = 0
         self._exchanged = False
+        self._rounded = False
         self._batch: tuple[list[Grid], prox_gpu.Batch | None, list[_Tracked]] | None = None
         self._weights = {name: _Tracked(target, method, refit is not None) for name, target in weights.items()}
         self._groups = self._grouped()
@@ -223,7 +224,7 @@ class ProxConnect:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy brings its optimizer's copy, which torch makes without hooks, and is attached to that if this is."""
-        return {**vars(self), "_hooks": bool(self._hooks), "_batch": None}
+        return {**vars(self), "_hooks": bool(self._hooks), "_batch": None, "_rounded": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -240,6 +241,11 @@ class ProxConnect:
             raise PcqError(
                 "the optimizer's step was called with a closure, which would be evaluated at the wrong weights",
                 todo="Compute the loss and call backward() first, then step() without a closure.",
+            )
+        if self._rounded:
+            raise PcqError(
+                "an optimizer step within quantized(), whose end gives the weights back: it would be lost",
+                todo="Step outside of it",
             )
         # A fused optimizer is called by GradScaler even for a step that it is to leave out.
         found_inf = getattr(optimizer, "found_inf", None)
@@ -433,7 +439,7 @@ class ProxConnect:
     @contextmanager
     def quantized(self) -> Iterator[dict[str, Grid]]:
         """Within it the model has its weights on the nearest levels (which it gives), to be scored as what it is going
-        to be.
+        to be. A step of the optimizer is refused there.
 
         Raises:
             PcqError: a schedule-free optimizer is in its eval mode.
@@ -445,11 +451,13 @@ class ProxConnect:
             if self.method.posttraining:
                 weight.grid = qtensor.fit(weight.quantizer, weight.whole(weight.shown), weight.rows)
             weight.shown.copy_(weight.own(weight.nearest(weight.whole(self._latent(weight)))))
+        before, self._rounded = self._rounded, True
         try:
             yield {name: weight.grid for name, weight in self._weights.items()}
         finally:
-            for weight, (before, grid) in zip(self._weights.values(), kept, strict=True):
-                weight.shown.copy_(before)
+            self._rounded = before
+            for weight, (shown, grid) in zip(self._weights.values(), kept, strict=True):
+                weight.shown.copy_(shown)
                 weight.grid = grid
 
     @torch.no_grad()

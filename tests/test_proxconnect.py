@@ -573,6 +573,24 @@ def test_a_closure_is_refused_before_anything_moves() -> None:
     assert prox.step == 1
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_within_quantized_is_refused(name: str) -> None:
+    """It was lost without a word."""
+    model = network()
+    optimizer = OPTIMIZERS["adamw"](list(model.parameters()))
+    prox = ProxConnect(optimizer, weights(model), METHODS[name], steps=STEPS)
+    train(model, optimizer, 0, 2)
+    before = copy.deepcopy((prox.state_dict(), model.state_dict(), optimizer.state_dict()))
+    with prox.quantized():
+        with prox.quantized():
+            pass
+        with pytest.raises(PcqError, match=r"within quantized\(\).*would be lost. Step outside of it"):
+            train(model, optimizer, 2, 3)
+    same(before, (prox.state_dict(), model.state_dict(), optimizer.state_dict()))
+    train(model, optimizer, 2, 3)
+    assert prox.step == 3
+
+
 @pytest.mark.parametrize("name", ["proxconnect", "reverse", "proxquant"])
 def test_a_schedule_free_optimizer_is_refused_while_it_shows_averages(name: str) -> None:
     """Its eval mode puts averages in the parameters' place; its train mode takes them back, and all goes on."""
