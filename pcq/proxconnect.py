@@ -6,6 +6,7 @@ Adam's moments and weight decay so belong to what is updated. Nothing is kept in
 to the parameter's dtype, and breaks Adam's lazy start), and nothing of the model is traced.
 """
 
+import gc
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -141,7 +142,7 @@ class _Tracked:
         return self.rows.merge(proximal(self.rows.split(weight), self.grid, Hard().shifts(1.0)))
 
 
-_attached: "weakref.WeakSet[torch.optim.Optimizer]" = weakref.WeakSet()
+_attached: "weakref.WeakSet[ProxConnect]" = weakref.WeakSet()
 
 
 def swaps(parameter: Tensor) -> bool:
@@ -182,8 +183,9 @@ class ProxConnect:
         refit: steps between refits of the levels to the moving weights; None: the levels stay as first fitted.
 
     Raises:
-        PcqError: the optimizer has one attached already, no hooks, averages in place of weights, or no learning rate
-            where the schedule grows by it; or a weight is not float32, not finite, not the optimizer's.
+        PcqError: the optimizer or a weight has one attached already; the optimizer has no hooks,
+            averages in place of weights, or no learning rate where the schedule grows by it; or a weight is not
+            float32, not finite, not the optimizer's.
     """
 
     def __init__(
@@ -220,7 +222,7 @@ class ProxConnect:
             self.optimizer.register_step_pre_hook(self._before),
             self.optimizer.register_step_post_hook(self._after),
         )
-        _attached.add(self.optimizer)
+        _attached.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy brings its optimizer's copy, which torch makes without hooks, and is attached to that if this is."""
@@ -540,7 +542,7 @@ class ProxConnect:
         for hook in self._hooks:
             hook.remove()
         self._hooks = ()
-        _attached.discard(self.optimizer)
+        _attached.discard(self)
 
     def state_dict(self) -> dict[str, Any]:
         """All there is to go on from, in tensors and plain values. As with an optimizer's, tensors are not copies.
@@ -621,6 +623,11 @@ def _refuse_averages(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
+def _taken() -> set[int]:
+    """Identities of the parameters that a ProxConnect has which is attached."""
+    return {id(weight.parameter) for prox in _attached for weight in prox._weights.values()}
+
+
 def _check(
     optimizer: torch.optim.Optimizer, weights: Mapping[str, Target], method: object, steps: int, refit: int | None
 ) -> None:
@@ -632,10 +639,19 @@ def _check(
         raise PcqError(what, allowed="a torch.optim.Optimizer", todo=todo) from None
     _refuse_averages(optimizer)
     problems = []
-    if optimizer in _attached:
-        problems.append(
-            PcqError("this optimizer has a ProxConnect attached already", todo="Call its finish() or detach() first.")
-        )
+    todo = "Call its finish() or detach() first."
+    taken = _taken()
+    if weights and any(id(target.parameter) in taken for target in weights.values()):
+        gc.collect()  # what nobody holds any more, but by the hooks, does not count
+        taken = _taken()
+    if any(prox.optimizer is optimizer for prox in _attached):
+        problems.append(PcqError("this optimizer has a ProxConnect attached already", todo=todo))
+    else:
+        problems += [
+            PcqError("has a ProxConnect already, by another optimizer", where=name, todo=todo)
+            for name, target in weights.items()
+            if id(target.parameter) in taken
+        ]
     if not isinstance(method, Method):
         what, todo = f"the method is a {type(method).__name__}", 'Write METHODS["proxconnect"], or another of them'
         problems.append(PcqError(what, allowed="a pcq.methods.Method", todo=todo))

@@ -640,6 +640,27 @@ def test_a_second_attachment_is_refused_until_the_first_is_off() -> None:
     assert not any(torch.equal(p.data, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
+def test_a_parameter_of_two_optimizers_gets_one_prox_connect() -> None:
+    """The second mapped what the first had mapped."""
+    model = network()
+    one, other = (OPTIMIZERS["adamw"](list(model.parameters())) for _ in range(2))
+    first = ProxConnect(one, {"a": weights(model)["0.weight"]}, steps=STEPS)
+    with pytest.raises(
+        PcqError, match=r"0\.weight: has a ProxConnect already, by another optimizer.*detach\(\)"
+    ) as told:
+        ProxConnect(other, weights(model), steps=STEPS)
+    assert "2.weight" not in str(told.value)
+    ProxConnect(other, {"b": weights(model)["2.weight"]}, steps=STEPS).detach()
+    first.detach()
+    ProxConnect(other, weights(model), steps=STEPS).detach()
+
+
+def test_a_prox_connect_that_is_gone_holds_no_parameter() -> None:
+    model = network()
+    for _ in range(3):  # each holds itself by its optimizer's hooks
+        ProxConnect(OPTIMIZERS["adamw"](list(model.parameters())), weights(model), steps=STEPS)
+
+
 def test_all_that_is_wrong_with_the_weights_is_said_at_once() -> None:
     good, half, nan, foreign = (nn.Parameter(torch.ones(2, 2)) for _ in range(4))
     half.data = half.data.to(torch.bfloat16)
