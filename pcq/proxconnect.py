@@ -7,6 +7,7 @@ to the parameter's dtype, and breaks Adam's lazy start), and nothing of the mode
 """
 
 import gc
+import inspect
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -173,7 +174,7 @@ class ProxConnect:
     every level is that of one process, whatever is cut. All processes then have to call every method.
 
     Args:
-        optimizer: any; its ``step`` has to be called without a closure.
+        optimizer: any whose ``step`` needs no closure, which LBFGS's does; it has to be called without one.
         weights: what to quantize; each is one of the optimizer's parameters, others of which are left alone.
         method: one of METHODS, or a Method of your own.
         schedule: the strength over the training. ProxQuant and reverse ProxConnect map what they have mapped at every
@@ -183,7 +184,7 @@ class ProxConnect:
         refit: steps between refits of the levels to the moving weights; None: the levels stay as first fitted.
 
     Raises:
-        PcqError: the optimizer or a weight has one attached already; the optimizer has no hooks,
+        PcqError: the optimizer or a weight has one attached already; the optimizer needs a closure, has no hooks,
             averages in place of weights, or no learning rate where the schedule grows by it; or a weight is not
             float32, not finite, not the optimizer's.
     """
@@ -638,6 +639,10 @@ def _check(
         todo = "Attach to the optimizer in it." if hasattr(optimizer, "optimizer") else ""
         raise PcqError(what, allowed="a torch.optim.Optimizer", todo=todo) from None
     _refuse_averages(optimizer)
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        what = f"{type(optimizer).__name__} is not taken: its step needs a closure, which would see the wrong weights"
+        raise PcqError(what, allowed="an optimizer whose step() goes without, such as SGD, AdamW, Muon")
     problems = []
     todo = "Call its finish() or detach() first."
     taken = _taken()

@@ -613,6 +613,12 @@ def test_a_schedule_free_optimizer_is_refused_while_it_shows_averages(name: str)
     straight.detach()
 
 
+def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
+    model = network()
+    with pytest.raises(PcqError, match=r"LBFGS is not taken: its step needs a closure.*such as SGD, AdamW, Muon"):
+        ProxConnect(torch.optim.LBFGS(model.parameters()), weights(model), steps=3)
+
+
 def test_a_wrapper_without_hooks_is_refused() -> None:
     model = network()
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
