@@ -46,6 +46,20 @@ BAD: dict[str, tuple[str, list[str]]] = {
         "pcq: 1\nrules:\n\t- match: first\n",
         ["r.yaml:3: a tab; YAML is indented with spaces. Replace it with spaces."],
     ),
+    "line separator": (
+        "pcq: 1\r\n# so\u2028called\r\nrules: []\r\n",
+        [
+            "r.yaml:2: the line separator U+2028: YAML readers disagree whether a line ends there. "
+            "Delete it, or replace it with a line break."
+        ],
+    ),
+    "next line": (
+        rules('- match: "a\x85b"', "  levels: binary"),
+        [
+            "r.yaml:3: the line separator U+0085: YAML readers disagree whether a line ends there. "
+            "Delete it, or replace it with a line break."
+        ],
+    ),
     "control character": ("pcq: 1\nrules: \x07\n", ["r.yaml:2: a control character (0x07). Delete it."]),
     "too deep": (
         "pcq: 1\nrules: " + "[" * 40,
