@@ -36,7 +36,17 @@ DEPTH = 12
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _FLOAT = re.compile(r"[-+]?(?=\.?[0-9])(0|[1-9][0-9]*)?(\.[0-9]*)?([eE][-+]?[0-9]+)?")
 _DISPUTED = re.compile(r"[-+]?(0[0-9_.]+([eE][-+]?[0-9]+)?|0[xob][0-9a-fA-F_]+|[0-9]+(:[0-5]?[0-9])+|[0-9]+(_[0-9]+)+)")
-_SEPARATOR = re.compile("[\x85\u2028\u2029]")
+_UNSEEN = {
+    "\x85\u2028\u2029": (
+        "the line separator {}: YAML readers disagree whether a line ends there",
+        "Delete it, or replace it with a line break",
+    ),
+    "\ufeff": ("a byte order mark ({}), which only the beginning of a file may have", "Delete it"),
+    "\xa0": ("a no-break space ({}); YAML is indented with spaces", "Replace it with spaces"),
+}
+"""What no editor shows, and what to say of it."""
+
+_ODD = re.compile("[\x85\u2028\u2029\ufeff]|^[ ]*\xa0", re.MULTILINE)
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF|nan|NaN|NAN)")
 _NULL = ("", "~", "null", "Null", "NULL")
@@ -135,10 +145,10 @@ class _Builder:
 
     def events(self) -> Iterator[Any]:
         """PyYAML's events; what it cannot parse becomes a sentence."""
-        if odd := _SEPARATOR.search(self.text):
-            line = len(_LINE_END.findall(self.text, 0, odd.start())) + 1
-            what = f"the line separator U+{ord(odd[0]):04X}: YAML readers disagree whether a line ends there"
-            raise PcqError(what, where=f"{self.file}:{line}", todo="Delete it, or replace it with a line break")
+        if odd := _ODD.search(self.text):
+            mark, line = odd[0][-1], len(_LINE_END.findall(self.text, 0, odd.start())) + 1
+            what, todo = next(said for marks, said in _UNSEEN.items() if mark in marks)
+            raise PcqError(what.format(f"U+{ord(mark):04X}"), where=f"{self.file}:{line}", todo=todo)
         try:
             yield from yaml.parse(self.text, Loader=yaml.SafeLoader)
         except yaml.reader.ReaderError as error:

@@ -60,6 +60,14 @@ BAD: dict[str, tuple[str, list[str]]] = {
             "Delete it, or replace it with a line break."
         ],
     ),
+    "byte order mark": (
+        "pcq: 1\n\ufeffrules: []\n",
+        ["r.yaml:2: a byte order mark (U+FEFF), which only the beginning of a file may have. Delete it."],
+    ),
+    "no-break space": (
+        "pcq: 1\nrules:\n \xa0- match: first\n",
+        ["r.yaml:3: a no-break space (U+00A0); YAML is indented with spaces. Replace it with spaces."],
+    ),
     "control character": ("pcq: 1\nrules: \x07\n", ["r.yaml:2: a control character (0x07). Delete it."]),
     "too deep": (
         "pcq: 1\nrules: " + "[" * 40,
