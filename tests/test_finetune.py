@@ -957,6 +957,11 @@ def test_the_usual_augmentation() -> None:
     ]  # fmt: skip
     with pytest.raises(PcqError, match="not images"):
         augment.make("crop", (5,))
+    for side, choices in ((8, 3), (16, 5), (32, 9)):  # a pixel each way for every eight
+        change, rows = augment.make("crop", (1, side, side)), torch.arange(1.0, side + 1)
+        assert change is not None
+        columns = change(rows.expand(400, 1, side, side), generator(0))[:, 0, side // 2, side // 2]
+        assert len(columns.unique()) == choices
 
 
 def test_without_batchnorm_estimates_scores_are_with_the_statistics_of_training(tmp_path: Path) -> None:
@@ -1159,6 +1164,8 @@ def trained(**changes: Any) -> loop.Trained:
         ({"hard_from": 98}, "only 2 steps before the end"),
         ({"telemetry": (Telemetry(70, 0.95, 0.9, 0.0, 0.1), Telemetry(100, 1.0, 1.0, 0.01, 0.1))}, "1.000 %"),
         ({"epochs": (loop.Epoch(80, 1.0, 0.3, 90.0), loop.Epoch(100, 2.0, 0.2, 80.0))}, "got worse"),
+        ({"epochs": (loop.Epoch(80, 1.0, 0.3, 90.0), loop.Epoch(100, 2.0, 0.2, 88.9))}, "got worse"),
+        ({"epochs": (loop.Epoch(80, 1.0, 0.3, 90.0), loop.Epoch(100, 2.0, 0.2, 89.1))}, None),
     ],
 )
 def test_warnings_in_words(changes: dict[str, Any], says: str | None) -> None:

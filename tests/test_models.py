@@ -510,6 +510,7 @@ def test_parts_of_a_weight_are_left_float_and_say_what_to_do() -> None:
         (lambda s: {f"net.{n}": t for n, t in s.items()}, "All names begin with 'net.'"),
         (lambda s: {"w": torch.zeros(3)}, "8 tensors are missing.*Only 0 of the checkpoint's 1 names"),
         (lambda s: small(7)[:2].state_dict(), "A variant of the architecture"),
+        (lambda s: {n if n < "1" else f"w{n}": t for n, t in s.items()}, "Only 2 of the checkpoint's 8 names"),
     ],
 )
 def test_weights_that_do_not_fit(check: str, change, told: str) -> None:  # type: ignore[no-untyped-def]
