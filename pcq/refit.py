@@ -223,7 +223,7 @@ def _cells(rows: Tensor, grid: Codebook) -> tuple[Tensor, Tensor]:
             above = torch.gt(
                 weights, middles[which, level - 1 : level], out=scratch[: weights.numel()].view_as(weights)
             )
-            count, total = above.sum(1), torch.linalg.vecdot(weights, above)
+            count, total = above.sum(1), above.mul_(weights).sum(1)
             counts[which, level] += count
             counts[which, level - 1] -= count
             sums[which, level] += total
