@@ -34,6 +34,10 @@ MOST = 2**21
 """Weights that are worked on at a time where each row is tried at every zero point."""
 
 
+Fit = tuple[Tensor, Tensor, Tensor]
+"""Squared error, scale and zero point of each row: float64 ``[g]`` each."""
+
+
 def zero_steps(count: int) -> int:
     """Steps of the zero point to a level: 2 up to 16 levels, where a close fit is worth more than a level on zero."""
     return 2 if count <= 16 else 1
@@ -139,22 +143,15 @@ def best_affine(rows: SortedRows, count: int, rules: Sequence[tuple[Tensor, Tens
     codes = torch.arange(count, dtype=torch.float64, device=rows.values.device)
     low, high = rows.values[:, 0].double().clamp(max=0), rows.values[:, -1].double().clamp(min=0)
     span = (high - low) / (count - 1)
-    zero = of_range = (-low / span.clamp_min(1e-300) * unit).round() / unit
-    error, scale = _error(rows, codes - zero[:, None], span)
-
-    def consider(other: Tensor, found: Tensor, refit: Tensor) -> None:
-        nonlocal error, scale, zero
-        better = found < error
-        error, scale, zero = found.where(better, error), refit.where(better, scale), other.where(better, zero)
-
+    of_range = (-low / span.clamp_min(1e-300) * unit).round() / unit
+    best: Fit = (*_error(rows, codes - of_range[:, None], span), of_range)
     for at, other in rules:
-        consider(other, *_error(rows, codes - other[:, None], at))
-    if not bool(error.any()):
-        return scale, zero
+        best = _better(best, (*_error(rows, codes - other[:, None], at), other))
+    if not bool(best[0].any()):
+        return best[1:]
     if unit == 2 and (count <= FEW or rows.values.shape[1] <= count):
-        consider(*_at_every_zero(rows, codes, error))
-        return scale, zero
-    consider(of_range, *_scanned_scale(rows, codes - of_range[:, None], error))
+        return _better(best, _at_every_zero(rows, codes, best[0]))[1:]
+    error, scale, zero = _better(best, (*_scanned_scale(rows, codes - of_range[:, None], best[0]), of_range))
     moves = [count / 2**k for k in range(3, 9) if count / 2**k * unit >= 1] or [1 / unit]
     moving = torch.ones_like(error, dtype=torch.bool)
     for _ in range(ROUNDS):
@@ -162,25 +159,29 @@ def best_affine(rows: SortedRows, count: int, rules: Sequence[tuple[Tensor, Tens
             break
         at = moving.nonzero()[:, 0]
         before = error[at]
-        error[at], scale[at], zero[at] = _one_round(rows.only(at), codes, moves, before, scale[at], zero[at])
+        error[at], scale[at], zero[at] = _one_round(rows.only(at), codes, moves, (before, scale[at], zero[at]))
         moving[at] = error[at] < before  # where nothing was better, nothing will be
     return scale, zero
 
 
-def _one_round(
-    rows: SortedRows, codes: Tensor, moves: Sequence[float], error: Tensor, scale: Tensor, zero: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Squared error, scale and zero point, float64 ``[g]`` each, after trying each move of the zero point once."""
+def _one_round(rows: SortedRows, codes: Tensor, moves: Sequence[float], best: Fit) -> Fit:
+    """``best`` after trying each move of the zero point once."""
     for move, way, factor in itertools.product(moves, (-1, 1), FACTORS):
+        _, scale, zero = best
         other = (zero + way * move).clamp(0, len(codes) - 1)
-        found, refit = _error(rows, codes - other[:, None], scale * factor)
-        better = found < error
-        error, scale, zero = found.where(better, error), refit.where(better, scale), other.where(better, zero)
+        best = _better(best, (*_error(rows, codes - other[:, None], scale * factor), other))
+    return best
+
+
+def _better(one: Fit, other: Fit) -> Fit:
+    """Row by row that of the smaller error, ``one`` where they are equal."""
+    better = other[0] < one[0]
+    error, scale, zero = (b.where(better, a) for a, b in zip(one, other, strict=True))
     return error, scale, zero
 
 
-def _at_every_zero(rows: SortedRows, codes: Tensor, limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Zero point, squared error and scale, float64 ``[g]`` each: the best of a scan at each multiple of 1/2.
+def _at_every_zero(rows: SortedRows, codes: Tensor, limit: Tensor) -> Fit:
+    """The best of a scan at each multiple of 1/2.
 
     Nothing better than the errors ``limit`` need be found.
     """
@@ -188,13 +189,13 @@ def _at_every_zero(rows: SortedRows, codes: Tensor, limit: Tensor) -> tuple[Tens
     if rows.values.numel() * len(every) > MOST and g > 1:
         cut = zip(*(t.chunk(2) for t in (rows.values, rows.sums, rows.square, limit)), strict=True)
         parts = [_at_every_zero(SortedRows(*some), codes, most) for *some, most in cut]
-        zero, error, scale = (torch.cat(column) for column in zip(*parts, strict=True))
-        return zero, error, scale
+        error, scale, zero = (torch.cat(column) for column in zip(*parts, strict=True))
+        return error, scale, zero
     many = SortedRows(*(t.repeat_interleave(len(every), 0) for t in (rows.values, rows.sums, rows.square)))
     tables = codes - every.repeat(g)[:, None]
     found, scales = _scanned_scale(many, tables, limit.repeat_interleave(len(every)))
     error, which = found.view(g, -1).min(1)
-    return every[which], error, scales.view(g, -1).gather(1, which[:, None])[:, 0]
+    return error, scales.view(g, -1).gather(1, which[:, None])[:, 0], every[which]
 
 
 def _error(rows: SortedRows, table: Tensor, scale: Tensor, which: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -22,9 +22,14 @@ def main_output(out: Any) -> Any:
             return out
 
 
+def tensors(out: Any) -> list[Tensor]:
+    """All tensors of what a network returned, in its order."""
+    return [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
+
+
 def all_tensors(out: Any) -> list[Tensor]:
-    """Its tensors, that of :func:`main_output` before the others."""
-    found = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
+    """As :func:`tensors`, that of :func:`main_output` before the others."""
+    found = tensors(out)
     main = main_output(out)
     return [main, *(leaf for leaf in found if leaf is not main)] if isinstance(main, Tensor) else found
 

@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from pcq.errors import PcqError, raise_all
-from pcq.logits import NAME, main_output
+from pcq.logits import NAME, main_output, tensors
 
 Example = Sequence[Tensor] | Mapping[str, Tensor]
 """A network's inputs: positional, or by the names of ``forward``'s arguments."""
@@ -96,7 +96,7 @@ def trace(network: nn.Module | ExportedProgram, example: Example | None, opset: 
             return module(**dict(zip(inputs, values, strict=True))) if isinstance(inputs, dict) else module(*values)
 
     def run(values: Sequence[Tensor]) -> list[Tensor]:
-        return [leaf for leaf in pytree.tree_leaves(result(values)) if isinstance(leaf, Tensor)]
+        return tensors(result(values))
 
     if len(graph.outputs) > 1:
         _name_main(graph, result(leaves))
@@ -106,8 +106,7 @@ def trace(network: nn.Module | ExportedProgram, example: Example | None, opset: 
 
 def _name_main(graph: ir.Graph, result: Any) -> None:
     """Give the output that counts its name, where it is not the first, so that whoever runs the file knows it."""
-    found = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-    main = main_output(result)
+    found, main = tensors(result), main_output(result)
     at = next((i for i, leaf in enumerate(found) if leaf is main), 0)
     taken = {value.name for node in graph for value in node.outputs} | {value.name for value in graph.inputs}
     if at and len(found) == len(graph.outputs) and not {NAME} & (taken | graph.initializers.keys()):
