@@ -130,6 +130,24 @@ def test_several_inputs_and_what_is_only_rounded(tmp_path: Path) -> None:
         quantize_onnx(path, "w4", out=tmp_path / "o.onnx", calibration="digits")
 
 
+def test_the_output_called_logits_says_what_agrees(tmp_path: Path) -> None:
+    """The columns of the first output are equal: its argmax agrees whatever the weights are."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["logits"]),
+        helper.make_node("MatMul", ["x", "ones"], ["sum"]),
+    ]
+    path = save(
+        tmp_path / "m.onnx", nodes, {"w": normal(32, 24), "ones": np.ones((32, 2), np.float32)},
+        [helper.make_tensor_value_info("x", 1, ["n", 32])], ["sum", "logits"],
+    )  # fmt: skip
+    np.savez(tmp_path / "x.npz", x=correlated(400, 32))
+    result = quantize_onnx(path, "binary-all", calibration=f"npz:{tmp_path / 'x.npz'}")
+    assert result.calibrated is not None
+    rounded = result.calibrated.outcome.steps[0].agreement
+    assert rounded is not None
+    assert rounded < 90
+
+
 def test_embeddings_and_recurrent_weights_are_rounded_and_said(tmp_path: Path) -> None:
     result = quantize_onnx(words(tmp_path / "m.onnx"), "w4", calibration="random")
     assert result.calibrated is not None

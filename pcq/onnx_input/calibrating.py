@@ -28,6 +28,7 @@ from pcq.calibrate.padding import altered, named_mask, of_tokens, unreached
 from pcq.calibrate.steps import Outcome, Step, better, squares
 from pcq.errors import PcqError, first_line
 from pcq.export import verify, writing
+from pcq.logits import main_name
 from pcq.onnx_input.feeds import Array, Feeds
 from pcq.onnx_input.graph import Opened, open_graph
 from pcq.onnx_input.inventory import Inventory, take_inventory
@@ -214,7 +215,7 @@ class _Work:
         self, name: str, tensors: _Tensors, held_out: Feeds, aim: Sequence[Sequence[Array]], seconds: float
     ) -> Step:
         """``E ||y_q - y||^2 / E ||y - E y||^2`` over all float outputs, each about its mean; and the share of equal
-        argmax over the last axis of the first one."""
+        argmax over the last axis of the one called ``logits``, else the first."""
         ours = self.outputs(tensors, held_out)
         floats = [i for i, array in enumerate(aim[0]) if np.issubdtype(array.dtype, np.floating)]
         if not floats:
@@ -228,7 +229,8 @@ class _Work:
                 want, got = want.reshape(-1, 1), got.reshape(-1, 1)
             apart, each = squares(got, want)
             error, variance = error + apart, variance + each
-        i = floats[0]
+        names = [value.name or "" for value in self.opened.model.graph.outputs]
+        i = names.index(main_name([names[i] for i in floats]))
         agreement = None
         if aim[0][i].ndim > 1 and aim[0][i].shape[-1] > 1:
             equal = [(a[i].argmax(-1) == b[i].argmax(-1)).reshape(-1) for a, b in zip(ours, aim, strict=True)]
