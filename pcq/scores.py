@@ -19,8 +19,8 @@ from pcq.errors import CheckFailed, PcqError, did_you_mean, first_line
 from pcq.logits import main_name, main_output
 from pcq.progress import Progress, silent
 
-Predictor = Callable[[Tensor], Tensor]
-"""Samples [b, ...] -> outputs [b, classes]."""
+Predictor = Callable[..., Tensor]
+"""Samples [b, ...], a tensor for each input -> outputs [b, classes]."""
 
 SEVERAL = (
     "Give data with an array for each of them by its name, and y: npz:FILE, or a function that returns a dictionary"
@@ -126,7 +126,7 @@ def _rank(out: Tensor, y: Tensor) -> Tensor:
 
 def _outputs(predict: Predictor, x: Tensor, data: Data, numbers: Tensor) -> Tensor:
     """Checked: [b, classes], no NaN and no infinity (masked outputs may be -infinity), as many classes as the data."""
-    out = predict(x)
+    out = predict(*data.inputs(x))
     if out.ndim > 2 and out.shape[2:].numel() == 1:
         out = out.flatten(1)
     if out.ndim != 2 or len(out) != len(x):
@@ -143,11 +143,6 @@ def _outputs(predict: Predictor, x: Tensor, data: Data, numbers: Tensor) -> Tens
         where = f"sample {int(numbers[bad[0]])} of {data.name}"
         raise CheckFailed(f"the network's output is {kind} for {len(bad)} of a batch of {len(x)} samples", where=where)
     return out
-
-
-def looked_up(predict: Callable[..., Tensor], arrays: Sequence[Tensor]) -> Predictor:
-    """``predict`` with the samples of these numbers: an input from each array."""
-    return lambda numbers: predict(*(array[numbers] for array in arrays))
 
 
 def channels_last(x: Tensor) -> str:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from pcq import tape as tapes
 from pcq.calibrate.layers import find, patches
 from pcq.calibrate.oneshot import batches
-from pcq.calibrate.padding import counted, mask_at, of_tokens, real_rows
+from pcq.calibrate.padding import counted, mask_at, real_rows
 from pcq.calibrate.steps import listed, of_each_sample, output_error
-from pcq.data.inputs import held_batch
+from pcq.data.inputs import held_batch, of_tokens
 from pcq.errors import PcqError
 from pcq.progress import Progress, silent
 from pcq.qtensor import QuantizedTensor

@@ -27,7 +27,7 @@ import pcq
 from pcq import cli
 from pcq.atomic import held
 from pcq.commands.calibrating import Calibration
-from pcq.data import Data, from_arrays, open_data
+from pcq.data import Data, Inputs, from_arrays, open_data
 from pcq.data.dataset import Pixels, normalised
 from pcq.demo import HERE
 from pcq.demo.nets import BasicBlock
@@ -825,11 +825,11 @@ def test_batches_are_functions_of_their_number(n: int, size: int, seed: int, wor
         seen = torch.cat([whole.numbers(epoch * whole.an_epoch + place) for place in range(whole.an_epoch)])
         assert len(seen.unique()) == len(seen) == whole.an_epoch * size
     steps = list(whole.run(1, 6))
-    for step, (inputs, labels) in zip(range(1, 6), steps, strict=True):
-        again, _ = whole.make(step)
+    for step, ((inputs,), labels) in zip(range(1, 6), steps, strict=True):
+        (again,), _ = whole.make(step)
         assert torch.equal(again, inputs)
         parts = [replace(whole, rank=rank, world=world).make(step) for rank in range(world)]
-        for rank, (part, theirs) in enumerate(parts):
+        for rank, ((part,), theirs) in enumerate(parts):
             assert torch.equal(part, inputs[rank::world])
             assert labels is not None
             assert theirs is not None
@@ -905,7 +905,7 @@ def test_a_gpu_has_the_cpus_samples_bit_by_bit(change: Any) -> None:
         there = here.on(torch.device("cuda"))
         alter = change if change is augment.flip else lambda x, g: augment.crop(x, 4, g)
         for step in range(3):
-            a, b = (Batches(data, 64, 0, alter).make(step)[0] for data in (here, there))
+            (a,), (b,) = (Batches(data, 64, 0, alter).make(step)[0] for data in (here, there))
             assert b.is_cuda
             assert torch.equal(a, b.cpu())
 
@@ -994,14 +994,14 @@ def test_in_mode_eval_it_trains_as_it_will_compute(mode: str, tmp_path: Path, mo
 def test_batchnorm_is_estimated_on_samples_as_they_are_trained_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[list[Tensor]] = []
+    seen: list[list[Inputs]] = []
     monkeypatch.setattr(batchnorm, "reestimate", lambda module, samples: seen.append(list(samples)))
     tune(tmp_path / "x.safetensors", overrides=["finetune.batchnorm=2", "finetune.augment=crop", "finetune.batch=64"])
     data = open_splits("digits").train
     batches = Batches(data, 64, 0, augment.make("crop", data.shape))
     assert [len(some) for some in seen] == [2, 2]  # a look on the way, and the end
     for some in seen:
-        assert all(torch.equal(x, batches.make(step)[0]) for step, x in enumerate(some))
+        assert all(torch.equal(x, batches.make(step)[0][0]) for step, (x,) in enumerate(some))
 
 
 def test_batchnorm_is_the_mean_over_the_batches() -> None:
@@ -1010,7 +1010,7 @@ def test_batchnorm_is_the_mean_over_the_batches() -> None:
     net(torch.randn(8, 1, 6, 6))
     before = batchnorm.statistics(net)
     samples = [torch.randn(8, 1, 6, 6) for _ in range(4)]
-    with batchnorm.borrowed(net, samples):
+    with batchnorm.borrowed(net, [(x,) for x in samples]):
         mean = torch.stack([net[0](x).mean((0, 2, 3)) for x in samples]).mean(0)
         var = torch.stack([net[0](x).transpose(0, 1).flatten(1).var(1) for x in samples]).mean(0)
         torch.testing.assert_close(net[1].running_mean, mean)
@@ -1060,7 +1060,7 @@ def test_folders_hold_out_of_train_and_crop_from_larger_images(tmp_path: Path) -
     # torchvision's ResNet on it: the ImageNet recipe's way
     change = augment.make("resized-crop", splits.plain.shape)
     assert change is not None
-    x, y = Batches(splits.train, 4, 0, change, threads=2).make(0)
+    (x,), y = Batches(splits.train, 4, 0, change, threads=2).make(0)
     assert x.shape == (4, 3, 28, 28)
     assert y is not None
 
@@ -1192,7 +1192,7 @@ def test_recorded_passes_are_the_passes(tmp_path: Path) -> None:
     plain.load_state_dict(net.state_dict())
     batches = [torch.randn(16, 1, 8, 8, device="cuda") for _ in range(4)]
     before = batchnorm.statistics(net)
-    with graphs.recorded(net, batches[0], False):
+    with graphs.recorded(net, (batches[0],), False):
         assert all(torch.equal(a, b) for a, b in zip(before, batchnorm.statistics(net), strict=True))
         for x in batches[1:]:
             for module in (net, plain):

@@ -1,4 +1,4 @@
-"""Calibration of networks with several inputs: tokens and masks by name, branches on them, what is refused."""
+"""Networks with several inputs, calibrated and trained: tokens and masks by name, branches, what is refused."""
 
 import json
 from pathlib import Path
@@ -15,8 +15,10 @@ from pcq import tape as tapes
 from pcq.commands import Calibration
 from pcq.commands.calibrating import draw_inputs
 from pcq.commands.exporting import Int8
+from pcq.commands.finetuning import FinetuneResult
 from pcq.data import open_data
 from pcq.errors import PcqError
+from pcq.train.splits import open_splits
 
 
 class Tokens(nn.Module):
@@ -435,3 +437,98 @@ def test_int8_of_several_inputs_says_what_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(PcqError, match="array for each input"):
         pcq.export_onnx(artifact, tmp_path / "x.onnx", example=spec, int8=Int8("digits"))
     assert not (tmp_path / "x.onnx").exists()
+
+
+def sentences(path: Path, labels: bool = True, sizes: tuple[int, ...] = (240, 60)) -> str:
+    """Tokens whose class is whether most are of the first half; of two splits, or of one."""
+    arrays: dict[str, np.ndarray] = {}
+    for n, split in zip(sizes, ("_train", "_test") if len(sizes) > 1 else ("",), strict=True):
+        tokens = torch.randint(20, (n, 6), generator=torch.Generator().manual_seed(n))
+        mask = torch.ones(n, 6, dtype=torch.int64)
+        mask[::2, 4:] = 0
+        arrays |= {f"attention_mask{split}": mask.numpy(), f"input_ids{split}": tokens.numpy()}
+        if labels:
+            arrays[f"y{split}"] = (((tokens < 10) & mask.bool()).sum(1) > mask.sum(1) // 2).long().numpy()
+    np.savez(path, **arrays)
+    return f"npz:{path}"
+
+
+def tuned(folder: Path, data: str, out: str = "x.safetensors", **how: object) -> FinetuneResult:
+    save_file(Tokens().state_dict(), folder / "m.safetensors")
+    said: dict[str, object] = {"epochs": 20, "overrides": ["finetune.batch=40", "finetune.lr=0.02"]}
+    return pcq.finetune(folder / "m.safetensors", "ternary-all", data, out=folder / out,
+                        arch=f"{__file__}:network", **(said | how))  # type: ignore[arg-type]  # fmt: skip
+
+
+def test_networks_of_several_inputs_are_trained(tmp_path: Path) -> None:
+    data = sentences(tmp_path / "s.npz")
+    result = tuned(tmp_path, data)
+    rows = {row.weights: row for row in result.rows}
+    assert rows["fine-tuned"].test is not None
+    assert rows["fine-tuned"].test.n == 60
+    untrained, trained = (rows[name].val.top1 for name in ("one-shot", "fine-tuned"))
+    assert untrained is not None
+    assert trained is not None
+    assert trained > untrained + 40
+    scores = pcq.evaluate(result.path, data).scores
+    assert scores.top1 == rows["fine-tuned"].test.top1
+    assert "216 samples of input_ids 6, attention_mask 6" in result.data
+
+
+def test_without_labels_they_follow_the_float_network(tmp_path: Path) -> None:
+    data = sentences(tmp_path / "s.npz", labels=False, sizes=(200,))
+    result = tuned(tmp_path, data, calibration=data, samples=100)
+    assert [row.weights for row in result.rows] == ["one-shot", "calibrated", "fine-tuned"]
+    agreement = [row.val.agreement for row in result.rows]
+    assert None not in agreement
+    assert agreement[2] > agreement[0]  # type: ignore[operator]
+
+
+def test_they_go_on_bit_by_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pcq.train import loop
+
+    data = sentences(tmp_path / "s.npz")
+    whole = tuned(tmp_path, data, "whole.safetensors").path.read_bytes()
+    step, seen = loop._step, []
+
+    def stopped(*args: object) -> None:
+        seen.append(step(*args))  # type: ignore[arg-type,func-returns-value]
+        if len(seen) == 33:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "_step", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(tmp_path, data, save_every=7)
+    monkeypatch.setattr(loop, "_step", step)
+    sentences(tmp_path / "s.npz", sizes=(250, 60))
+    with pytest.raises(PcqError, match="another data"):
+        tuned(tmp_path, data, save_every=7, resume=True)
+    sentences(tmp_path / "s.npz")
+    again = tuned(tmp_path, data, save_every=7, resume=True)
+    assert again.resumed_at == 28
+    assert again.path.read_bytes() == whole
+
+
+def test_what_is_not_the_networks_is_said_before_training(tmp_path: Path) -> None:
+    np.savez(tmp_path / "s.npz", input_ids=np.zeros((40, 6), "i8"), masks=np.zeros((40, 6), "i8"))
+    with pytest.raises(PcqError, match="the network has no input 'masks'.*attention_mask"):
+        tuned(tmp_path, f"npz:{tmp_path / 's.npz'}")
+    np.savez(tmp_path / "s.npz", input_ids=np.zeros((40, 6), "i8"), other=np.zeros((40, 6), "i8"))
+    with pytest.raises(PcqError, match="it has no array for the input 'attention_mask'"):
+        tuned(tmp_path, f"npz:{tmp_path / 's.npz'}")
+    np.savez(
+        tmp_path / "s.npz", input_ids_train=np.zeros((40, 6), "i8"), attention_mask_train=np.ones((40, 6), "i8"),
+        input_ids_test=np.zeros((40, 5), "i8"), attention_mask_test=np.ones((40, 5), "i8"),
+    )  # fmt: skip
+    with pytest.raises(PcqError, match="its samples are 5 and 5, those of train 6 and 6"):
+        tuned(tmp_path, f"npz:{tmp_path / 's.npz'}")
+
+
+def test_splits_are_told_apart_by_what_they_hold(tmp_path: Path) -> None:
+    one = sentences(tmp_path / "one.npz", labels=False, sizes=(200,))
+    two = sentences(tmp_path / "two.npz", labels=False, sizes=(100, 100))
+    assert open_splits(one, network=Tokens()).test is None
+    with np.load(tmp_path / "two.npz") as held:
+        arrays = {name: array[::-1] if name == "input_ids_test" else array for name, array in held.items()}
+    np.savez(tmp_path / "two.npz", **arrays)
+    assert open_splits(two, network=Tokens()).test is not None

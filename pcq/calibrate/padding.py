@@ -13,21 +13,13 @@ from torch import Tensor, nn
 
 from pcq import tape as tapes
 from pcq.calibrate.layers import Layer
-from pcq.data.inputs import names
+from pcq.data.inputs import named_mask, names
 from pcq.tape import Tape
-
-MASK = "attention_mask"
 
 
 def mask_at(module: nn.Module, inputs: tuple[Tensor, ...]) -> int | None:
     """Which of the inputs is a mask ``[n, t]`` of tokens; None: none is."""
     return named_mask(names(module)[: len(inputs)], inputs)
-
-
-def named_mask(names: Sequence[str], inputs: Sequence[Tensor]) -> int | None:
-    """Which of the inputs of these ``names`` is a mask ``[n, t]`` of tokens; None: none is."""
-    at = names.index(MASK) if MASK in names else None
-    return None if at is None or inputs[at].ndim != 2 or inputs[at].is_floating_point() else at
 
 
 def counted(
@@ -67,11 +59,6 @@ def counted(
 def real_rows(layer: Layer, x: Tensor, real: Mapping[int, Tensor]) -> Tensor:
     """Of what enters ``layer`` the rows that count; ``real`` is from :func:`counted`."""
     return x if layer.geometry is not None or layer.x not in real else x[real[layer.x]]
-
-
-def of_tokens(y: Tensor, batch: Sequence[Tensor], at: int | None) -> Tensor:
-    """Of an output ``[n, t, ...]`` the tokens ``[m, ...]`` that input number ``at`` does not mask; another as it is."""
-    return y if at is None or y.ndim < 3 or y.shape[:2] != batch[at].shape else y[batch[at] != 0]
 
 
 def unreached(plain: Tensor, other: Tensor, padded: int) -> Tensor | None:

@@ -14,8 +14,8 @@ from pcq.calibrate.blocks import BlockReport, blocks, refine
 from pcq.calibrate.equalization import equalize, most_common, pairs
 from pcq.calibrate.layers import find
 from pcq.calibrate.oneshot import LayerReport, Settings, batches, calibrate
-from pcq.calibrate.padding import mask_at, of_tokens
-from pcq.data.inputs import filled, held_batch
+from pcq.calibrate.padding import mask_at
+from pcq.data.inputs import filled, held_batch, of_tokens
 from pcq.errors import PcqError, first_line
 from pcq.logits import all_tensors
 from pcq.progress import Progress, silent

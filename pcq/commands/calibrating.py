@@ -213,7 +213,7 @@ def draw_inputs(
     try:
         x, others, said = draw(asked, usual)
     except Several as several:
-        found = inputs(several.arrays, network, asked.data)
+        found = tuple(inputs(several.arrays, network, asked.data).values())
         order, count = _drawn(asked, len(found[0]), usual)
         said = f"{count:,} samples of {', '.join(several.arrays)}, and {len(order) - count:,} others to judge by"
         return tuple(each[order[:count]] for each in found), tuple(each[order[count:]] for each in found), said

@@ -1,10 +1,10 @@
 """From an artifact to packed ONNX."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -142,8 +142,8 @@ def export_onnx(
     observed = None if int8 is None or int8.data is None else _opened(int8.data, "train", network)
     given = first(example, network.module, input_shape)
     unknown = not (given or network.inputs or input_shape)
-    if observed is not None and unknown and (observed.several or network.input_shape is None):
-        given = observed.inputs(observed.data.take(list(range(min(FIRST, observed.data.n)))))
+    if observed is not None and unknown and (observed.arrays or network.input_shape is None):
+        given = observed.inputs(observed.take(list(range(min(FIRST, observed.n)))))
     shape = tuple(given[0].shape[1:]) if len(given) == 1 else input_shape or network.input_shape
     named = isinstance(network.inputs, dict)
     if (named or len(network.inputs) > 1) and input_shape:
@@ -217,29 +217,25 @@ def first(spec: str | None, module: nn.Module, input_shape: Sequence[int] | None
     Raises:
         PcqError: the data is not usable, or a shape is given too.
     """
-    from pcq.data import open_data
-    from pcq.data.inputs import Several, inputs
+    from pcq.data import open_inputs
+    from pcq.data.inputs import inputs
 
     if spec is None:
         return ()
     if input_shape:
         raise PcqError("the example says the shapes of the inputs", where="--input", todo="Leave it out")
-    try:
-        data = open_data(spec, "train")
-    except Several as several:
-        return tuple(array[:FIRST] for array in inputs(several.arrays, module, spec))
-    return (data.take(list(range(min(FIRST, data.n)))),)
+    data = open_inputs(spec, "train", lambda arrays: inputs(arrays, module, spec))
+    return data.inputs(data.take(list(range(min(FIRST, data.n)))))
 
 
 def _samples(
-    int8: Int8, observed: "_Opened", network: "Network", example: "Example"
+    int8: Int8, data: "Data", network: "Network", example: "Example"
 ) -> tuple[list[tuple[Tensor, ...]], list[tuple[tuple[Tensor, ...], Tensor | None]], str]:
     """Batches to observe ranges on, batches held out of them, and both in words."""
     where = int8.data or ""
-    judged = _opened(where, "val", network)
-    data, held_out = observed.data, judged.data
+    held_out = _opened(where, "val", network)
     takes = [list(x.shape[1:]) for x in (example.values() if isinstance(example, Mapping) else example)]
-    shapes = [list(x.shape[1:]) for x in observed.inputs(data.take([0]))]
+    shapes = [list(x.shape[1:]) for x in data.inputs(data.take([0]))]
     if shapes != takes:
         said, wanted = (", ".join(map(str, some)) for some in (shapes, takes))
         todo = "" if len(takes) == 1 else "Give an array for each input, named like it: npz:FILE"
@@ -251,32 +247,21 @@ def _samples(
         order = data.order(min(2 * int8.samples, data.n))
         order, judging = order[::2], order[1::2]
     said = f"ranges from {len(order)} samples of {data.name} ({data.split}), judged on {len(judging)} others"
-    seen = [observed.inputs(x) for x, _ in data.batches(BATCH, order=order)]
-    return seen, [(judged.inputs(x), y) for x, y in held_out.batches(BATCH, order=judging)], said
+    seen = [data.inputs(x) for x, _ in data.batches(BATCH, order=order)]
+    return seen, [(held_out.inputs(x), y) for x, y in held_out.batches(BATCH, order=judging)], said
 
 
-@dataclass(frozen=True)
-class _Opened:
-    """Data, and what makes a tensor for each of the network's inputs of its batches; ``several``: it names them."""
+def _opened(spec: str, split: str, network: "Network") -> "Data":
+    from pcq.data import open_inputs
+    from pcq.data.inputs import inputs, numbers
 
-    data: "Data"
-    inputs: Callable[[Tensor], tuple[Tensor, ...]]
-    several: bool
+    def ordered(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
+        if not isinstance(network.inputs, dict):
+            return inputs(arrays, network.module, spec)
+        named = numbers(arrays, spec)
+        if named.keys() != network.inputs.keys():
+            said = f"its arrays are {', '.join(named)}"
+            raise PcqError(said, where=spec, allowed=", ".join(network.inputs))
+        return {name: named[name] for name in network.inputs}
 
-
-def _opened(spec: str, split: str, network: "Network") -> _Opened:
-    from pcq.data import numbered, open_data
-    from pcq.data.inputs import Several, inputs, numbers
-
-    try:
-        return _Opened(open_data(spec, split), lambda x: (x,), False)
-    except Several as several:
-        if isinstance(network.inputs, dict):
-            named = numbers(several.arrays, spec)
-            if named.keys() != network.inputs.keys():
-                said = f"its arrays are {', '.join(named)}"
-                raise PcqError(said, where=spec, allowed=", ".join(network.inputs)) from None
-            found = tuple(named[name] for name in network.inputs)
-        else:
-            found = inputs(several.arrays, network.module, spec)
-        return _Opened(numbered(several, split), lambda at: tuple(array[at] for array in found), True)
+    return open_inputs(spec, split, ordered)

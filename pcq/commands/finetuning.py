@@ -235,8 +235,9 @@ def _finetune(
     if here.first:
         sweep(files.saved)
         sweep(files.artifact)
+    original = build(planned)
     seed_all(settings.seed)  # the data's own code may draw random numbers
-    splits = open_splits(data, settings.augment == "resized-crop")
+    splits = open_splits(data, settings.augment == "resized-crop", original)
     if splits.train.labels is None:
         settings = replace(settings, distill=1.0)
         rules = replace(rules, finetune=settings)
@@ -245,8 +246,8 @@ def _finetune(
         if here.first:
             saving.check(files.saved, mark)
         here.wait()  # before calibration, which takes minutes
-    original = build(planned)
-    check_outputs(splits, module_predictor(original)(splits.plain.take([0])).shape[1])
+    one = splits.plain.inputs(splits.plain.take([0]))
+    check_outputs(splits, module_predictor(original)(*one).shape[1])
     allocation = None
     if rules.budget is not None:
         asked = None if calibration is None else starting.shaped(calibration, splits.plain.shape)
@@ -446,7 +447,8 @@ def fingerprint(
         if part.labels is not None:
             samples.update(part.labels.numpy().tobytes())
         looked_at = [0, *range(part.n - 1, 0, -max(1, part.n // LOOKED_AT))]
-        samples.update(part.take(looked_at).numpy().tobytes())
+        for each in part.inputs(part.take(looked_at)):
+            samples.update(each.numpy().tobytes())
     weights = hashlib.sha256()
     for name in planned.source.names:
         weights.update(name.encode())
@@ -517,7 +519,8 @@ def table(
         quantized, known = job.ranks.agree(None if again is None else (again.quantized, again.activations)) or ({}, {})
     for name, module in (*networks.items(), *last):
         if name == name8:
-            simulate(module, quantized, known, job.splits.val.take([0]).to(device))
+            some = job.splits.val.inputs(job.splits.val.take([0]))
+            simulate(module, quantized, known, *(x.to(device) for x in some))
         if name == "float" and not labelled:
             continue
         compared = None if name == "float" else reference

@@ -10,7 +10,7 @@ from pcq.errors import PcqError
 from pcq.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from pcq.data.inputs import Several
+    from pcq.data import Data
     from pcq.scores import Predictor, Scores
 
 
@@ -57,8 +57,8 @@ def evaluate(
     Raises:
         PcqError: the file, the architecture or the data is not usable.
     """
-    from pcq.data import numbered, open_data
-    from pcq.data.inputs import Several
+    from pcq.data import open_inputs
+    from pcq.data.inputs import numbers
     from pcq.scores import evaluate as score
 
     files = [Path(each) for each in (path, reference) if each is not None]
@@ -66,17 +66,13 @@ def evaluate(
     if all(file.suffix == ONNX_SUFFIX for file in files) and (asked := [name for name, said in theirs.items() if said]):
         what = "this is about checkpoints, and an ONNX file was given"
         raise PcqError(what, where=", ".join(asked), todo="Leave it out")
-    several: Several | None = None
-    try:
-        opened = open_data(data, split)
-    except Several as found:
-        opened, several = numbered(found, split), found
+    opened = open_inputs(data, split, lambda arrays: numbers(arrays, data))
     chosen = keys(files, key, allow_globals, unsafe_pickle)
-    predict, runtime = predictor(Path(path), arch, None, chosen[0], allow_globals, unsafe_pickle, several)
+    predict, runtime = predictor(Path(path), arch, None, chosen[0], allow_globals, unsafe_pickle, opened)
     compared = None
     if reference is not None:
         known = None if arch is not None else recorded(Path(path))
-        compared, _ = predictor(Path(reference), arch, known, chosen[1], allow_globals, unsafe_pickle, several)
+        compared, _ = predictor(Path(reference), arch, known, chosen[1], allow_globals, unsafe_pickle, opened)
     scores = score(predict, opened, reference=compared, batch=batch, limit=limit, progress=progress)
     return EvalResult(Path(path), opened.describe(), runtime, scores)
 
@@ -88,27 +84,25 @@ def predictor(
     key: str | None,
     allow_globals: Sequence[str],
     unsafe_pickle: bool,
-    several: "Several | None",
+    data: "Data",
 ) -> "tuple[Predictor, str]":
-    """What runs the file, and in which runtime. With data of ``several`` inputs it takes numbers of samples.
+    """What runs the file on ``data``, and in which runtime.
 
     Raises:
         PcqError: the file is not usable, or takes other inputs.
     """
-    from pcq.data.inputs import inputs, needed, numbers
-    from pcq.scores import SEVERAL, looked_up, module_predictor, onnx_predictor
+    from pcq.data.inputs import inputs, needed
+    from pcq.scores import SEVERAL, module_predictor, onnx_predictor
 
     if path.suffix == ONNX_SUFFIX:
-        if several is None:
-            return onnx_predictor(path), "ONNX Runtime"
-        arrays = numbers(several.arrays, several.where)
-        return looked_up(onnx_predictor(path, tuple(arrays)), tuple(arrays.values())), "ONNX Runtime"
+        return onnx_predictor(path, tuple(data.arrays)), "ONNX Runtime"
     network = open_network(
         path, arch, otherwise=otherwise, key=key, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle
     )
     run = module_predictor(network.module)
-    if several is not None:
-        return looked_up(run, inputs(several.arrays, network.module, several.where)), "torch"
+    if data.arrays:
+        order = [list(data.arrays).index(name) for name in inputs(data.arrays, network.module, data.name)]
+        return lambda *samples: run(*(samples[i] for i in order)), "torch"
     if len(names := needed(network.module)) > 1:
         what = f"the network takes {len(names)} inputs ({', '.join(names)}), and the data has one"
         raise PcqError(what, where=str(path), todo=SEVERAL)

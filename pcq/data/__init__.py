@@ -9,16 +9,20 @@ file.py:function?key=value     package.module:function
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
 
 from pcq.data.arrays import from_arrays, numbered, open_npz, open_own
-from pcq.data.dataset import Batch, Data
+from pcq.data.dataset import Batch, Data, Inputs
 from pcq.data.folder import open_folder
+from pcq.data.inputs import Several
 from pcq.data.sets import HELD_OUT, open_set
 from pcq.errors import PcqError, did_you_mean
 from pcq.spec import Spec, is_own, parse
 
-__all__ = ["Batch", "Data", "from_arrays", "numbered", "open_data", "own"]
+__all__ = ["Batch", "Data", "Inputs", "from_arrays", "open_data", "open_inputs", "own"]
 
 SPECS = "digits, fashion-mnist[:DIR], cifar10:DIR, folder:DIR, npz:FILE, file.py:function, package.module:function"
 
@@ -52,6 +56,18 @@ def open_data(spec: str, split: str = "test") -> Data:
         return open_own(parsed, split)
     todo = did_you_mean(parsed.kind, [*HELD_OUT, "folder", "npz"])
     raise PcqError("this is not a data set", where=spec, allowed=SPECS, todo=todo)
+
+
+def open_inputs(spec: str, split: str, ordered: Callable[[Mapping[str, Any]], Mapping[str, Tensor]]) -> Data:
+    """As :func:`open_data`, also of several inputs: ``ordered`` makes tensors of their arrays, in the network's order.
+
+    Raises:
+        PcqError: as there, or ``ordered`` does.
+    """
+    try:
+        return open_data(spec, split)
+    except Several as several:
+        return numbered(several, split, ordered(several.arrays))
 
 
 def own(spec: Spec) -> bool:

@@ -21,7 +21,7 @@ from torch.utils.data import (
 )
 
 from pcq.data.dataset import Data
-from pcq.data.inputs import LABELS, Several, numbers, per_channel, tensor
+from pcq.data.inputs import LABELS, Several, per_channel, tensor
 from pcq.errors import CheckFailed, NoSplit, PcqError
 from pcq.spec import Spec, call, running, takes
 
@@ -132,18 +132,17 @@ def _of_split(names: Sequence[str], split: str) -> list[str]:
     return mine or [name for name in names if not SPLIT.search(name)] or list(names)
 
 
-def numbered(several: Several, split: str) -> Data:
-    """Data whose samples are their own numbers: what looks them up has the arrays.
+def numbered(several: Several, split: str, arrays: Mapping[str, Tensor]) -> Data:
+    """Data of several inputs, which are ``arrays`` [n, ...].
 
     Raises:
-        PcqError: the arrays are no numbers or not of the same length, or the labels do not fit them.
+        PcqError: the labels do not fit them.
     """
     name = several.where or ""
-    found = numbers(several.arrays, name)
-    n = len(next(iter(found.values())))
-    said = ", ".join(f"{key} {'x'.join(map(str, array.shape[1:])) or 'of one number'}" for key, array in found.items())
+    n = len(next(iter(arrays.values())))
+    said = ", ".join(f"{key} {'x'.join(map(str, array.shape[1:])) or 'of one number'}" for key, array in arrays.items())
     labels = None if several.labels is None else _labels(name, tensor(several.labels, name), n)
-    return Data(name, split, n, (), torch.as_tensor, labels, sample=said)
+    return Data(name, split, n, (), torch.as_tensor, labels, sample=said, arrays=arrays)
 
 
 def from_arrays(name: str, split: str, x: Any, y: Any, *, mean: Any = (0.0,), std: Any = (1.0,)) -> Data:
@@ -240,7 +239,7 @@ def open_own(spec: Spec, split: str) -> Data:
         held = {str(key): value for key, value in found.items()}
         if {SPLIT.sub("", key) for key in held} <= ANY_NAME and (one := _of_one_input(list(held), split, name)):
             return from_arrays(name, split, held[one[0]], None if one[1] is None else held[one[1]])
-        allowed = "arrays (x, y); several inputs by name are for calibration and eval"
+        allowed = "arrays (x, y)"
         raise Several(f"it returned {', '.join(held)}", held, where=name, allowed=allowed)
     if isinstance(found, (Tensor, np.ndarray)):
         return from_arrays(name, split, found, None)

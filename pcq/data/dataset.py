@@ -1,7 +1,7 @@
 """A data set opened: any sample by its number, as the network takes it; labels where there are any."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -10,6 +10,9 @@ from torch import Tensor
 from pcq.errors import PcqError
 
 Batch = tuple[Tensor, Tensor | None]
+
+Inputs = tuple[Tensor, ...]
+"""Samples as a network takes them: [b, ...] for each of its inputs."""
 
 RESIDENT = 4 << 30
 """Bytes of images that are kept on a device at most."""
@@ -29,6 +32,7 @@ class Data:
         classes: the names of the classes in the order of the labels; empty where the set does not say.
         notes: what was found and done, one sentence each.
         sample: one sample in words, where its shape does not say it.
+        arrays: of a network of several inputs [n, ...] for each by its name; samples are numbers of their rows then.
     """
 
     name: str
@@ -40,6 +44,7 @@ class Data:
     classes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     sample: str = ""
+    arrays: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert self.n > 0, self.name
@@ -49,6 +54,10 @@ class Data:
     def highest(self) -> int | None:
         """The highest label; None: there are none."""
         return None if self.labels is None else int(self.labels.max())
+
+    def inputs(self, x: Tensor) -> Inputs:
+        """What the network is given for the samples ``x`` [b, ...]."""
+        return tuple(array[x] for array in self.arrays.values()) or (x,)
 
     def on(self, device: torch.device) -> "Data":
         """The same samples, bit by bit, kept on ``device`` if they are images in memory that fit there; labels stay."""

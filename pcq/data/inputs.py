@@ -18,6 +18,8 @@ LABELS = ("y", "labels")
 """Names of an array that is no input."""
 
 
+MASK = "attention_mask"
+
 LARGEST = 2**31
 """Numbers in one sample, at most."""
 
@@ -48,8 +50,8 @@ class Several(PcqError):
         self.labels = next((arrays[name] for name in LABELS if name in arrays), None)
 
 
-def inputs(arrays: Mapping[str, Any], module: nn.Module, spec: str) -> tuple[Tensor, ...]:
-    """The arrays in the order of ``module``'s arguments; whole numbers as int64, others as float32.
+def inputs(arrays: Mapping[str, Any], module: nn.Module, spec: str) -> dict[str, Tensor]:
+    """The arrays by name, in the order of ``module``'s arguments; whole numbers as int64, others as float32.
 
     Raises:
         PcqError: there is no such argument, or one before it or one that is needed is not given; the arrays are no
@@ -63,7 +65,7 @@ def inputs(arrays: Mapping[str, Any], module: nn.Module, spec: str) -> tuple[Ten
     if missing := [name for name in (*first, *needed(module)) if name not in arrays]:
         raise PcqError(f"it has no array for the input '{missing[0]}'", where=spec, allowed=", ".join(takes))
     found = numbers(arrays, spec)
-    return tuple(found[name] for name in first)
+    return {name: found[name] for name in first}
 
 
 def numbers(arrays: Mapping[str, Any], spec: str) -> dict[str, Tensor]:
@@ -78,6 +80,17 @@ def numbers(arrays: Mapping[str, Any], spec: str) -> dict[str, Tensor]:
         said = ", ".join(f"{name} {length}" for name, length in lengths.items())
         raise PcqError(f"its arrays do not have as many samples each: {said}", where=spec)
     return found
+
+
+def named_mask(names: Sequence[str], inputs: Sequence[Tensor]) -> int | None:
+    """Which of the inputs of these ``names`` is a mask ``[n, t]`` of tokens; None: none is."""
+    at = names.index(MASK) if MASK in names else None
+    return None if at is None or inputs[at].ndim != 2 or inputs[at].is_floating_point() else at
+
+
+def of_tokens(y: Tensor, batch: Sequence[Tensor], at: int | None) -> Tensor:
+    """Of an output ``[n, t, ...]`` the tokens ``[m, ...]`` that input number ``at`` does not mask; another as it is."""
+    return y if at is None or y.ndim < 3 or y.shape[:2] != batch[at].shape else y[batch[at] != 0]
 
 
 def per_channel(value: Any, option: str, where: str, *, positive: bool = False) -> tuple[float, ...]:

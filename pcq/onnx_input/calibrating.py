@@ -24,8 +24,9 @@ from pcq.atomic import scratch
 from pcq.calibrate.layers import patches
 from pcq.calibrate.moments import Moments, Sums
 from pcq.calibrate.oneshot import LayerReport, Settings, View, bounded, centred, match, quadratic, solve
-from pcq.calibrate.padding import altered, named_mask, of_tokens, unreached
+from pcq.calibrate.padding import altered, unreached
 from pcq.calibrate.steps import Outcome, Step, better, squares
+from pcq.data.inputs import named_mask, of_tokens
 from pcq.errors import PcqError, first_line
 from pcq.export import verify, writing
 from pcq.logits import main_name

@@ -128,12 +128,12 @@ class Simulation:
         del self._module.forward
 
     @torch.no_grad()
-    def look(self, x: Tensor) -> None:
+    def look(self, *inputs: Tensor) -> None:
         """Run once, to count who reads what and which tensors enter layers of large weights; observes no ranges."""
         training = self._module.training
         self._module.eval()
         for _ in range(2):  # where fusing turns out to be wrong, other tensors have codes
-            self._module(x)
+            self._module(*inputs)
         self._module.train(training)
 
     @contextmanager
@@ -324,18 +324,18 @@ class _Watching(TorchFunctionMode):
 
 
 def simulate(
-    module: nn.Module, quantized: Mapping[str, QuantizedTensor], ranges: Mapping[str, Range], x: Tensor
+    module: nn.Module, quantized: Mapping[str, QuantizedTensor], ranges: Mapping[str, Range], *inputs: Tensor
 ) -> None:
     """From now on ``module``, which holds the ``quantized`` weights, computes with activations of these ranges.
 
     Args:
-        x: a few samples, to see how the network uses what it computes.
+        inputs: a few samples, a tensor for each input, to see how the network uses what it computes.
     """
     forms = {name: (weight.grid, weight.rows) for name, weight in quantized.items()}
     levels = {name: weight.grid for name, weight in quantized.items()}
     Simulation(
         module, weights8(dict(module.named_parameters(remove_duplicate=False)), forms), ranges, levels=levels
-    ).look(x)
+    ).look(*inputs)
 
 
 def _depthwise(kind: str, weight: Tensor, x: Tensor) -> bool:

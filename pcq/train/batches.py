@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pcq.data import Data
+from pcq.data import Data, Inputs
 from pcq.train.augment import Augment
 
 AHEAD = 4
@@ -55,8 +55,8 @@ class Batches:
         epoch, place = divmod(step, self.an_epoch)
         return _order(self.data.n, self.seed, epoch)[place * self.size : (place + 1) * self.size]
 
-    def make(self, step: int) -> tuple[Tensor, Tensor | None]:
-        """This rank's part of batch ``step``.
+    def make(self, step: int) -> tuple[Inputs, Tensor | None]:
+        """This rank's part of batch ``step``, and its labels.
 
         All of the batch's random numbers are drawn, so that the parts are those of one process's batch.
         """
@@ -71,9 +71,10 @@ class Batches:
             whole = some.new_zeros(len(numbers), *some.shape[1:])
             whole[mine] = some
             x = self.augment(whole, generator(self.seed, step))[mine]
-        return x.pin_memory() if self.pin else x, None if self.data.labels is None else self.data.labels[numbers[mine]]
+        inputs = tuple(each.pin_memory() if self.pin else each for each in self.data.inputs(x))
+        return inputs, None if self.data.labels is None else self.data.labels[numbers[mine]]
 
-    def run(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def run(self, start: int, stop: int) -> Iterator[tuple[Inputs, Tensor | None]]:
         """Batches ``start`` to ``stop - 1``; before each the global generators are set by (seed, step)."""
         if not self.threads:
             for step in range(start, stop):
@@ -82,7 +83,7 @@ class Batches:
             return
         pool = ThreadPoolExecutor(self.threads)
         try:
-            waiting: list[Future[tuple[Tensor, Tensor | None]]] = []
+            waiting: list[Future[tuple[Inputs, Tensor | None]]] = []
             asked = start
             for step in range(start, stop):
                 while asked < min(stop, step + AHEAD):

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from pcq.data import Inputs
+
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -28,7 +30,7 @@ def put(module: nn.Module, kept: list[Tensor]) -> None:
 
 
 @torch.no_grad()
-def reestimate(module: nn.Module, samples: Iterable[Tensor]) -> None:
+def reestimate(module: nn.Module, samples: Iterable[Inputs]) -> None:
     """Set every layer's statistics to the mean over ``samples`` (batches of one size) of the batches' own.
 
     The rest of the network is in eval mode, so nothing else changes.
@@ -42,7 +44,7 @@ def reestimate(module: nn.Module, samples: Iterable[Tensor]) -> None:
         layer.train()
     try:
         for x in samples:
-            module(x)
+            module(*x)
     finally:
         for layer, momentum in zip(found, momenta, strict=True):
             layer.momentum = momentum
@@ -50,7 +52,7 @@ def reestimate(module: nn.Module, samples: Iterable[Tensor]) -> None:
 
 
 @contextmanager
-def borrowed(module: nn.Module, samples: Iterable[Tensor]) -> Iterator[None]:
+def borrowed(module: nn.Module, samples: Iterable[Inputs]) -> Iterator[None]:
     """Within it the statistics are those of :func:`reestimate`; afterwards they are as before."""
     kept = statistics(module)
     if kept:

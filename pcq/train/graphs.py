@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from pcq.data import Inputs
 from pcq.errors import PcqError, first_line
 from pcq.train import batchnorm
 
@@ -20,7 +21,7 @@ HARMLESS = (
 
 
 @contextmanager
-def recorded(module: nn.Module, x: Tensor, bf16: bool) -> Iterator[None]:
+def recorded(module: nn.Module, x: Inputs, bf16: bool) -> Iterator[None]:
     """Within it the forward and backward passes of ``module`` in training mode replay those of ``x``, a batch.
 
     What a pass does must not depend on the numbers in it, and every batch has the shape of ``x``. Parameters are read
@@ -29,12 +30,12 @@ def recorded(module: nn.Module, x: Tensor, bf16: bool) -> Iterator[None]:
     Raises:
         PcqError: there is no GPU, or the passes cannot be recorded.
     """
-    if x.device.type != "cuda":
+    if x[0].device.type != "cuda":
         raise PcqError("passes are recorded on an NVIDIA GPU only", where=WHERE, todo="Leave it out.")
     kept = batchnorm.statistics(module)
     try:
         with torch.autocast("cuda", torch.bfloat16, enabled=bf16, cache_enabled=False):
-            torch.cuda.make_graphed_callables(module.train(), (x,))
+            torch.cuda.make_graphed_callables(module.train(), x)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         told = first_line(error)
         raise PcqError(f"the network's passes cannot be recorded: {told}", where=WHERE, todo="Leave it out.") from error

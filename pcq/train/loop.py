@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pcq import shards
 from pcq.activations import Range
+from pcq.data import Inputs
 from pcq.errors import CheckFailed, PcqError, first_line
 from pcq.grids import Grid
 from pcq.progress import Progress, silent
@@ -234,7 +235,7 @@ def _set_up(job: Job, batches: Batches, total: int) -> _Run:
     run = _Run(optimizer, prox, total, torch.zeros((), dtype=torch.float64, device=device))
     if job.weights8 is not None:
         run.simulation = Simulation(module, job.weights8, ranks=job.ranks)
-        run.simulation.look(next(_samples(job, batches, 1)))
+        run.simulation.look(*next(_samples(job, batches, 1)))
         if settings.ranges == "learned" and run.simulation.seen <= run.simulation.halved:
             raise PcqError("there are no ranges to learn", where="finetune.ranges",
                            allowed="activations of 8 bits; where weights of 8 bits read them they have 7, and "
@@ -298,7 +299,7 @@ def _measured(job: Job, batches: Batches, stop: Stop) -> tuple[float, float, flo
     return step, time.perf_counter() - measured, measured - begun
 
 
-def _loss(job: Job, module: nn.Module, x: Tensor, y: Tensor | None) -> Tensor:
+def _loss(job: Job, module: nn.Module, x: Inputs, y: Tensor | None) -> Tensor:
     device = next(module.parameters()).device
     x = placed(x, device)
     bf16 = job.settings.precision == "bf16"
@@ -306,12 +307,12 @@ def _loss(job: Job, module: nn.Module, x: Tensor, y: Tensor | None) -> Tensor:
         wanted = None
         if job.teacher is not None:
             with torch.no_grad():
-                wanted = logits(job.teacher(x))
+                wanted = logits(job.teacher(*x))
         try:
-            out = logits(module(x))
+            out = logits(module(*x))
         except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
             told = first_line(error)
-            where = f"samples of {'x'.join(map(str, x.shape[1:]))}"
+            where = f"samples of {' and '.join('x'.join(map(str, each.shape[1:])) for each in x)}"
             raise PcqError(f"the network does not take them: {told}", where=where) from error
     highest = job.splits.train.highest
     if highest is not None and highest >= out.shape[1]:
@@ -319,10 +320,10 @@ def _loss(job: Job, module: nn.Module, x: Tensor, y: Tensor | None) -> Tensor:
     return loss_of(job.settings, out, None if y is None else y.to(device, non_blocking=True), wanted)
 
 
-def placed(x: Tensor, device: torch.device) -> Tensor:
+def placed(inputs: Inputs, device: torch.device) -> Inputs:
     """On the device; images with their channels last, which is how convolutions like them."""
-    x = x.to(device, non_blocking=True)
-    return x.to(memory_format=torch.channels_last) if x.ndim == 4 else x
+    there = (x.to(device, non_blocking=True) for x in inputs)
+    return tuple(x.to(memory_format=torch.channels_last) if x.ndim == 4 else x for x in there)
 
 
 def _steps(job: Job, run: _Run, batches: Batches, measured: saving.Metrics, stop: Stop, progress: Progress) -> None:
@@ -358,7 +359,7 @@ def _steps(job: Job, run: _Run, batches: Batches, measured: saving.Metrics, stop
         progress(_stage(run, batches), run.step, total)
 
 
-def _step(job: Job, run: _Run, batches: Batches, x: Tensor, y: Tensor | None, learning_rate: float) -> None:
+def _step(job: Job, run: _Run, batches: Batches, x: Inputs, y: Tensor | None, learning_rate: float) -> None:
     """One optimizer step."""
     settings, module = job.settings, job.module
     module.train(settings.mode == "train")
@@ -366,7 +367,7 @@ def _step(job: Job, run: _Run, batches: Batches, x: Tensor, y: Tensor | None, le
     if run.simulation is not None and settings.ranges == "learned" and 0 < run.step >= OBSERVED * run.total:
         run.simulation.learn()
     with run.simulation.watching(observing) if run.simulation is not None else nullcontext():
-        loss = job.ranks.part(_loss(job, module, x, y), len(x), batches.size)
+        loss = job.ranks.part(_loss(job, module, x, y), len(x[0]), batches.size)
     update(settings, run.optimizer, module, loss, learning_rate, job.ranks)
     if run.simulation is not None:
         run.simulation.update(learning_rate / settings.learning_rate)
@@ -428,7 +429,7 @@ def _as_file(job: Job, run: _Run, levels: Mapping[str, Grid]) -> AbstractContext
     return nullcontext() if run.simulation is None else run.simulation.on_levels({**job.fixed, **levels})
 
 
-def _samples(job: Job, batches: Batches, count: int) -> Iterator[Tensor]:
+def _samples(job: Job, batches: Batches, count: int) -> Iterator[Inputs]:
     """``count`` batches as they are trained on, changed at random, the same ones each time."""
     device = next(job.module.parameters()).device
     for step in range(min(count, batches.an_epoch)):

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pcq.data import Data, open_data, own
+from pcq.data import Data, open_data, open_inputs, own
+from pcq.data.inputs import inputs
 from pcq.errors import NoSplit, PcqError, raise_all
 from pcq.spec import Spec, parse, takes
 
@@ -40,7 +41,7 @@ class Splits:
         )
 
 
-def open_splits(spec: str, resized_crop: bool = False) -> Splits:
+def open_splits(spec: str, resized_crop: bool = False, network: nn.Module | None = None) -> Splits:
     """Open a data spec for training; ``val`` is held out of ``train`` where there is none of its own.
 
     What a function returns that takes no ``split`` is one set, whatever it returns the next time.
@@ -48,17 +49,19 @@ def open_splits(spec: str, resized_crop: bool = False) -> Splits:
     Args:
         spec: a data spec; see ``pcq.data``.
         resized_crop: open a folder's training images larger than the network takes them.
+        network: what takes the samples, for data of several inputs.
 
     Raises:
-        PcqError: the data is not there, or is too little; or a split of it is not usable, or unlike the others.
+        PcqError: the data is not there, or is too little; or a split of it is not usable, or unlike the others; or it
+            has not the network's inputs.
     """
     parsed = parse(spec)
     if resized_crop and parsed.kind != "folder":
         where, allowed = "finetune.augment: resized-crop", "none, crop or crop-flip"
         raise PcqError(f"it is for folders of images, and the data is {spec}", where=where, allowed=allowed)
-    plain = open_data(spec, "train")
+    plain = _open(spec, "train", network)
     one = own(parsed) and not takes(parsed, "split")
-    test, val = (None if one else _other(spec, split, plain) for split in ("test", "val"))
+    test, val = (None if one else _other(spec, split, plain, network) for split in ("test", "val"))
     train = open_data(str(_larger(parsed)), "train") if resized_crop else plain
     notes = []
     if val is not None and test is not None and _same(val, test):
@@ -77,10 +80,16 @@ def open_splits(spec: str, resized_crop: bool = False) -> Splits:
     return Splits(train, plain, val, test, tuple(notes))
 
 
-def _other(spec: str, split: str, train: Data) -> Data | None:
+def _open(spec: str, split: str, network: nn.Module | None) -> Data:
+    if network is None:
+        return open_data(spec, split)
+    return open_inputs(spec, split, lambda arrays: inputs(arrays, network, spec))
+
+
+def _other(spec: str, split: str, train: Data, network: nn.Module | None) -> Data | None:
     """Another split, unless it is not there or is the training data itself."""
     try:
-        found = open_data(spec, split)
+        found = _open(spec, split, network)
     except NoSplit:
         return None
     except PcqError as error:
@@ -99,14 +108,20 @@ def _alike(splits: Sequence[Data]) -> None:
     problems, first = [], splits[0]
     for data in splits[1:]:
         where = f"{data.name}, {data.split}"
-        if data.shape != first.shape:
-            shapes = ["x".join(map(str, shape)) or "one number" for shape in (data.shape, first.shape)]
+        shapes = [_shapes(each) for each in (data, first)]
+        if shapes[0] != shapes[1]:
             problems.append(PcqError(f"its samples are {shapes[0]}, those of {first.split} {shapes[1]}", where=where))
         labelled = [other.split for other in splits if other.labels is not None]
         if data.labels is None and labelled:
             what = f"it has no labels, and {labelled[0]} has some"
             problems.append(PcqError(what, where=where, todo=f"Add them, or leave {data.split} out"))
     raise_all(problems)
+
+
+def _shapes(data: Data) -> str:
+    """Those of a sample, in words."""
+    shapes = [tuple(array.shape[1:]) for array in data.arrays.values()] or [data.shape]
+    return " and ".join("x".join(map(str, shape)) or "one number" for shape in shapes)
 
 
 def check_outputs(splits: Splits, outputs: int) -> None:
@@ -131,12 +146,12 @@ def check_outputs(splits: Splits, outputs: int) -> None:
 
 def _same(a: Data, b: Data) -> bool:
     """Whether two sets are one, by their labels and some samples."""
-    if a.n != b.n or a.shape != b.shape or (a.labels is None) != (b.labels is None):
+    if a.n != b.n or _shapes(a) != _shapes(b) or (a.labels is None) != (b.labels is None):
         return False
     if a.labels is not None and b.labels is not None and not torch.equal(a.labels, b.labels):
         return False
     some = sorted({0, a.n // 3, a.n - 1})
-    return torch.equal(a.take(some), b.take(some))
+    return all(map(torch.equal, a.inputs(a.take(some)), b.inputs(b.take(some))))
 
 
 def subset(data: Data, numbers: Tensor, split: str) -> Data:

@@ -127,7 +127,7 @@ def train(job: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
             at = time.perf_counter()
             module.train()
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-                out = logits(module(loop.placed(x, device)))
+                out = logits(module(*loop.placed(x, device)))
             loss = loss_of(settings, out, None if y is None else y.to(device, non_blocking=True), None)
             inside.append(0.0)
             update(settings, _Timed(optimizer, inside), module, loss, rate(settings, step / total))  # type: ignore[arg-type]
