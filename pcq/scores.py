@@ -2,10 +2,15 @@
 
 A prediction is the first of the largest outputs; a sample counts for top-5 if fewer than five outputs are larger than
 its label's, or equal and before it. So a network whose outputs are all equal predicts class 0 and gains nothing by it.
+
+Outputs that are not [b, classes] (a token's states, a map) have no prediction: without labels they are compared with
+another network's by how much of their variance they explain.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +18,51 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pcq.data import Data
-from pcq.data.inputs import filled, held_batch, refuse_kind
+from pcq.data import Data, Inputs
+from pcq.data.inputs import filled, held_batch, of_tokens, refuse_kind
 from pcq.errors import CheckFailed, PcqError, did_you_mean, first_line
 from pcq.logits import main_name, main_output
 from pcq.progress import Progress, silent
 
 Predictor = Callable[..., Tensor]
-"""Samples [b, ...], a tensor for each input -> outputs [b, classes]."""
+"""Samples [b, ...], a tensor for each input -> outputs [b, classes], or others [b, ...]."""
 
 SEVERAL = (
     "Give data with an array for each of them by its name, and y: npz:FILE, or a function that returns a dictionary"
 )
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """Sums over ``n`` rows of numbers ``y``, compared with ``aim``.
+
+    Attributes:
+        apart: of ``||y - aim||^2``.
+        total: float64 [k], of ``aim``.
+        squared: of ``||aim||^2``.
+    """
+
+    n: int
+    apart: float
+    total: Tensor
+    squared: float
+
+    @staticmethod
+    def of(y: Tensor, aim: Tensor) -> "Likeness":
+        """Of rows, the first axis of ``y`` and ``aim``."""
+        y, aim = (t.double().reshape(len(t), -1) for t in (y, aim))
+        return Likeness(len(y), float((y - aim).square().sum()), aim.sum(0), float(aim.square().sum()))
+
+    def __add__(self, other: "Likeness") -> "Likeness":
+        return Likeness(
+            self.n + other.n, self.apart + other.apart, self.total + other.total, self.squared + other.squared
+        )
+
+    @property
+    def explained(self) -> float:
+        """``100 (1 - sum ||y - aim||^2 / sum ||aim - E aim||^2)``: 100 for equal rows, 0 for their mean."""
+        variance = self.squared - float(self.total.square().sum()) / self.n
+        return 100 * (1 - self.apart / max(variance, 1e-30))
 
 
 @dataclass(frozen=True)
@@ -37,6 +75,7 @@ class Scores:
         top5: the label is among the first five; None below six classes.
         agreement: the prediction is the reference's.
         reference_top1: the reference's top-1.
+        likeness: of outputs that are not [b, classes] to the reference's; of tokens, those that no mask hides.
     """
 
     n: int
@@ -44,6 +83,17 @@ class Scores:
     top5: float | None
     agreement: float | None
     reference_top1: float | None
+    likeness: Likeness | None = None
+
+    @property
+    def explained(self) -> float | None:
+        """Percent of the variance of the reference's outputs."""
+        return None if self.likeness is None else self.likeness.explained
+
+    def to_json(self) -> dict[str, float | None]:
+        """Every number by its name."""
+        names = ("n", "top1", "top5", "agreement", "reference_top1", "explained")
+        return {name: getattr(self, name) for name in names}
 
 
 def evaluate(
@@ -60,13 +110,13 @@ def evaluate(
     Args:
         predict: the network.
         data: labelled; or unlabelled, with a reference.
-        reference: another network of as many classes.
+        reference: another network of as many outputs.
         batch: samples at once; the scores do not depend on it.
         limit: only so many samples, evenly spaced.
         progress: called with "scoring", samples done and samples in all.
 
     Raises:
-        PcqError: there is nothing to score by, the network does not take the data, or their classes differ.
+        PcqError: there is nothing to score by, the network does not take the data, or their outputs differ.
         CheckFailed: an output is not a number.
     """
     if data.labels is None and reference is None:
@@ -75,18 +125,24 @@ def evaluate(
     order = data.order(limit)
     n = len(order)
     done = first = fifth = agreeing = theirs = width = 0
+    likeness: Likeness | None = None
     progress("scoring", 0, n)
     for x, y in data.batches(batch, order=order):
-        out = _outputs(predict, x, data, order[done:])
-        width = out.shape[1]
-        guess = out.argmax(1)
-        if reference is not None:
-            other = _outputs(reference, x, data, order[done:])
-            if other.shape != out.shape:
-                raise PcqError(f"it has {other.shape[1]} outputs and the network {width}", where="reference")
-            compared = other.argmax(1)
+        inputs = data.inputs(x)
+        out = _outputs(predict, inputs, data, order[done:])
+        other = None if reference is None else _outputs(reference, inputs, data, order[done:])
+        if other is not None and other.shape != out.shape:
+            has, wants = ("x".join(map(str, each.shape[1:])) for each in (other, out))
+            raise PcqError(f"it has {has} outputs and the network {wants}", where="reference")
+        guess = out.argmax(-1)
+        if other is not None and out.ndim == 2:
+            compared = other.argmax(-1)
             agreeing += int((guess == compared).sum())
+        elif other is not None:
+            part = Likeness.of(*(of_tokens(each, inputs, data.mask) for each in (out, other)))
+            likeness = part if likeness is None else likeness + part
         if y is not None:
+            width = out.shape[1]
             if int(y.max()) >= width:
                 raise PcqError(f"a label is {int(y.max())}", where=data.name, allowed=f"0 to {width - 1}, the outputs")
             first += int((guess == y).sum())
@@ -100,8 +156,9 @@ def evaluate(
         n,
         100 * first / n if labelled else None,
         100 * fifth / n if labelled and width > 5 else None,
-        100 * agreeing / n if compares else None,
+        100 * agreeing / n if compares and likeness is None else None,
         100 * theirs / n if labelled and compares else None,
+        likeness,
     )
 
 
@@ -114,7 +171,9 @@ def merged(parts: Sequence[Scores]) -> Scores:
         return 100 * sum(counts) / n if len(counts) == len(parts) else None
 
     columns = ("top1", "top5", "agreement", "reference_top1")
-    return Scores(n, *(percent([getattr(part, column) for part in parts]) for column in columns))
+    alike = [part.likeness for part in parts if part.likeness is not None]
+    top1, top5, agreement, reference_top1 = (percent([getattr(part, column) for part in parts]) for column in columns)
+    return Scores(n, top1, top5, agreement, reference_top1, reduce(add, alike) if alike else None)
 
 
 def _rank(out: Tensor, y: Tensor) -> Tensor:
@@ -124,24 +183,27 @@ def _rank(out: Tensor, y: Tensor) -> Tensor:
     return ((out > own) | ((out == own) & before)).sum(1)
 
 
-def _outputs(predict: Predictor, x: Tensor, data: Data, numbers: Tensor) -> Tensor:
-    """Checked: [b, classes], no NaN and no infinity (masked outputs may be -infinity), as many classes as the data."""
-    out = predict(*data.inputs(x))
+def _outputs(predict: Predictor, inputs: Inputs, data: Data, numbers: Tensor) -> Tensor:
+    """Checked: [b, classes], no NaN and no infinity (masked outputs may be -infinity), as many classes as the data.
+
+    Without labels others of any shape, [b, ...].
+    """
+    out, b = predict(*inputs), len(inputs[0])
     if out.ndim > 2 and out.shape[2:].numel() == 1:
         out = out.flatten(1)
-    if out.ndim != 2 or len(out) != len(x):
-        raise PcqError(f"its output for {len(x)} samples has shape {list(out.shape)}", where="the network",
-                       allowed=f"[{len(x)}, classes]")  # fmt: skip
-    if data.classes and len(data.classes) != out.shape[1]:
+    if out.ndim == 0 or len(out) != b or (out.ndim != 2 and data.labels is not None):
+        raise PcqError(f"its output for {b} samples has shape {list(out.shape)}", where="the network",
+                       allowed=f"[{b}, classes]")  # fmt: skip
+    if data.classes and out.ndim == 2 and len(data.classes) != out.shape[1]:
         raise PcqError(
             f"the data has {len(data.classes)} classes and the network {out.shape[1]} outputs",
             where=data.name,
             todo="For a folder with some of the classes only, list all of them in a file: folder:DIR?classes=FILE",
         )
-    if bad := (out.isnan() | (out == torch.inf)).any(1).nonzero().flatten().tolist():
+    if bad := (out.isnan() | (out == torch.inf)).reshape(b, -1).any(1).nonzero().flatten().tolist():
         kind = "NaN" if out.isnan().any() else "infinite"
         where = f"sample {int(numbers[bad[0]])} of {data.name}"
-        raise CheckFailed(f"the network's output is {kind} for {len(bad)} of a batch of {len(x)} samples", where=where)
+        raise CheckFailed(f"the network's output is {kind} for {len(bad)} of a batch of {b} samples", where=where)
     return out
 
 

@@ -18,7 +18,9 @@ from pcq.commands.exporting import Int8
 from pcq.commands.finetuning import FinetuneResult
 from pcq.data import open_data
 from pcq.errors import PcqError
+from pcq.settings import Finetune
 from pcq.train.splits import open_splits
+from pcq.train.step import loss_of
 
 
 class Tokens(nn.Module):
@@ -456,8 +458,8 @@ def sentences(path: Path, labels: bool = True, sizes: tuple[int, ...] = (240, 60
 def tuned(folder: Path, data: str, out: str = "x.safetensors", **how: object) -> FinetuneResult:
     save_file(Tokens().state_dict(), folder / "m.safetensors")
     said: dict[str, object] = {"epochs": 20, "overrides": ["finetune.batch=40", "finetune.lr=0.02"]}
-    return pcq.finetune(folder / "m.safetensors", "ternary-all", data, out=folder / out,
-                        arch=f"{__file__}:network", **(said | how))  # type: ignore[arg-type]  # fmt: skip
+    said |= {"arch": f"{__file__}:network", "out": folder / out} | how
+    return pcq.finetune(folder / "m.safetensors", "ternary-all", data, **said)  # type: ignore[arg-type]
 
 
 def test_networks_of_several_inputs_are_trained(tmp_path: Path) -> None:
@@ -532,3 +534,51 @@ def test_splits_are_told_apart_by_what_they_hold(tmp_path: Path) -> None:
         arrays = {name: array[::-1] if name == "input_ids_test" else array for name, array in held.items()}
     np.savez(tmp_path / "two.npz", **arrays)
     assert open_splits(two, network=Tokens()).test is not None
+
+
+class States(Tokens):
+    """Puts out every token's state."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, other: Tensor | None = None) -> Tensor:
+        x = self.words(input_ids)
+        return self.norm(x + self.second(self.first(x).relu())) + (1 - attention_mask)[..., None] * 1e3  # type: ignore[no-any-return]
+
+
+def states() -> nn.Module:
+    return States()
+
+
+def test_states_of_tokens_follow_the_float_networks(tmp_path: Path) -> None:
+    data, arch = sentences(tmp_path / "s.npz", labels=False), f"{__file__}:states"
+    result = tuned(tmp_path, data, arch=arch)
+    before, after = (row.test for row in result.rows)
+    assert before is not None
+    assert after is not None
+    assert before.explained is not None
+    assert after.explained is not None
+    assert before.explained + 5 < after.explained < 100
+    module, float_ = pcq.open_network(result.path).module, States()
+    with np.load(tmp_path / "s.npz") as held:
+        x = {name: torch.from_numpy(held[f"{name}_test"]) for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        y, aim = (net(**x)[x["attention_mask"] != 0].double() for net in (module, float_))
+    explained = 100 * (1 - (y - aim).square().sum() / (aim - aim.mean(0)).square().sum())
+    assert after.explained == pytest.approx(float(explained), abs=1e-6)
+    found = pcq.evaluate(result.path, data, reference=tmp_path / "m.safetensors", arch=arch, batch=7).scores
+    assert found.explained == pytest.approx(after.explained, abs=1e-9)
+    onnx = pcq.export_onnx(result.path, tmp_path / "x.onnx", example=data).path
+    assert pcq.evaluate(onnx, data, reference=tmp_path / "m.safetensors", arch=arch).scores.explained == pytest.approx(
+        after.explained, abs=1e-4
+    )
+    sentences(tmp_path / "labelled.npz")
+    with pytest.raises(PcqError, match=r"its output is of shape \[40, 6, 8\].*Leave the labels out"):
+        tuned(tmp_path, f"npz:{tmp_path / 'labelled.npz'}", "y.safetensors", arch=arch)
+
+
+def test_masked_tokens_have_no_part_in_the_loss() -> None:
+    out, aim = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]])
+    of_each = [(out[i] - aim[i]).square()[mask[i] != 0].mean() if mask[i].any() else torch.zeros(()) for i in range(3)]
+    assert torch.allclose(loss_of(Finetune(), out, None, aim, mask), torch.stack(of_each).mean())
+    assert torch.allclose(loss_of(Finetune(), out, None, aim, None), (out - aim).square().mean())
+    assert torch.allclose(loss_of(Finetune(), out[:, 0, 0], None, aim[:, 0, 0]), (out - aim)[:, 0, 0].square().mean())

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -247,7 +248,7 @@ def _finetune(
             saving.check(files.saved, mark)
         here.wait()  # before calibration, which takes minutes
     one = splits.plain.inputs(splits.plain.take([0]))
-    check_outputs(splits, module_predictor(original)(*one).shape[1])
+    check_outputs(splits, math.prod(module_predictor(original)(*one).shape[1:2]))
     allocation = None
     if rules.budget is not None:
         asked = None if calibration is None else starting.shaped(calibration, splits.plain.shape)

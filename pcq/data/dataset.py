@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from pcq.data.inputs import named_mask
 from pcq.errors import PcqError
 
 Batch = tuple[Tensor, Tensor | None]
@@ -58,6 +59,11 @@ class Data:
     def inputs(self, x: Tensor) -> Inputs:
         """What the network is given for the samples ``x`` [b, ...]."""
         return tuple(array[x] for array in self.arrays.values()) or (x,)
+
+    @property
+    def mask(self) -> int | None:
+        """Which of the inputs is a mask of tokens; None: none is."""
+        return named_mask(list(self.arrays), list(self.arrays.values()))
 
     def on(self, device: torch.device) -> "Data":
         """The same samples, bit by bit, kept on ``device`` if they are images in memory that fit there; labels stay."""

@@ -11,16 +11,14 @@ from pcq.report.forms import percent, render, size, smaller, table, to_json
 
 @render.register
 def _(result: commands.FinetuneResult) -> RenderableType:
-    columns = ("held out", "test", "agreement with float")
+    valued = any(row.val.explained is not None for row in result.rows)
+    columns = ("explained, held out", "explained, test") if valued else ("held out", "test", "agreement with float")
     made = table(f"{result.path}, trained on {result.data}", "weights", *columns, right=columns)
     for row in result.rows:
         last = row.val if row.test is None else row.test
-        made.add_row(
-            row.weights,
-            percent(row.val.top1),
-            percent(None if row.test is None else row.test.top1),
-            percent(last.agreement),
-        )
+        pair = (row.val, row.test)
+        found = [None if one is None else one.explained if valued else one.top1 for one in pair]
+        made.add_row(row.weights, *map(percent, found if valued else [*found, last.agreement]))
     seen, how = result.telemetry, result.settings
     lines = [
         f"{size(result.bytes_before)} of tensors -> {size(result.bytes_after)} on disk "
@@ -53,8 +51,8 @@ def _(result: commands.FinetuneResult) -> dict[str, Any]:
         "rows": [
             {
                 "weights": row.weights,
-                "val": vars(row.val),
-                "test": None if row.test is None else vars(row.test),
+                "val": row.val.to_json(),
+                "test": None if row.test is None else row.test.to_json(),
             }
             for row in result.rows
         ],

@@ -21,6 +21,7 @@ def _(result: commands.EvalResult) -> RenderableType:
         ("top-5", scores.top5),
         ("agreement with float", scores.agreement),
         ("top-1 of float", scores.reference_top1),
+        ("explained of float's outputs", scores.explained),
     ):
         if value is not None:
             made.add_row(label, percent(value))
@@ -34,11 +35,7 @@ def _(result: commands.EvalResult) -> dict[str, Any]:
         "path": str(result.path),
         "data": result.data,
         "runtime": result.runtime,
-        "n": scores.n,
-        "top1": scores.top1,
-        "top5": scores.top5,
-        "agreement": scores.agreement,
-        "reference_top1": scores.reference_top1,
+        **scores.to_json(),
     }
 
 

@@ -307,9 +307,9 @@ def _loss(job: Job, module: nn.Module, x: Inputs, y: Tensor | None) -> Tensor:
         wanted = None
         if job.teacher is not None:
             with torch.no_grad():
-                wanted = logits(job.teacher(*x))
+                wanted = logits(job.teacher(*x), y is not None)
         try:
-            out = logits(module(*x))
+            out = logits(module(*x), y is not None)
         except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
             told = first_line(error)
             where = f"samples of {' and '.join('x'.join(map(str, each.shape[1:])) for each in x)}"
@@ -317,7 +317,9 @@ def _loss(job: Job, module: nn.Module, x: Inputs, y: Tensor | None) -> Tensor:
     highest = job.splits.train.highest
     if highest is not None and highest >= out.shape[1]:
         raise PcqError(f"a label is {highest}", where=job.data, allowed=f"0 to {out.shape[1] - 1}, the outputs")
-    return loss_of(job.settings, out, None if y is None else y.to(device, non_blocking=True), wanted)
+    labels = None if y is None else y.to(device, non_blocking=True)
+    at = job.splits.train.mask
+    return loss_of(job.settings, out, labels, wanted, None if at is None else x[at])
 
 
 def placed(inputs: Inputs, device: torch.device) -> Inputs:
@@ -418,10 +420,8 @@ def scored(module: nn.Module, job: Job, progress: Progress = silent) -> Scores:
 
 
 def number(scores: Scores) -> float:
-    """The one to choose by: top-1, or agreement where there are no labels."""
-    value = scores.top1 if scores.top1 is not None else scores.agreement
-    assert value is not None
-    return value
+    """The one to choose by: top-1, or without labels agreement, or how much is explained."""
+    return next(value for value in (scores.top1, scores.agreement, scores.explained) if value is not None)
 
 
 def _as_file(job: Job, run: _Run, levels: Mapping[str, Grid]) -> AbstractContextManager[None]:

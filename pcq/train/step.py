@@ -51,19 +51,23 @@ def _cosine(first: float, last: float, share: float) -> float:
     return last + (first - last) * (1 + math.cos(math.pi * min(1.0, share))) / 2
 
 
-def logits(out: Any) -> Tensor:
-    """The output called ``logits``, else the first."""
+def logits(out: Any, labelled: bool = True) -> Tensor:
+    """The output called ``logits``, else the first: [b, classes], or any without labels."""
     out = main_output(out)
-    if not isinstance(out, Tensor) or out.ndim != 2:
+    if not isinstance(out, Tensor) or (labelled and out.ndim != 2):
         found = f"of shape {list(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
-        raise PcqError(f"its output is {found}", where="the network", allowed="a tensor [b, classes]")
+        todo = "Leave the labels out: it then follows the float network" if isinstance(out, Tensor) else ""
+        raise PcqError(f"its output is {found}", where="the network", allowed="a tensor [b, classes]", todo=todo)
     return out
 
 
-def loss_of(settings: Finetune, out: Tensor, labels: Tensor | None, teacher: Tensor | None) -> Tensor:
+def loss_of(
+    settings: Finetune, out: Tensor, labels: Tensor | None, teacher: Tensor | None, mask: Tensor | None = None
+) -> Tensor:
     """Cross entropy with the labels and, by the share ``distill``, divergence from the float network's outputs.
 
-    Without labels the divergence is all there is.
+    Without labels the divergence is all there is. Of outputs that are not [b, classes] it is the mean squared
+    difference; of tokens [b, t, ...] for each sample that of those whose ``mask`` [b, t] is not 0.
     """
     out = out.float()
     share = settings.distill if labels is not None else 1.0
@@ -72,10 +76,20 @@ def loss_of(settings: Finetune, out: Tensor, labels: Tensor | None, teacher: Ten
         total = (1 - share) * F.cross_entropy(out, labels, label_smoothing=settings.smoothing)
     if share > 0:
         assert teacher is not None
+        if out.ndim != 2:
+            return _squares(out, teacher.float(), mask)
         student, wanted = (F.log_softmax(t.float() / TEMPERATURE, 1) for t in (out, teacher))
         apart = F.kl_div(student, wanted, log_target=True, reduction="batchmean")
         total = total + share * TEMPERATURE**2 * apart
     return total
+
+
+def _squares(out: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+    squares = (out - teacher).square()
+    if mask is None or out.ndim < 3 or out.shape[:2] != mask.shape:
+        return squares.mean()
+    real = (mask != 0).to(squares)
+    return ((squares.flatten(2).mean(2) * real).sum(1) / real.sum(1).clamp(min=1)).mean()
 
 
 def update(
