@@ -198,9 +198,9 @@ def test_a_conv_net_runs_in_int8(residual: tuple[Path, Weights], samples: list[T
         assert torch.equal(again[name].dequantize(), weight.dequantize())
     wanted = run(exact, samples[4:])
     for optimised in (True, False):
-        assert compare(wanted, run(out, samples[4:], optimised), []).relative_l2 < 0.05
+        assert compare([wanted], [run(out, samples[4:], optimised)], []).relative_l2 < 0.05
     assert report.drop is not None
-    assert report.drop.relative_l2 == compare(wanted, run(out, samples[4:]), []).relative_l2
+    assert report.drop.relative_l2 == compare([wanted], [run(out, samples[4:])], []).relative_l2
     model = onnx.load(out)
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     assert metadata["pcq.mode"] == "int8"
@@ -256,7 +256,7 @@ def test_matrices_run_dynamically_without_samples(tmp_path: Path) -> None:
     assert [layer.activations for layer in report.layers] == ["dynamic"] * 3
     assert report.drop is None
     x = [torch.randn(2, 7, 32)]
-    assert compare(run(exact, x), run(out, x), []).relative_l2 < 0.03
+    assert compare([run(exact, x)], [run(out, x)], []).relative_l2 < 0.03
     assert dumped(out, tmp_path)["DynamicQuantizeLinear"] == 1  # shared by two layers
     meta = ort.InferenceSession(str(out), providers=["CPUExecutionProvider"]).get_modelmeta()
     assert json.loads(meta.custom_metadata_map["pcq.int8"])["a.weight"] == "dynamic"
@@ -339,13 +339,67 @@ def test_what_costs_too_much_goes_back_worst_first(tmp_path: Path) -> None:
     assert out.read_bytes() == before
 
 
+class TwoHeads(nn.Module):
+    """As a detector's. What enters ``box`` has a number 10,000 times the others: its 8 bits see nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.cls, self.box = nn.Conv2d(4, 8, 3), nn.Linear(8, 6), nn.Conv2d(8, 4, 1)
+        for layer in (self.a, self.cls, self.box):
+            nn.init.zeros_(layer.bias)
+        nn.init.ones_(self.a.bias[:1])  # the spiked channel is alive
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = torch.relu(self.a(x))
+        spiked = x * torch.tensor([1e4, *[1.0] * 7])[:, None, None]
+        logits = self.cls(x.mean((2, 3)))
+        return logits, self.box(spiked), logits.argmax(1)
+
+
+def two_heads(path: Path) -> None:
+    network = TwoHeads()
+    weights = quantize(network, ("255 levels",))
+    weights["box.weight"].codes[:, 0] = 127  # the spiked channel counts for nothing
+    network.box.weight.data.copy_(weights["box.weight"].dequantize())
+    write_onnx(network, weights, (torch.zeros(1, 4, 8, 8),), path)
+
+
+def test_every_output_is_measured(tmp_path: Path) -> None:
+    """One that int8 destroys is not passed over because predictions come from another."""
+    exact, out = tmp_path / "exact.onnx", tmp_path / "int8.onnx"
+    two_heads(exact)
+    x = torch.randn(96, 4, 8, 8)
+    held_out: list[tuple[Tensor, Tensor | None]] = [(x[32:64], None), (x[64:], None)]
+    report = write_int8(exact, out, lambda: [x[:32]], held_out, max_drop=100)
+    assert report.fallen_back == ("box.weight",)
+    assert report.first_drop is not None
+    assert report.drop is not None
+    assert report.first_drop.relative_l2 > 0.5 > 0.1 > report.drop.relative_l2
+    assert report.drop.agreement is not None
+    feed = {"x": x[32:].numpy()}
+    ours, theirs = (verify.open_session(str(path), True).run(None, feed) for path in (out, exact))
+    apart = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(ours[:2], theirs[:2], strict=True)]
+    assert report.drop.relative_l2 == pytest.approx(max(apart), rel=1e-5)
+
+
+def test_outputs_too_far_away_are_said_where_there_are_no_points(tmp_path: Path) -> None:
+    exact, out = tmp_path / "exact.onnx", tmp_path / "int8.onnx"
+    network = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3))  # a map
+    weights = quantize(network, ("255 levels",))
+    write_onnx(network, weights, (torch.zeros(1, 4, 8, 8),), exact)
+    x = torch.randn(64, 4, 8, 8)
+    with pytest.raises(CheckFailed, match=r"outputs move by (\d+|inf) % .*no part of it stays within .*up to 50 %"):
+        write_int8(exact, out, lambda: [x[:32] * 1e-3], [(x[32:], None)], max_drop=100)
+    assert not out.exists()
+
+
 def test_the_drop_is_points_with_labels_and_agreement_without() -> None:
     exact, int8 = np.eye(4, dtype=np.float32), np.eye(4, dtype=np.float32)[[0, 1, 2, 2]]
-    labelled = compare(exact, int8, [torch.tensor([0, 1]), torch.tensor([2, 2])])
+    labelled = compare([exact], [int8], [torch.tensor([0, 1]), torch.tensor([2, 2])])
     assert (labelled.exact, labelled.int8, labelled.points) == (75.0, 100.0, -25.0)
-    assert compare(exact, int8, [None]).points == 25.0
-    assert compare(exact[0], int8[0], [None]).points is None
-    assert compare(exact, int8 * np.nan, [None]).relative_l2 == float("inf")
+    assert compare([exact], [int8], [None]).points == 25.0
+    assert compare([exact[0]], [int8[0]], [None]).points is None
+    assert compare([exact], [int8 * np.nan], [None]).relative_l2 == float("inf")
 
 
 @settings(deadline=None, max_examples=25)

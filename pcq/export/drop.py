@@ -21,6 +21,9 @@ Batch = Tensor | tuple[Tensor, ...]
 Samples = Sequence[tuple[Batch, Tensor | None]]
 """Batches with their labels, if there are any."""
 
+Outputs = Sequence[npt.NDArray[np.float32]]
+"""Those of a network on all samples, the one that counts first."""
+
 
 @dataclass(frozen=True)
 class Drop:
@@ -28,7 +31,7 @@ class Drop:
 
     Attributes:
         n: samples.
-        relative_l2: distance of the outputs, relative to the exact ones.
+        relative_l2: distance of the outputs, relative to the exact ones; of several that of the farthest.
         agreement: percent of equal predictions; None where the output is not ``[n, classes]``.
         exact, int8: top-1 in percent; None without labels.
     """
@@ -47,21 +50,25 @@ class Drop:
         return None if self.agreement is None else 100 - self.agreement
 
 
-def compare(exact: npt.NDArray[np.float32], int8: npt.NDArray[np.float32], labels: Sequence[Tensor | None]) -> Drop:
+def compare(exact: Outputs, int8: Outputs, labels: Sequence[Tensor | None]) -> Drop:
     """Both files' outputs, and the labels batch by batch."""
-    distance = float(np.linalg.norm((int8 - exact).astype(np.float64)) / max(1e-30, float(np.linalg.norm(exact))))
-    if not np.isfinite(distance):
-        distance = float("inf")
-    if exact.ndim != 2 or exact.shape[1] < 2:
-        return Drop(len(exact), distance, None, None, None)
-    ours, theirs = int8.argmax(1), exact.argmax(1)
+    distance = max(_distance(a, b) for a, b in zip(int8, exact, strict=True))
+    main = exact[0]
+    if main.ndim != 2 or main.shape[1] < 2:
+        return Drop(len(main), distance, None, None, None)
+    ours, theirs = int8[0].argmax(1), main.argmax(1)
     known = [y for y in labels if y is not None]
     truth = torch.cat(known).numpy() if known and len(known) == len(labels) else None
     return Drop(
-        len(exact), distance, 100 * float((ours == theirs).mean()),
+        len(main), distance, 100 * float((ours == theirs).mean()),
         None if truth is None else 100 * float((theirs == truth).mean()),
         None if truth is None else 100 * float((ours == truth).mean()),
     )  # fmt: skip
+
+
+def _distance(ours: npt.NDArray[np.float32], exact: npt.NDArray[np.float32]) -> float:
+    distance = float(np.linalg.norm((ours - exact).astype(np.float64)) / max(1e-30, float(np.linalg.norm(exact))))
+    return distance if np.isfinite(distance) else float("inf")
 
 
 def each_input(batch: Batch) -> tuple[Tensor, ...]:
@@ -74,13 +81,18 @@ def arrays(batch: Batch) -> list[npt.NDArray[Any]]:
     return [x.numpy() for x in each_input(batch)]
 
 
-def outputs(path: Path, samples: Samples) -> npt.NDArray[np.float32]:
-    """The output that counts, on all samples."""
+def outputs(path: Path, samples: Samples) -> Outputs:
+    """The output that counts, on all samples; behind it the others that hold floats for each sample."""
     session: ort.InferenceSession = verify.open_session(str(path), optimised=True)
     names = [value.name for value in session.get_inputs()]
-    output = main_name([value.name for value in session.get_outputs()])
+    made = {value.name: value for value in session.get_outputs()}
+    main, batch = main_name(list(made)), session.get_inputs()[0].shape[:1]
+    others = [
+        n for n, v in made.items() if n != main and v.type == "tensor(float)" and v.shape and v.shape[:1] == batch
+    ]
     try:
         feeds = (dict(zip(names, arrays(x), strict=True)) for x, _ in samples)
-        return np.concatenate([np.asarray(session.run([output], feed)[0]) for feed in feeds])
+        runs = [session.run([main, *others], feed) for feed in feeds]
+        return [np.concatenate(parts) for parts in zip(*runs, strict=True)]
     except Exception as error:  # onnxruntime's exceptions share no class of their own
         raise PcqError(f"the network does not take the samples: {first_line(error)}", where="--calib") from error

@@ -171,8 +171,11 @@ def write_int8(
                 else:
                     low = middle
             if best is None:
-                raise CheckFailed(f"int8 costs {first.points:.2f} points on {first.n} held-out samples, and no part of "  # type: ignore[union-attr]
-                                  "it stays within what is allowed", where="int8", allowed=f"up to {max_drop:g}",
+                moved = f"outputs move by {100 * measured.relative_l2:.0f} %", f"up to {100 * FARTHEST:.0f} %"
+                costs = f"it costs {measured.points or 0:.2f} points", f"up to {max_drop:g}"
+                what, allowed = moved if measured.relative_l2 > FARTHEST else costs
+                raise CheckFailed(f"{what} on {measured.n} held-out samples, and no part of it stays within what is "
+                                  "allowed", where="int8", allowed=allowed,
                                   todo="Other --ranges, more --samples, or --mode exact")  # fmt: skip
             fallen = [site.weight for site in ranked[:high]]
             reasons |= dict.fromkeys(fallen, "int8 costs more here than is allowed")
