@@ -25,7 +25,7 @@ from pcq.methods import METHODS, Method, SignSwish
 from pcq.plan import Plan
 from pcq.prox import Hard, Prox, proximal
 from pcq.qtensor import QuantizedTensor
-from pcq.refit import Refitted, following, refit_together, refit_weight
+from pcq.refit import Refitted, following, refit_together, refit_weight, settles
 from pcq.rows import Rows
 from pcq.schedules import Linear, Schedule, Theory
 
@@ -36,10 +36,11 @@ FORMAT = 2
 class Target:
     """A parameter to quantize, how it is cut into rows, what chooses its levels, and those to start from if known.
 
-    Levels to start from are followed by least squares. Others are chosen by the quantizer's rule for weights that train
-    (:func:`pcq.refit.following`), but where they are never refitted: then they are chosen once, for weights at rest. So
-    they are for methods that keep no latent: the mean magnitude of weights that lie on their levels is below these,
-    which would follow it down to 0.
+    Levels to start from are followed by least squares, where the quantizer does not name another rule. Others are
+    chosen by its rule for weights that train (:func:`pcq.refit.following`), but where they are never refitted: then
+    they are chosen once, for weights at rest. So they are for methods that keep no latent: the mean magnitude of
+    weights that lie on their levels is not that of weights around them, and levels would follow it down to 0, or up.
+    There a rule by it (``scale="mean"``) chooses the levels once, and they are never refitted.
     """
 
     parameter: Tensor
@@ -107,6 +108,7 @@ class _Tracked:
         self.parameter, self.rows = target.parameter, target.rows
         follows = refitted and target.grid is None and method.updates == "latent" and not method.posttraining
         self.quantizer = following(target.quantizer) if follows else target.quantizer
+        self.refits = method.updates == "latent" or settles(self.quantizer)
         self.swaps = swaps(target.parameter)
         self.shown = shards.local(target.parameter.data)
         self.hidden = self.shown.clone() if method.gradient_at != method.updates else None
@@ -329,8 +331,8 @@ class ProxConnect:
 
     def _refit_all(self) -> None:
         """Refit every weight's levels to its latent; on a GPU, all at once that can be."""
-        alone = list(self._weights.values())
-        if not alone[0].swaps:
+        alone = [weight for weight in self._weights.values() if weight.refits]
+        if alone and not alone[0].swaps:
             alone = self._refit_together(alone)
         for weight in alone:
             latent = weight.whole(self._latent(weight))

@@ -30,6 +30,12 @@ def following(quantizer: qtensor.Quantizer) -> qtensor.Quantizer:
     return Ternary("mean") if quantizer == Ternary("auto") else quantizer
 
 
+def settles(quantizer: qtensor.Quantizer) -> bool:
+    """Whether levels stay where they are when they are refitted to weights that lie on them. By a mean magnitude they
+    would be others each time, and end at 0 or without bounds."""
+    return getattr(quantizer, "scale", None) != "mean"
+
+
 @torch.no_grad()
 def refit(quantizer: qtensor.Quantizer, rows: Tensor, grid: Grid) -> Grid:
     """``rows [g, n]`` float32 and the grid last used for them -> a grid of the same form, at least as good.

@@ -270,6 +270,22 @@ def test_levels_refitted_to_weights_that_lie_on_them_stay(name: str) -> None:
     torch.testing.assert_close(prox.finish()["w"].dequantize(), on_levels)
 
 
+@pytest.mark.parametrize("quantizer", [Ternary("mean"), Uniform(2, scale="mean"), Uniform(4, False, "mean")], ids=str)
+@pytest.mark.parametrize("name", ["proxquant", "reverse"])
+def test_levels_by_the_mean_magnitude_stay_where_there_are_no_latents(name: str, quantizer: Quantizer) -> None:
+    """Refitted to weights on them they ended at 0, or many times too large."""
+    weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    parameter = nn.Parameter(weight.clone())
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    prox = ProxConnect(
+        optimizer, {"w": Target(parameter, Rows((4, 32), 0), quantizer)}, METHODS[name], steps=200, refit=5
+    )
+    parameter.grad = torch.zeros_like(weight)
+    for _ in range(200):
+        optimizer.step()
+    assert torch.equal(prox.finish()["w"].grid.levels(), quantizer.fit(weight).levels())
+
+
 def test_posttraining_trains_as_if_there_were_no_levels_and_rounds_once() -> None:
     model, other = network(), network()
     optimizer = OPTIMIZERS["adamw"](list(model.parameters()))
