@@ -164,7 +164,9 @@ class ProxConnect:
 
     Between steps the model holds the value that the gradient is taken at; its state dict does not hold the latents of
     ProxConnect, :meth:`state_dict` does. Attach when the model is on its device and has the weights to start from.
-    Parameters that are given other memory later (``p.data = …``) are followed, on the same device and in float32.
+    What else writes to a weight between steps (a state dict loaded into the model, clamping) is lost with the next step
+    where there are latents. Parameters that are given other memory later (``p.data = …``) are followed, on the same
+    device and in float32.
 
     Where the optimizer's step raises, the model holds the latents for the moment. The next call of a method gives it
     its weights again; the next step does too, and raises, as its gradient was taken at the latents.
@@ -229,7 +231,8 @@ class ProxConnect:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy brings its optimizer's copy, which torch makes without hooks, and is attached to that if this is."""
-        return {**vars(self), "_hooks": bool(self._hooks), "_batch": None, "_rounded": False}
+        self._refuse_rounded("a copy")
+        return {**vars(self), "_hooks": bool(self._hooks), "_batch": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -247,11 +250,7 @@ class ProxConnect:
                 "the optimizer's step was called with a closure, which would be evaluated at the wrong weights",
                 todo="Compute the loss and call backward() first, then step() without a closure.",
             )
-        if self._rounded:
-            raise PcqError(
-                "an optimizer step within quantized(), whose end gives the weights back: it would be lost",
-                todo="Step outside of it",
-            )
+        self._refuse_rounded("an optimizer step")
         # A fused optimizer is called by GradScaler even for a step that it is to leave out.
         found_inf = getattr(optimizer, "found_inf", None)
         self._skips = found_inf is not None and float(found_inf) > 0
@@ -316,6 +315,11 @@ class ProxConnect:
             weight.parameter.data = shown
         else:
             weight.shown, self._batch = part, None
+
+    def _refuse_rounded(self, what: str) -> None:
+        """Of what would be lost, or would take the rounded weights for those in training."""
+        if self._rounded:
+            raise PcqError(f"{what} within quantized(), whose end gives the weights back", todo="Do it outside of it")
 
     @torch.no_grad()
     def _settle(self) -> None:
@@ -468,6 +472,7 @@ class ProxConnect:
     @torch.no_grad()
     def telemetry(self) -> Telemetry:
         """Where training stands; about ten copies of the weights, so ask now and then."""
+        self._refuse_rounded("telemetry()")
         self._settle()
         total, strength = 0, 0.0
         counts: list[Tensor] = []
@@ -495,6 +500,7 @@ class ProxConnect:
 
     def harden(self) -> None:
         """Take the nearest level from now on, whatever the schedule says: for training that ends early."""
+        self._refuse_rounded("harden()")
         self._settle()
         self.hardened = True
         self._map_all()
@@ -507,6 +513,7 @@ class ProxConnect:
         Raises:
             CheckFailed: training ended before its hard phase, or weights are off their levels.
         """
+        self._refuse_rounded("finish()")
         _refuse_averages(self.optimizer)
         self._settle()
         if self.strength() < 1 and not self.method.posttraining:
@@ -552,6 +559,7 @@ class ProxConnect:
 
         Of sharded parameters the latents are whole, so that one process can go on from it, or several.
         """
+        self._refuse_rounded("state_dict()")
         _refuse_averages(self.optimizer)
         self._settle()
         return {
@@ -579,6 +587,7 @@ class ProxConnect:
         Raises:
             PcqError: it is of another version, of other settings, or of other weights.
         """
+        self._refuse_rounded("load_state_dict()")
         if state.get("format") != FORMAT:
             raise PcqError(f"the ProxConnect state has format {state.get('format')!r}", allowed=f"format {FORMAT}")
         problems = [

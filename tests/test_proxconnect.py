@@ -600,11 +600,35 @@ def test_a_step_within_quantized_is_refused(name: str) -> None:
     with prox.quantized():
         with prox.quantized():
             pass
-        with pytest.raises(PcqError, match=r"within quantized\(\).*would be lost. Step outside of it"):
+        with pytest.raises(
+            PcqError, match=r"a.* step within quantized\(\), whose end gives the weights back. Do it outs"
+        ):
             train(model, optimizer, 2, 3)
     same(before, (prox.state_dict(), model.state_dict(), optimizer.state_dict()))
     train(model, optimizer, 2, 3)
     assert prox.step == 3
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_takes_the_weights_of_training_is_refused_within_quantized(name: str) -> None:
+    """ProxQuant's saved state had the rounded weights, and what finish() rounded was float again after it."""
+    model = network()
+    optimizer = OPTIMIZERS["adamw"](list(model.parameters()))
+    prox = ProxConnect(optimizer, weights(model), METHODS[name], steps=STEPS)
+    train(model, optimizer, 0, 2)
+    before = copy.deepcopy((prox.state_dict(), model.state_dict()))
+    with prox.quantized():
+        for asked in (
+            prox.state_dict,
+            prox.telemetry,
+            prox.harden,
+            prox.finish,
+            lambda: prox.load_state_dict(before[0]),
+            lambda: copy.deepcopy((model, optimizer, prox)),
+        ):
+            with pytest.raises(PcqError, match=r"(\(\)|a copy) within quantized\(\)"):
+                asked()
+    same(before, (prox.state_dict(), model.state_dict()))
 
 
 @pytest.mark.parametrize("name", ["proxconnect", "reverse", "proxquant"])
