@@ -398,7 +398,11 @@ def test_the_drop_is_points_with_labels_and_agreement_without() -> None:
     labelled = compare([exact], [int8], [torch.tensor([0, 1]), torch.tensor([2, 2])])
     assert (labelled.exact, labelled.int8, labelled.points) == (75.0, 100.0, -25.0)
     assert compare([exact], [int8], [None]).points == 25.0
-    assert compare([exact[0]], [int8[0]], [None]).points is None
+    maps, moved = exact.reshape(1, *exact.shape).repeat(3, 0), exact.reshape(1, *exact.shape).repeat(3, 0)
+    maps[0] += 1
+    moved[0] += 1.1
+    variance = np.square(maps - maps.mean(0)).sum()
+    assert compare([maps], [moved], [None]).points == pytest.approx(100 * 0.01 * exact.size / variance, rel=1e-5)
     assert compare([exact], [int8 * np.nan], [None]).relative_l2 == float("inf")
 
 

@@ -130,7 +130,8 @@ def export(
     samples: Annotated[int, typer.Option(help="int8: how many samples for each.")] = 256,
     ranges: Annotated[Ranges, typer.Option(help="int8: how a range follows from the samples.")] = Ranges.mse,
     max_drop: Annotated[
-        float, typer.Option(help="int8: points of top-1 (percent of predictions, without labels) it may cost.")
+        float,
+        typer.Option(help="int8: points of top-1 (without labels: of predictions, or variance) it may cost."),
     ] = 0.5,
     keep: Annotated[
         list[str] | None,

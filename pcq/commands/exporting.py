@@ -56,7 +56,8 @@ class Int8:
             these are used. None: without such ranges only layers that need none run in int8.
         samples: how many for each.
         ranges: how a range is chosen from what was seen; see ``pcq.export.ranges``.
-        max_drop: points of top-1 that int8 may cost against the exact file; without labels percent of predictions.
+        max_drop: points of top-1 that int8 may cost against the exact file; without labels percent of predictions, and
+            where there are none (states of tokens, maps) percent of the outputs' variance.
         keep: layers that stay float: names of weights, patterns, ``first``, ``last``.
         vnni: every x86 processor that will run the file has VNNI, so no layer's input needs to be cut to 7 bits for the
             sums of 16 bits that the others add in.

@@ -14,6 +14,7 @@ from torch import Tensor
 from pcq.errors import PcqError, first_line
 from pcq.export import verify
 from pcq.logits import main_name
+from pcq.scores import Likeness
 
 Batch = Tensor | tuple[Tensor, ...]
 """Of the network's input, or of all of its inputs in their order."""
@@ -34,6 +35,7 @@ class Drop:
         relative_l2: distance of the outputs, relative to the exact ones; of several that of the farthest.
         agreement: percent of equal predictions; None where the output is not ``[n, classes]``.
         exact, int8: top-1 in percent; None without labels.
+        explained: of outputs that are not, percent of their variance about their mean; see ``pcq.scores.Likeness``.
     """
 
     n: int
@@ -41,13 +43,14 @@ class Drop:
     agreement: float | None
     exact: float | None
     int8: float | None
+    explained: float | None = None
 
     @property
-    def points(self) -> float | None:
-        """What int8 costs: points of top-1, or percent of predictions changed where there are no labels."""
+    def points(self) -> float:
+        """What int8 costs: points of top-1, without labels percent of predictions, without these of the variance."""
         if self.exact is not None and self.int8 is not None:
             return self.exact - self.int8
-        return None if self.agreement is None else 100 - self.agreement
+        return 100 - next(value for value in (self.agreement, self.explained) if value is not None)
 
 
 def compare(exact: Outputs, int8: Outputs, labels: Sequence[Tensor | None]) -> Drop:
@@ -55,7 +58,8 @@ def compare(exact: Outputs, int8: Outputs, labels: Sequence[Tensor | None]) -> D
     distance = max(_distance(a, b) for a, b in zip(int8, exact, strict=True))
     main = exact[0]
     if main.ndim != 2 or main.shape[1] < 2:
-        return Drop(len(main), distance, None, None, None)
+        alike = Likeness.of(*(torch.from_numpy(each[0]) for each in (int8, exact)))
+        return Drop(len(main), distance, None, None, None, alike.explained)
     ours, theirs = int8[0].argmax(1), main.argmax(1)
     known = [y for y in labels if y is not None]
     truth = torch.cat(known).numpy() if known and len(known) == len(labels) else None

@@ -121,7 +121,7 @@ def write_int8(
         known: ranges that the network was trained with, by their names in ``pcq.activations``: used, and none observed.
         keep: weights, or patterns of their names, whose layers stay float; ``first`` and ``last`` are the first and
             last layers that could run in int8.
-        max_drop: points of top-1 (percent of predictions, without labels) that int8 may cost.
+        max_drop: points that int8 may cost; see :attr:`pcq.export.drop.Drop.points`.
 
     Raises:
         PcqError: nothing can run in int8, a pattern matches nothing, or samples are missing or do not fit.
@@ -172,7 +172,7 @@ def write_int8(
                     low = middle
             if best is None:
                 moved = f"outputs move by {100 * measured.relative_l2:.0f} %", f"up to {100 * FARTHEST:.0f} %"
-                costs = f"it costs {measured.points or 0:.2f} points", f"up to {max_drop:g}"
+                costs = f"it costs {measured.points:.2f} points", f"up to {max_drop:g}"
                 what, allowed = moved if measured.relative_l2 > FARTHEST else costs
                 raise CheckFailed(f"{what} on {measured.n} held-out samples, and no part of it stays within what is "
                                   "allowed", where="int8", allowed=allowed,
@@ -213,7 +213,7 @@ def _with(tops: Sequence[tuple[str, int]], top: int) -> tuple[str, ...]:
 
 
 def _accepted(drop: Drop, max_drop: float) -> bool:
-    return drop.relative_l2 <= FARTHEST and (drop.points is None or drop.points <= max_drop)
+    return drop.relative_l2 <= FARTHEST and drop.points <= max_drop
 
 
 def _without(sites: Sequence[Site], keep: Sequence[str], reasons: dict[str, str]) -> list[Site]:
