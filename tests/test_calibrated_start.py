@@ -11,7 +11,7 @@ from torch import nn
 import pcq
 from pcq import cli, qtensor
 from pcq.commands import Calibration
-from pcq.commands.starting import centred
+from pcq.commands.starting import centred, settled
 from pcq.demo import HERE
 from pcq.errors import PcqError
 from pcq.methods import METHODS
@@ -19,6 +19,7 @@ from pcq.proxconnect import ProxConnect, Target
 from pcq.quantizers import Binary, KMeans, LeastSquaresBinary, Quantizer, Ternary, Uniform
 from pcq.refit import refit_weight
 from pcq.rows import Rows
+from pcq.settings import NEAR_RATES, Finetune
 from pcq.train.stopping import Interrupted
 
 ARCH = "pcq.demo.nets:resnet8?num_classes=10&in_channels=1"
@@ -71,6 +72,15 @@ def test_the_calibrated_row_is_that_of_quantize(straight, tmp_path) -> None:
     assert rows["calibrated"].test.top1 > rows["one-shot"].test.top1 + 20
     stored = pcq.read_artifact(straight.path)
     assert stored.calibration == {"data": "digits", "method": "gptq", "samples": 64, "seed": 0, "refine": 8}
+    assert straight.settings.learning_rate == NEAR_RATES["adamw"]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_near_the_aim_the_learning_rate_is_low(optimizer: Any) -> None:
+    usual, said = Finetune(optimizer=optimizer), Finetune(optimizer=optimizer, lr=0.5)
+    assert settled(usual, None, scratch=False) == usual
+    assert settled(usual, CALIB, scratch=False).learning_rate == NEAR_RATES[optimizer] < usual.learning_rate / 5
+    assert settled(said, CALIB, scratch=False) == said
 
 
 def test_resumed_is_uninterrupted_and_another_run_is_refused_before_calibration(

@@ -183,15 +183,15 @@ def finetune(
         raise PcqError(f"{save_every} steps cannot be", where="--save-every", allowed="1 or more")
     here = ranks.current(shard)
     settings = loop.settled(changed(loaded.finetune or Finetune(), **given), data, here.device)
-    rules = replace(loaded, finetune=settings)
-    if rules.budget is not None:
-        rules = replace(rules, name=named(rules, rules.budget))
     if samples is not None and not isinstance(calibration, str):
         todo = "Say on what: --calib folder:DIR"
         raise PcqError("this is about calibration, which was not asked for", where="--samples", todo=todo)
     if isinstance(calibration, str):
         calibration = Calibration(calibration, samples, seed=settings.seed)
-    starting.check(settings, calibration, scratch)
+    settings = starting.settled(settings, calibration, scratch)
+    rules = replace(loaded, finetune=settings)
+    if rules.budget is not None:
+        rules = replace(rules, name=named(rules, rules.budget))
     if settings.activations and here.shard:
         what = "sharded weights cannot train with 8-bit activations, which are rounded where whole weights are read"
         raise PcqError(what, where="--shard", todo="Leave it out: each process then has the whole network")

@@ -12,7 +12,7 @@ from pcq.errors import PcqError
 from pcq.progress import Progress
 from pcq.proxconnect import Target
 from pcq.qtensor import QuantizedTensor
-from pcq.settings import Finetune, method_of
+from pcq.settings import NEAR_RATES, Finetune, method_of
 
 if TYPE_CHECKING:
     from pcq.commands.quantizing import Planned
@@ -40,19 +40,21 @@ class Start:
         return found
 
 
-def check(settings: Finetune, asked: Calibration | None, scratch: bool) -> None:
-    """Refuse what a calibrated start makes no sense with.
+def settled(settings: Finetune, asked: Calibration | None, scratch: bool) -> Finetune:
+    """``settings`` with the learning rate of a calibrated start, where they say none.
 
     Raises:
-        PcqError: random weights, or a method that knows of no levels before its end.
+        PcqError: a calibrated start makes no sense with random weights, nor with a method that knows of no levels
+            before its end.
     """
     if asked is None:
-        return
+        return settings
     if scratch:
         raise PcqError("random weights cannot be calibrated", where="--scratch", todo="Leave out it or --calib")
     if method_of(settings).posttraining:
         what = "post-training quantization rounds at its end, so calibrated levels at its start do nothing"
         raise PcqError(what, where="--calib", todo="Choose another method, such as proxconnect")
+    return settings if settings.lr is not None else replace(settings, lr=NEAR_RATES[settings.optimizer])
 
 
 def start(
