@@ -483,7 +483,9 @@ class ProxConnect:
             )
             latent = weight.whole(latent)
             near = weight.nearest(value)
-            slack = 4 * torch.finfo(near.dtype).eps * near.abs().amax()
+            near_rows = weight.rows.split(near)
+            slack = 4 * torch.finfo(near.dtype).eps * near_rows.abs().amax(1, keepdim=True)
+            slack = weight.rows.merge(slack.expand_as(near_rows))
             codes = qtensor.encode(latent, weight.grid, weight.rows).codes
             flipped = codes.new_zeros(()) if weight.codes is None else (codes != weight.codes).sum()
             weight.codes = codes

@@ -1059,3 +1059,18 @@ def test_every_prox_keeps_its_promise_as_a_method() -> None:
                 prox = ProxConnect(optimizer, weights(model, Uniform(2)), method, steps=8)
                 train(model, optimizer, 0, 8)
                 assert prox.finish().keys() == {"0.weight", "2.weight"}
+
+
+def test_rows_of_any_size_are_counted_alike() -> None:
+    row = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
+
+    def on_levels(*scales: float) -> float:
+        weight = nn.Parameter(torch.cat([row * scale for scale in scales]))
+        optimizer = torch.optim.SGD([weight], 1e-9)
+        target = Target(weight, Rows(tuple(weight.shape)), Ternary())
+        prox = ProxConnect(optimizer, {"w": target}, METHODS["proxconnect"], steps=40)
+        weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+        return prox.telemetry().on_levels
+
+    assert on_levels(2.0**-24, 1.0) == on_levels(1.0) < 0.5
