@@ -1217,3 +1217,42 @@ def test_precision_is_settled() -> None:
     assert how.augment == "crop"
     assert loop.settled(Finetune(precision="float32"), "digits", torch.device("cpu")).precision == "float32"
     assert math.isclose(how.learning_rate, 2e-3)
+
+
+class Counting(nn.Module):
+    """As transformers' encoders: a buffer that is not saved, but was in older checkpoints. Loads ``old`` as ``fc``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 10)
+        self.register_buffer("position_ids", torch.arange(4), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x.flatten(1))  # type: ignore[no-any-return]
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for name in [name for name in state if name.startswith("old.")]:
+            state[name.replace("old.", "fc.")] = state.pop(name)
+        state.pop("position_ids", None)
+        super()._load_from_state_dict(state, prefix, *rest)  # type: ignore[no-untyped-call]
+
+
+def counting() -> nn.Module:
+    return Counting()
+
+
+def test_a_buffer_that_the_network_no_longer_saves_is_kept(tmp_path: Path) -> None:
+    """The run ended in a KeyError, after all of the training."""
+    ids = torch.arange(4) + 7
+    save_file({**Counting().state_dict(), "position_ids": ids}, tmp_path / "m.safetensors")
+    how: dict[str, Any] = {"arch": f"{__file__}:counting", "steps": 3, "out": tmp_path / "x.safetensors"}
+    result = pcq.finetune(tmp_path / "m.safetensors", "ternary-all", "digits", **how)
+    assert torch.equal(pcq.read_artifact(result.path).state_dict()["position_ids"], ids)
+
+
+def test_a_network_with_other_names_is_refused_before_training(tmp_path: Path) -> None:
+    state = {name.replace("fc.", "old."): tensor for name, tensor in Counting().state_dict().items()}
+    save_file(state, tmp_path / "m.safetensors")
+    how: dict[str, Any] = {"arch": f"{__file__}:counting", "steps": 3, "out": tmp_path / "x.safetensors"}
+    with pytest.raises(PcqError, match=r"the network loads 'old\.\w+' under another name"):
+        pcq.finetune(tmp_path / "m.safetensors", "ternary-all", "digits", **how)

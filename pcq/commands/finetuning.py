@@ -369,7 +369,7 @@ def build(planned: Planned) -> nn.Module:
     """The network with the model's weights, float32, in eval mode.
 
     Raises:
-        PcqError: the architecture is not known.
+        PcqError: the architecture is not known, or has other names for what it loads.
     """
     if planned.arch is None:
         what = "training needs the architecture's code, and an exported program has none"
@@ -380,6 +380,11 @@ def build(planned: Planned) -> nn.Module:
         )
     module = models.build(planned.arch)
     models.load_state(module, {name: planned.source.tensor(name) for name in planned.source.names}, planned.arch)
+    held = {*module.state_dict(), *(name for name, _ in module.named_buffers())}
+    if lost := [name for name in planned.source.names if name not in held]:
+        what = f"the network loads '{lost[0]}' under another name, by which it would be trained"
+        todo = "Load it into the network, save that one's state_dict(), and give that"
+        raise PcqError(what, where=str(planned.model), todo=todo)
     return module.float().eval()
 
 
@@ -476,7 +481,8 @@ def stored(
             yield name, QuantizedTensor(done.codes.cpu(), done.grid.map(lambda t: t.cpu()), done.rows)
         else:
             assert isinstance(entry, Kept), entry
-            yield name, floats[name].cpu().to(getattr(torch, entry.parameter.dtype))
+            kept = floats[name] if name in floats else planned.source.tensor(name)  # a buffer that it does not save
+            yield name, kept.cpu().to(getattr(torch, entry.parameter.dtype))
 
 
 def table(
