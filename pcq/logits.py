@@ -1,12 +1,17 @@
 """Which of a network's outputs counts: what it calls its logits, else the first."""
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 NAME = "logits"
+
+Array = TypeVar("Array", Tensor, npt.NDArray[np.float32])
 
 
 def main_output(out: Any) -> Any:
@@ -20,6 +25,17 @@ def main_output(out: Any) -> Any:
             out = out[0]
         else:
             return out
+
+
+def flat(out: Array, labelled: bool) -> Array:
+    """Outputs [b, c, 1, 1] as [b, c], with labels [b, c, 1] too; others as they are."""
+    single = out.ndim > (2 if labelled else 3) and math.prod(out.shape[2:]) == 1
+    return out.reshape(out.shape[:2]) if single else out
+
+
+def predicts(out: Tensor | npt.NDArray[Any]) -> bool:
+    """Whether they are [b, classes], of two classes or more: of one number no largest one can be told."""
+    return out.ndim == 2 and out.shape[1] > 1
 
 
 def tensors(out: Any) -> list[Tensor]:

@@ -3,10 +3,11 @@
 A prediction is the first of the largest outputs; a sample counts for top-5 if fewer than five outputs are larger than
 its label's, or equal and before it. So a network whose outputs are all equal predicts class 0 and gains nothing by it.
 
-Outputs that are not [b, classes] (a token's states, a map) have no prediction: without labels they are compared with
-another network's by how much of their variance they explain.
+Outputs that are not [b, classes] (a token's states, a map, one number) have no prediction: without labels they are
+compared with another network's by how much of their variance they explain.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from pcq.data import Data, Inputs
 from pcq.data.inputs import filled, held_batch, of_tokens, refuse_kind
 from pcq.errors import CheckFailed, PcqError, did_you_mean, first_line
-from pcq.logits import main_name, main_output
+from pcq.logits import flat, main_name, main_output, predicts
 from pcq.progress import Progress, silent
 
 Predictor = Callable[..., Tensor]
@@ -34,15 +35,16 @@ SEVERAL = (
 
 @dataclass(frozen=True)
 class Likeness:
-    """Sums over ``n`` rows of numbers ``y``, compared with ``aim``.
+    """Sums over rows of numbers ``y``, compared with ``aim``; not of those that ``aim`` masks by an infinity.
 
     Attributes:
+        n: int64 [k], rows.
         apart: of ``||y - aim||^2``.
         total: float64 [k], of ``aim``.
         squared: of ``||aim||^2``.
     """
 
-    n: int
+    n: Tensor
     apart: float
     total: Tensor
     squared: float
@@ -50,8 +52,11 @@ class Likeness:
     @staticmethod
     def of(y: Tensor, aim: Tensor) -> "Likeness":
         """Of rows, the first axis of ``y`` and ``aim``."""
-        y, aim = (t.double().reshape(len(t), -1) for t in (y, aim))
-        return Likeness(len(y), float((y - aim).square().sum()), aim.sum(0), float(aim.square().sum()))
+        y, aim = (t.double().reshape(len(t), math.prod(t.shape[1:])) for t in (y, aim))
+        hidden = aim.isinf()
+        y, aim = (t.masked_fill(hidden, 0) for t in (y, aim))
+        apart, squared = (float(t.square().sum()) for t in (y - aim, aim))
+        return Likeness((~hidden).sum(0), apart, aim.sum(0), squared)
 
     def __add__(self, other: "Likeness") -> "Likeness":
         return Likeness(
@@ -60,9 +65,13 @@ class Likeness:
 
     @property
     def explained(self) -> float:
-        """``100 (1 - sum ||y - aim||^2 / sum ||aim - E aim||^2)``: 100 for equal rows, 0 for their mean."""
-        variance = self.squared - float(self.total.square().sum()) / self.n
-        return 100 * (1 - self.apart / max(variance, 1e-30))
+        """``100 (1 - sum ||y - aim||^2 / sum ||aim - E aim||^2)``: 100 for equal rows, 0 for their mean.
+
+        One row has no mean but itself: then about 0.
+        """
+        mean = (self.total.square() / self.n.clamp(min=1)).masked_fill(self.n < 2, 0)
+        variance = self.squared - float(mean.sum())
+        return 100 * (1 - self.apart / max(variance, 1e-12 * self.squared, 1e-30))
 
 
 @dataclass(frozen=True)
@@ -135,7 +144,7 @@ def evaluate(
             has, wants = ("x".join(map(str, each.shape[1:])) for each in (other, out))
             raise PcqError(f"it has {has} outputs and the network {wants}", where="reference")
         guess = out.argmax(-1)
-        if other is not None and out.ndim == 2:
+        if other is not None and (y is not None or predicts(out)):
             compared = other.argmax(-1)
             agreeing += int((guess == compared).sum())
         elif other is not None:
@@ -188,9 +197,7 @@ def _outputs(predict: Predictor, inputs: Inputs, data: Data, numbers: Tensor) ->
 
     Without labels others of any shape, [b, ...].
     """
-    out, b = predict(*inputs), len(inputs[0])
-    if out.ndim > 2 and out.shape[2:].numel() == 1:
-        out = out.flatten(1)
+    out, b = flat(predict(*inputs), data.labels is not None), len(inputs[0])
     if out.ndim == 0 or len(out) != b or (out.ndim != 2 and data.labels is not None):
         raise PcqError(f"its output for {b} samples has shape {list(out.shape)}", where="the network",
                        allowed=f"[{b}, classes]")  # fmt: skip

@@ -406,6 +406,17 @@ def test_the_drop_is_points_with_labels_and_agreement_without() -> None:
     assert compare([exact], [int8 * np.nan], [None]).relative_l2 == float("inf")
 
 
+def test_outputs_that_are_masked_have_no_distance() -> None:
+    exact = np.random.default_rng(0).normal(size=(8, 3, 4)).astype(np.float32)
+    hidden = np.arange(12).reshape(3, 4) % 5 == 0
+    plain = compare([np.where(hidden, 0, exact)], [np.where(hidden, 0, exact * 1.01)], [])
+    drop = compare([np.where(hidden, -np.inf, exact)], [np.where(hidden, -np.inf, exact * 1.01)], [])
+    assert drop == plain
+    assert drop.relative_l2 == pytest.approx(0.01, rel=1e-3)
+    assert drop.explained is not None
+    assert 99.9 < drop.explained < 100
+
+
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 2**31), st.booleans())
 def test_ranges_hold_zero_and_lie_within_what_was_seen(seed: int, positive: bool) -> None:

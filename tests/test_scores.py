@@ -19,7 +19,7 @@ from pcq.errors import CheckFailed, PcqError
 from pcq.export import write_onnx
 from pcq.quantizers import Uniform
 from pcq.rows import Rows
-from pcq.scores import evaluate, module_predictor, onnx_predictor
+from pcq.scores import Likeness, evaluate, module_predictor, onnx_predictor
 
 
 def table(outputs: list[list[float]], labels: list[int] | None) -> tuple[Data, Tensor]:
@@ -237,3 +237,31 @@ def test_the_demo_network_scores_what_its_record_says() -> None:
     net.load_state_dict(load_file(Path(__file__).parents[1] / "pcq/demo/digits-resnet8.safetensors"))
     for split in ("test", "val"):
         assert evaluate(module_predictor(net), open_data("digits", split), batch=150).top1 == 99.5
+
+
+def test_one_number_is_no_prediction() -> None:
+    x = torch.randn(40, 1)
+    data = from_arrays("a", "test", x, None)
+    scores = evaluate(lambda x: x * 0.5, data, reference=lambda x: x, batch=7)
+    assert scores.agreement is None
+    variance = (x - x.mean()).double().square().sum()
+    assert scores.explained == pytest.approx(100 * (1 - float((x / 2).double().square().sum() / variance)), abs=1e-4)
+    labelled = from_arrays("a", "test", x, torch.zeros(40))
+    assert evaluate(lambda x: x, labelled, reference=lambda x: x).agreement == 100
+
+
+def test_what_both_mask_does_not_count() -> None:
+    aim, y = torch.randn(2, 9, 4, 3)
+    hidden = torch.rand(9, 4, 3) < 0.3
+    found = Likeness.of(y.masked_fill(hidden, -torch.inf), aim.masked_fill(hidden, -torch.inf)).explained
+    mean = aim.masked_fill(hidden, 0).sum(0) / (~hidden).sum(0)
+    apart, spread = ((each.double().square() * ~hidden).sum() for each in (y - aim, aim - mean))
+    assert found == pytest.approx(100 * (1 - float(apart / spread)), abs=1e-3)
+
+
+def test_few_rows_and_none_have_a_likeness() -> None:
+    aim = torch.randn(1, 3, 4)
+    assert Likeness.of(aim * 0.9, aim).explained == pytest.approx(99)
+    assert Likeness.of(torch.ones(5, 2) * 1.1, torch.ones(5, 2)).explained < -1e6
+    none = Likeness.of(aim[:0], aim[:0])
+    assert (none + Likeness.of(aim, aim)).explained == 100

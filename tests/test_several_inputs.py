@@ -582,3 +582,74 @@ def test_masked_tokens_have_no_part_in_the_loss() -> None:
     assert torch.allclose(loss_of(Finetune(), out, None, aim, mask), torch.stack(of_each).mean())
     assert torch.allclose(loss_of(Finetune(), out, None, aim, None), (out - aim).square().mean())
     assert torch.allclose(loss_of(Finetune(), out[:, 0, 0], None, aim[:, 0, 0]), (out - aim)[:, 0, 0].square().mean())
+
+
+class Starts(Tokens):
+    """Scores each token as a start [b, t], and masks what is padded, as networks that answer questions do."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, other: Tensor | None = None) -> Tensor:
+        x = self.words(input_ids)
+        x = self.norm(x + self.second(self.first(x).relu()))
+        return x[..., 0].masked_fill(attention_mask == 0, -torch.inf)
+
+
+class Spans(Starts):
+    """The same of pairs [b, t, t], none of which ends before it starts."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, other: Tensor | None = None) -> Tensor:
+        x = self.words(input_ids)
+        x = self.norm(x + self.second(self.first(x).relu()))
+        return (x @ x.mT).masked_fill(torch.ones(6, 6).tril(-1).bool(), -torch.inf)
+
+
+def starts() -> nn.Module:
+    return Starts()
+
+
+def spans() -> nn.Module:
+    return Spans()
+
+
+@pytest.mark.parametrize("kind", ["starts", "spans"])
+def test_masked_outputs_are_followed_where_they_are_not(kind: str, tmp_path: Path) -> None:
+    data = sentences(tmp_path / "s.npz", labels=False)
+    result = tuned(tmp_path, data, arch=f"{__file__}:{kind}", epochs=8)
+    before, after = (row.val.agreement if kind == "starts" else row.val.explained for row in result.rows)
+    assert before is not None
+    assert after is not None
+    assert after > before
+
+
+def test_outputs_without_a_gradient_are_refused(tmp_path: Path) -> None:
+    data = sentences(tmp_path / "s.npz", labels=False)
+    with pytest.raises(PcqError, match="the network: its output has no gradient: it is of whole numbers"):
+        tuned(tmp_path, data, arch=f"{__file__}:chosen")
+
+
+class Chosen(Starts):
+    """The best token."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, other: Tensor | None = None) -> Tensor:
+        return super().forward(input_ids, attention_mask).argmax(1)
+
+
+def chosen() -> nn.Module:
+    return Chosen()
+
+
+def value() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 1))
+
+
+def test_one_number_follows_the_float_networks(tmp_path: Path) -> None:
+    save_file(value().state_dict(), tmp_path / "v.safetensors")
+    np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).normal(size=(600, 6)).astype("f"))
+    arch, data = f"{__file__}:value", f"npz:{tmp_path / 'x.npz'}"
+    how = {"epochs": 10, "overrides": ["finetune.batch=50", "finetune.lr=0.01"], "out": tmp_path / "q.safetensors"}
+    result = pcq.finetune(tmp_path / "v.safetensors", "ternary-all", data, arch=arch, **how)  # type: ignore[arg-type]
+    before, after = (row.val for row in result.rows)
+    assert before.agreement is None
+    assert before.explained is not None
+    assert after.explained is not None
+    assert after.explained > before.explained + 2

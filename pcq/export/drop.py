@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pcq.errors import PcqError, first_line
 from pcq.export import verify
-from pcq.logits import main_name
+from pcq.logits import flat, main_name, predicts
 from pcq.scores import Likeness
 
 Batch = Tensor | tuple[Tensor, ...]
@@ -56,21 +56,23 @@ class Drop:
 def compare(exact: Outputs, int8: Outputs, labels: Sequence[Tensor | None]) -> Drop:
     """Both files' outputs, and the labels batch by batch."""
     distance = max(_distance(a, b) for a, b in zip(int8, exact, strict=True))
-    main = exact[0]
-    if main.ndim != 2 or main.shape[1] < 2:
-        alike = Likeness.of(*(torch.from_numpy(each[0]) for each in (int8, exact)))
-        return Drop(len(main), distance, None, None, None, alike.explained)
-    ours, theirs = int8[0].argmax(1), main.argmax(1)
     known = [y for y in labels if y is not None]
+    ours, theirs = (flat(each[0], bool(known)) for each in (int8, exact))
+    if not predicts(theirs):
+        alike = Likeness.of(torch.from_numpy(ours), torch.from_numpy(theirs))
+        return Drop(len(theirs), distance, None, None, None, alike.explained)
+    ours, theirs = ours.argmax(1), theirs.argmax(1)
     truth = torch.cat(known).numpy() if known and len(known) == len(labels) else None
     return Drop(
-        len(main), distance, 100 * float((ours == theirs).mean()),
+        len(theirs), distance, 100 * float((ours == theirs).mean()),
         None if truth is None else 100 * float((theirs == truth).mean()),
         None if truth is None else 100 * float((ours == truth).mean()),
     )  # fmt: skip
 
 
 def _distance(ours: npt.NDArray[np.float32], exact: npt.NDArray[np.float32]) -> float:
+    masked = np.isinf(exact) & (ours == exact)
+    ours, exact = (np.where(masked, 0, each) for each in (ours, exact))
     distance = float(np.linalg.norm((ours - exact).astype(np.float64)) / max(1e-30, float(np.linalg.norm(exact))))
     return distance if np.isfinite(distance) else float("inf")
 

@@ -314,6 +314,9 @@ def _loss(job: Job, module: nn.Module, x: Inputs, y: Tensor | None) -> Tensor:
             told = first_line(error)
             where = f"samples of {' and '.join('x'.join(map(str, each.shape[1:])) for each in x)}"
             raise PcqError(f"the network does not take them: {told}", where=where) from error
+    if not out.requires_grad:
+        whole = "" if out.is_floating_point() else ": it is of whole numbers"
+        raise PcqError(f"its output has no gradient{whole}", where="the network", allowed="floats of trained weights")
     highest = job.splits.train.highest
     if highest is not None and highest >= out.shape[1]:
         raise PcqError(f"a label is {highest}", where=job.data, allowed=f"0 to {out.shape[1] - 1}, the outputs")

@@ -9,12 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcq.errors import PcqError
-from pcq.logits import main_output
+from pcq.logits import flat, main_output, predicts
 from pcq.settings import Finetune
 from pcq.train.ranks import ALONE, Ranks
 
 TEMPERATURE = 2.0
 """By which outputs are divided before networks are compared (arXiv 1503.02531)."""
+
+LEAST = -1e30
+"""Below it outputs are masked: all alike."""
 
 
 def make_optimizer(settings: Finetune, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -52,8 +55,10 @@ def _cosine(first: float, last: float, share: float) -> float:
 
 
 def logits(out: Any, labelled: bool = True) -> Tensor:
-    """The output called ``logits``, else the first: [b, classes], or any without labels."""
+    """The output called ``logits``, else the first: [b, classes], or any floats without labels."""
     out = main_output(out)
+    if isinstance(out, Tensor):
+        out = flat(out, labelled)
     if not isinstance(out, Tensor) or (labelled and out.ndim != 2):
         found = f"of shape {list(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
         todo = "Leave the labels out: it then follows the float network" if isinstance(out, Tensor) else ""
@@ -67,7 +72,8 @@ def loss_of(
     """Cross entropy with the labels and, by the share ``distill``, divergence from the float network's outputs.
 
     Without labels the divergence is all there is. Of outputs that are not [b, classes] it is the mean squared
-    difference; of tokens [b, t, ...] for each sample that of those whose ``mask`` [b, t] is not 0.
+    difference; of tokens [b, t, ...] for each sample that of those whose ``mask`` [b, t] is not 0. Outputs that both
+    networks mask by -infinity do not differ.
     """
     out = out.float()
     share = settings.distill if labels is not None else 1.0
@@ -76,9 +82,10 @@ def loss_of(
         total = (1 - share) * F.cross_entropy(out, labels, label_smoothing=settings.smoothing)
     if share > 0:
         assert teacher is not None
-        if out.ndim != 2:
-            return _squares(out, teacher.float(), mask)
-        student, wanted = (F.log_softmax(t.float() / TEMPERATURE, 1) for t in (out, teacher))
+        out, teacher = (t.clamp(min=LEAST) for t in (out, teacher.float()))
+        if not predicts(out):
+            return _squares(out, teacher, mask)
+        student, wanted = (F.log_softmax(t / TEMPERATURE, 1) for t in (out, teacher))
         apart = F.kl_div(student, wanted, log_target=True, reduction="batchmean")
         total = total + share * TEMPERATURE**2 * apart
     return total
