@@ -20,17 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from pcq.data import Data, Inputs
-from pcq.data.inputs import filled, held_batch, of_tokens, refuse_kind
+from pcq.data.inputs import SEVERAL, filled, held_batch, of_tokens, refuse_kind
 from pcq.errors import CheckFailed, PcqError, did_you_mean, first_line
 from pcq.logits import flat, main_name, main_output, predicts
 from pcq.progress import Progress, silent
 
 Predictor = Callable[..., Tensor]
 """Samples [b, ...], a tensor for each input -> outputs [b, classes], or others [b, ...]."""
-
-SEVERAL = (
-    "Give data with an array for each of them by its name, and y: npz:FILE, or a function that returns a dictionary"
-)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from pcq.commands import Calibration
 from pcq.commands.calibrating import draw_inputs
 from pcq.commands.exporting import Int8
 from pcq.commands.finetuning import FinetuneResult
-from pcq.data import open_data
-from pcq.errors import PcqError
+from pcq.data import open_data, open_inputs
+from pcq.data.inputs import inputs
+from pcq.errors import NoSplit, PcqError
 from pcq.settings import Finetune
 from pcq.train.splits import open_splits
 from pcq.train.step import loss_of
@@ -653,3 +654,115 @@ def test_one_number_follows_the_float_networks(tmp_path: Path) -> None:
     assert before.explained is not None
     assert after.explained is not None
     assert after.explained > before.explained + 2
+
+
+class Padded(Starts):
+    """Takes a mask of bools, as nn.MultiheadAttention does, and no other."""
+
+    def forward(self, x: Tensor, mask: Tensor, other: Tensor | None = None) -> Tensor:
+        assert mask.dtype == torch.bool
+        return self.norm(self.words(x) + self.second(self.first(self.words(x)).relu())).masked_fill(mask[..., None], 0)
+
+
+def padded() -> nn.Module:
+    return Padded()
+
+
+def test_bools_stay_bools(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).integers(0, 20, (60, 6))
+    np.savez(tmp_path / "s.npz", x=x, mask=x > 15)
+    data, arch = f"npz:{tmp_path / 's.npz'}", f"{__file__}:padded"
+    result = tuned(tmp_path, data, arch=arch, epochs=1, calibration=data, samples=20)
+    onnx = pcq.export_onnx(result.path, tmp_path / "x.onnx", example=data).path
+    reference = tmp_path / "m.safetensors"
+    got = [pcq.evaluate(path, data, reference=reference, arch=arch).scores.explained for path in (result.path, onnx)]
+    assert got[0] == pytest.approx(got[1], abs=1e-4)
+    np.savez(tmp_path / "s.npz", x=x, mask=x > 15, y=x[:, 0])
+    said = r"the network takes 2 inputs \(x, mask\), and the data has one. Not read beside x and y: mask"
+    with pytest.raises(PcqError, match=said):
+        tuned(tmp_path, data, "y.safetensors", arch=arch)
+    with pytest.raises(PcqError, match=said):
+        pcq.evaluate(reference, data, arch=arch)
+
+
+def test_images_and_nan_are_as_in_data_of_one_input(tmp_path: Path) -> None:
+    colour, grey = (np.random.default_rng(0).integers(0, 256, (50, 8, 8, c), np.uint8) for c in (3, 1))
+    floats = {"colour": colour.transpose(0, 3, 1, 2) / np.float32(255), "grey": grey[..., 0][:, None] / np.float32(255)}
+    with torch.no_grad():
+        labels = Pair()(*map(torch.from_numpy, floats.values())).argmax(1).numpy()
+    np.savez(tmp_path / "i.npz", colour=colour, grey=grey[..., 0], y=labels)
+    artifact = packed(tmp_path, Pair(), "w8")
+    float_ = pcq.evaluate(tmp_path / "float.safetensors", f"npz:{tmp_path / 'i.npz'}", arch=f"{__file__}:Pair").scores
+    assert float_.top1 == 100
+    floats["grey"][7, 0, 1, 1] = np.nan
+    np.savez(tmp_path / "n.npz", **floats)
+    with pytest.raises(PcqError, match=r"n.npz, grey: 1 of 50 samples hold NaN, such as sample 7"):
+        pcq.evaluate(artifact, f"npz:{tmp_path / 'n.npz'}", reference=tmp_path / "float.safetensors")
+
+
+def splitted() -> dict[str, Tensor]:
+    return {f"{name}_{split}": a[:n] for split, n in (("test", 10), ("val", 20)) for name, a in _samples().items()}
+
+
+class Sentences(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    def __init__(self, ragged: bool = False, labels: bool = True) -> None:
+        self.held, self.ragged, self.labels = _samples(), ragged, labels
+
+    def __len__(self) -> int:
+        return 48
+
+    def __getitem__(self, i: int) -> dict[str, object]:
+        item: dict[str, object] = {
+            k: v[i][: 3 if self.ragged and i == 5 else None].tolist() for k, v in self.held.items()
+        }
+        return item | ({"labels": i % 8} if self.labels else {})
+
+
+def padded_together(items: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+    return {k: torch.tensor([item[k] for item in items]) + (k == "labels") for k in items[0]}
+
+
+def dictionaries(kind: str) -> object:
+    from torch.utils.data import DataLoader
+
+    data = Sentences(labels=kind != "unlabelled")
+    batches = [padded_together([data[i] for i in range(n, n + 12)]) for n in range(0, 48, 12)]  # type: ignore[misc]
+    return {
+        "collated": lambda: DataLoader(data, 5, shuffle=True, collate_fn=padded_together),  # type: ignore[arg-type]
+        "loader": lambda: DataLoader(data, 5),
+        "batches": lambda: batches,
+        "iterable": lambda: iter(batches),
+        "samples": lambda: iter([data[i] for i in range(48)]),
+        "ragged": lambda: Sentences(ragged=True),
+    }.get(kind, lambda: data)()
+
+
+@pytest.mark.parametrize(
+    "kind", ["set", "unlabelled", "loader", "collated", "batches", "iterable", "samples"],
+)  # fmt: skip
+def test_samples_that_are_dictionaries(kind: str) -> None:
+    data = open_inputs(f"{__file__}:dictionaries?kind={kind}", "test", lambda arrays: inputs(arrays, Tokens(), "here"))
+    expected = _samples()
+    assert torch.equal(data.arrays["input_ids"], expected["input_ids"])
+    assert torch.equal(data.arrays["attention_mask"], expected["attention_mask"])
+    more = kind in ("collated", "batches", "iterable")
+    assert (data.labels is None) == (kind == "unlabelled")
+    assert data.labels is None or torch.equal(data.labels, torch.arange(48) % 8 + more)
+
+
+def test_samples_of_different_lengths_are_to_be_padded() -> None:
+    with pytest.raises(PcqError, match="differ in shape: 3, 6. Pad them"):
+        open_data(f"{__file__}:dictionaries?kind=ragged", "test")
+
+
+def test_a_functions_arrays_are_split_as_an_npzs(tmp_path: Path) -> None:
+    found = [
+        open_inputs(f"{__file__}:splitted", s, lambda arrays: inputs(arrays, Tokens(), "")) for s in ("test", "val")
+    ]
+    assert [data.n for data in found] == [10, 20]
+    with pytest.raises(NoSplit, match="arrays of test, val but none of train"):
+        open_data(f"{__file__}:splitted", "train")
+    arrays = {f"{name}_train": array.numpy() for name, array in _samples().items()}
+    np.savez(tmp_path / "s.npz", **arrays, y=np.zeros(48))
+    with pytest.raises(PcqError, match=r'_train has no labels, and y no samples. Call the labels "y_train"'):
+        open_data(f"npz:{tmp_path / 's.npz'}", "train")

@@ -64,7 +64,7 @@ def propose(path: Path, planned: "Planned", shape: tuple[int, ...] | None) -> No
     arch = planned.arch
     if arch is not None or planned.source.program is None:  # an exported program brings both along
         words += [] if arch is not None else ["--arch", "ARCH"]
-        if len(planned.inputs) > 1:
+        if len(planned.inputs) > 1 or shape == ():  # of several arrays, each with a shape of its own
             words += ["--example", "SPEC"]
         elif arch is None or models.example_shape(arch) is None:
             words += ["--input", "SHAPE" if shape is None else "x".join(map(str, shape))]

@@ -91,8 +91,8 @@ def predictor(
     Raises:
         PcqError: the file is not usable, or takes other inputs.
     """
-    from pcq.data.inputs import inputs, needed
-    from pcq.scores import SEVERAL, module_predictor, onnx_predictor
+    from pcq.data.inputs import inputs, refuse_one
+    from pcq.scores import module_predictor, onnx_predictor
 
     if path.suffix == ONNX_SUFFIX:
         return onnx_predictor(path, tuple(data.arrays)), "ONNX Runtime"
@@ -103,7 +103,5 @@ def predictor(
     if data.arrays:
         order = [list(data.arrays).index(name) for name in inputs(data.arrays, network.module, data.name)]
         return lambda *samples: run(*(samples[i] for i in order)), "torch"
-    if len(names := needed(network.module)) > 1:
-        what = f"the network takes {len(names)} inputs ({', '.join(names)}), and the data has one"
-        raise PcqError(what, where=str(path), todo=SEVERAL)
+    refuse_one(network.module, str(path), data.notes)
     return run, "torch"

@@ -3,7 +3,7 @@
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,7 +21,7 @@ from torch.utils.data import (
 )
 
 from pcq.data.dataset import Data
-from pcq.data.inputs import LABELS, Several, per_channel, tensor
+from pcq.data.inputs import LABELS, Several, channels_first, is_images, per_channel, refuse, tensor
 from pcq.errors import CheckFailed, NoSplit, PcqError
 from pcq.spec import Spec, call, running, takes
 
@@ -68,12 +68,13 @@ def open_npz(path: str, split: str, *, mean: Any = (0.0,), std: Any = (1.0,)) ->
             chosen = _of_one_input(arrays.files, split, str(file))
             if chosen is None:
                 allowed = "x and y, images and labels, or x_test and y_test"
-                held = {name.removesuffix(f"_{split}"): arrays[name] for name in _of_split(arrays.files, split)}
+                held = {name: arrays[key] for name, key in _of_split(arrays.files, split, str(file)).items()}
                 if (mean, std) != ((0.0,), (1.0,)):
                     what = f"mean and std are of one input, and it holds {', '.join(held)}"
                     raise PcqError(what, where=str(file), todo="Leave them out, and store what the network reads")
                 raise Several(f"it holds {', '.join(held)}", held, where=str(file), allowed=allowed)
             x, y = (None if name is None else arrays[name] for name in chosen)
+            unread = _unread(arrays.files)
     except PcqError:
         raise
     except ValueError as error:  # all that NumPy refuses for fear of pickles
@@ -82,18 +83,8 @@ def open_npz(path: str, split: str, *, mean: Any = (0.0,), std: Any = (1.0,)) ->
         raise PcqError("it is not a file of NumPy arrays", where=str(file), todo="Write it with `np.savez`") from error
     except Exception as error:  # zip, npy header and zlib errors are of many kinds
         raise CheckFailed(f"the file cannot be read: {error}", where=str(file)) from error
-    return from_arrays(f"npz {file}", split, x, y, mean=mean, std=std)
-
-
-def refuse(bad: Tensor, what: str, where: str) -> None:
-    """Samples of which numbers are ``bad``, if any are.
-
-    Raises:
-        PcqError: so it is; how many of them hold ``what``.
-    """
-    if lost := bad.reshape(len(bad), -1).any(1).nonzero().flatten().tolist():
-        said = f"{len(lost)} of {len(bad):,} samples hold {what}, such as sample {lost[0]}"
-        raise PcqError(said, where=where, todo="Repair them, or leave them out")
+    data = from_arrays(f"npz {file}", split, x, y, mean=mean, std=std)
+    return replace(data, notes=(*data.notes, f"Not read beside x and y: {', '.join(unread)}.")) if unread else data
 
 
 def _of_one_input(names: Sequence[str], split: str, where: str) -> tuple[str, str | None] | None:
@@ -109,8 +100,7 @@ def _of_one_input(names: Sequence[str], split: str, where: str) -> tuple[str, st
         raise NoSplit(said, where=where, allowed=f"x_{split} and y_{split}, or x and y")
     tried = [(a, b, end) for end in (f"_{split}", "") for a, b in NAMES]
     a, b, end = next((each for each in tried if each[0] + each[2] in names), ("", "", ""))
-    unread = [name for name in names if SPLIT.sub("", name) not in ANY_NAME]
-    if not a or (unread and b + end not in names):
+    if not a or (_unread(names) and b + end not in names):
         return None
     labels = next((label + end for label in (b, *LABELS) if label + end in names), None)
     if labels is None and (lost := _without_samples(names)):
@@ -126,10 +116,25 @@ def _without_samples(names: Sequence[str]) -> str | None:
     return next((name for name, end in ends.items() if end not in sampled), None)
 
 
-def _of_split(names: Sequence[str], split: str) -> list[str]:
-    """Those that end in ``_test`` and so on; where none does, those of no split."""
+def _unread(names: Sequence[str]) -> list[str]:
+    """Those that are not looked at where there are samples and labels."""
+    return [name for name in names if SPLIT.sub("", name) not in ANY_NAME]
+
+
+def _of_split(names: Sequence[str], split: str, where: str) -> dict[str, str]:
+    """Those that end in ``_test`` and so on, by what stands before; where none does, those of no split.
+
+    Raises:
+        PcqError: there are labels, and they are those of no samples.
+    """
     mine = [name for name in names if name.endswith(f"_{split}")]
-    return mine or [name for name in names if not SPLIT.search(name)] or list(names)
+    mine = mine or [name for name in names if not SPLIT.search(name)] or list(names)
+    found = {name.removesuffix(f"_{split}"): name for name in mine}
+    if not any(label in found for label in LABELS) and (lost := _without_samples(names)):
+        end = f"_{split}" if mine[0].endswith(f"_{split}") else ""
+        said, todo = f"{mine[0]} has no labels, and {lost} no samples", f'Call the labels "y{end}"'
+        raise PcqError(said, where=where, todo=todo)
+    return found
 
 
 def numbered(several: Several, split: str, arrays: Mapping[str, Tensor]) -> Data:
@@ -160,15 +165,10 @@ def from_arrays(name: str, split: str, x: Any, y: Any, *, mean: Any = (0.0,), st
         raise PcqError("there are no samples", where=name)
     if samples.is_floating_point():
         refuse(~samples.isfinite(), "NaN or infinity", name)
-    notes = []
-    images = samples.dtype == torch.uint8 and samples.ndim > 2
-    if images and samples.ndim == 3:
-        samples = samples[:, None]
-        notes.append("Images without a channel axis got one.")
-    if images and samples.ndim == 4 and samples.shape[3] in (1, 3) and samples.shape[1] not in (1, 3):
-        samples = samples.permute(0, 3, 1, 2)
-        notes.append("The channels were last and are first now.")
+    notes: list[str] = []
+    images = is_images(samples)
     if images:
+        samples, notes = channels_first(samples)
         notes.append("8-bit values were divided by 255.")
     means = torch.tensor(per_channel(mean, "mean", name))
     stds = torch.tensor(per_channel(std, "std", name, positive=True))
@@ -217,7 +217,7 @@ def open_own(spec: Spec, split: str) -> Data:
     a :class:`Data`; arrays or tensors ``(x, y)``, or x alone; a dictionary of them, named as in an ``.npz``; a
     map-style data set (such as torchvision's) or a DataLoader of one, whose samples are x or (x, y); any other iterable
     of batches (x, y), or of samples (x, label) with single numbers as labels, which is read into memory, as is a list
-    of batches; None for a split that there is not.
+    of batches; any of these of such dictionaries, which are read into memory; None for a split that there is not.
 
     Of a DataLoader the samples are those that its sampler chooses, each as its ``collate_fn`` makes it; batches,
     shuffling and a distribution among processes are pcq's own.
@@ -236,11 +236,7 @@ def open_own(spec: Spec, split: str) -> Data:
         with running(spec, "its DataLoader's sampler"):
             found = _loaded(found)
     if isinstance(found, Mapping):
-        held = {str(key): value for key, value in found.items()}
-        if {SPLIT.sub("", key) for key in held} <= ANY_NAME and (one := _of_one_input(list(held), split, name)):
-            return from_arrays(name, split, held[one[0]], None if one[1] is None else held[one[1]])
-        allowed = "arrays (x, y)"
-        raise Several(f"it returned {', '.join(held)}", held, where=name, allowed=allowed)
+        return _named(name, split, found)
     if isinstance(found, (Tensor, np.ndarray)):
         return from_arrays(name, split, found, None)
     if isinstance(found, tuple) and len(found) == 2 and all(isinstance(a, (Tensor, np.ndarray, list)) for a in found):
@@ -255,6 +251,16 @@ def open_own(spec: Spec, split: str) -> Data:
         return _collected(name, split, items)
     allowed = "arrays (x, y), a map-style data set, or an iterable of batches (x, y)"
     raise PcqError(f"it returned a {type(found).__name__}", where=name, allowed=allowed)
+
+
+def _named(name: str, split: str, found: Mapping[Any, Any]) -> Data:
+    """Arrays by their names, as in an ``.npz``."""
+    held = {str(key): value for key, value in found.items()}
+    one = _of_one_input(list(held), split, name)
+    if one is not None and not _unread(list(held)):
+        return from_arrays(name, split, held[one[0]], None if one[1] is None else held[one[1]])
+    mine = {key: held[of_split] for key, of_split in _of_split(list(held), split, name).items()}
+    raise Several(f"it returned {', '.join(mine)}", mine, where=name, allowed="arrays (x, y)")
 
 
 @dataclass(frozen=True)
@@ -273,11 +279,12 @@ class _Chosen:
         if self.collate is None:
             return item
         made = self.collate([item])
-        parts = made if isinstance(made, (tuple, list)) else (made,)
+        named = isinstance(made, Mapping)
+        parts = list(made.values()) if named else made if isinstance(made, (tuple, list)) else (made,)
         if not all(isinstance(part, (Tensor, np.ndarray, list)) and len(part) == 1 for part in parts):
             said = "its DataLoader's collate_fn makes something else of one sample than a batch of one"
             raise PcqError(said, allowed="tensors x, or (x, y)", todo="Return the data set, or arrays")
-        return tuple(part[0] for part in parts)
+        return {key: made[key][0] for key in made} if named else tuple(part[0] for part in parts)
 
     @property
     def classes(self) -> Any:
@@ -336,6 +343,8 @@ def _parts(item: Any) -> tuple[Any, Any]:
 
 def _is_batch(item: Any) -> bool:
     """Whether it is samples with as many labels, rather than one with its own."""
+    if isinstance(item, Mapping):
+        return any(np.ndim(item[name]) for name in LABELS if name in item)
     x, y = _parts(item)
     arrays = isinstance(x, (Tensor, np.ndarray)) and isinstance(y, (Tensor, np.ndarray))
     return arrays and y.ndim == 1 and x.ndim > 0 and len(x) == len(y) > 1
@@ -354,6 +363,10 @@ def _indexed(spec: Spec, split: str, found: Indexed) -> Data:
         raise PcqError("the data set is empty", where=name)
     with running(spec, "its first sample"):
         item = found[0]
+    if isinstance(item, Mapping):
+        with running(spec, "reading its samples"):
+            items = [found[i] for i in range(len(found))]
+        return _named(name, split, _joined(name, items, torch.stack))
     _refuse_more(item, name)
     first, label = _parts(item)
     if not isinstance(first, (Tensor, np.ndarray)):
@@ -396,7 +409,28 @@ def _told(found: Indexed) -> Any:
     return told if all(float(found[int(i)][1]) == told[i] for i in asked) else None
 
 
+def _joined(name: str, items: Sequence[Any], join: Callable[[list[Tensor]], Tensor]) -> dict[str, Tensor]:
+    """An array for each name in samples, or batches, that are dictionaries."""
+    if any(not isinstance(item, Mapping) or item.keys() != items[0].keys() for item in items):
+        raise PcqError("its samples have not the same names", where=name)
+    joined = {}
+    for key in items[0]:
+        arrays = [tensor(item[key], f"{name}, {key}") for item in items]
+        try:
+            joined[str(key)] = join(arrays)
+        except RuntimeError as error:
+            shapes = sorted({tuple(array.shape) for array in arrays})[:3]
+            said = ", ".join("x".join(map(str, shape)) or "one number" for shape in shapes)
+            raise PcqError(
+                f"its samples differ in shape: {said}", where=f"{name}, {key}", todo="Pad them to one length"
+            ) from error
+    return joined
+
+
 def _collected(name: str, split: str, items: list[Any]) -> Data:
+    if items and isinstance(items[0], Mapping):
+        whole = _is_batch(items[0]) or not any(label in items[0] for label in LABELS)
+        return _named(name, split, _joined(name, items, torch.cat if whole else torch.stack))
     xs, ys = [], []
     for item in items:
         _refuse_more(item, name)

@@ -18,6 +18,10 @@ LABELS = ("y", "labels")
 """Names of an array that is no input."""
 
 
+SEVERAL = (
+    "Give data with an array for each of them by its name, and y: npz:FILE, or a function that returns a dictionary"
+)
+
 MASK = "attention_mask"
 
 LARGEST = 2**31
@@ -51,7 +55,7 @@ class Several(PcqError):
 
 
 def inputs(arrays: Mapping[str, Any], module: nn.Module, spec: str) -> dict[str, Tensor]:
-    """The arrays by name, in the order of ``module``'s arguments; whole numbers as int64, others as float32.
+    """The arrays by name, in the order of ``module``'s arguments, as :func:`numbers` makes them.
 
     Raises:
         PcqError: there is no such argument, or one before it or one that is needed is not given; the arrays are no
@@ -68,11 +72,23 @@ def inputs(arrays: Mapping[str, Any], module: nn.Module, spec: str) -> dict[str,
     return {name: found[name] for name in first}
 
 
-def numbers(arrays: Mapping[str, Any], spec: str) -> dict[str, Tensor]:
-    """Tensors of as many samples each: whole numbers as int64, others as float32.
+def refuse_one(module: nn.Module, where: str, notes: Sequence[str] = ()) -> None:
+    """The data has one input; ``notes``: what else it says.
 
     Raises:
-        PcqError: the arrays are no numbers, or not of the same length.
+        PcqError: the network does not run without others.
+    """
+    if len(takes := needed(module)) > 1:
+        said = " ".join(["", *notes]).rstrip(".")
+        what = f"the network takes {len(takes)} inputs ({', '.join(takes)}), and the data has one"
+        raise PcqError(f"{what}.{said}" if said else what, where=where, todo=SEVERAL)
+
+
+def numbers(arrays: Mapping[str, Any], spec: str) -> dict[str, Tensor]:
+    """Tensors of as many samples each: bools, whole numbers as int64, others as float32, 8-bit images divided by 255.
+
+    Raises:
+        PcqError: the arrays are no numbers, or NaN, or not of the same length.
     """
     found = {name: _numbers(array, f"{spec}, {name}") for name, array in arrays.items()}
     lengths = {name: len(array) if array.ndim else 0 for name, array in found.items()}
@@ -188,7 +204,40 @@ def refuse_kind(floats: bool, takes: "np.dtype[Any]", name: str, where: str, *, 
 
 def _numbers(array: Any, where: str) -> Tensor:
     found = tensor(array, where)
-    return found.float() if found.is_floating_point() else found.long()
+    if found.is_floating_point():
+        refuse(found.isnan(), "NaN", where)  # infinities may be a mask's
+        return found.float()
+    if is_images(found):
+        return channels_first(found)[0].float() / 255
+    return found if found.dtype == torch.bool else found.long()
+
+
+def refuse(bad: Tensor, what: str, where: str) -> None:
+    """Samples of which numbers are ``bad``, if any are.
+
+    Raises:
+        PcqError: so it is; how many of them hold ``what``.
+    """
+    if lost := bad.reshape(len(bad), -1).any(1).nonzero().flatten().tolist():
+        said = f"{len(lost)} of {len(bad):,} samples hold {what}, such as sample {lost[0]}"
+        raise PcqError(said, where=where, todo="Repair them, or leave them out")
+
+
+def is_images(samples: Tensor) -> bool:
+    """Whether they are 8-bit arrays of three axes or more."""
+    return samples.dtype == torch.uint8 and samples.ndim > 2
+
+
+def channels_first(images: Tensor) -> tuple[Tensor, list[str]]:
+    """``[n, h, w]`` with a channel axis, ``[n, h, w, c]`` of 1 or 3 channels as ``[n, c, h, w]``; and what was done."""
+    notes = []
+    if images.ndim == 3:
+        images = images[:, None]
+        notes.append("Images without a channel axis got one.")
+    if images.ndim == 4 and images.shape[3] in (1, 3) and images.shape[1] not in (1, 3):
+        images = images.permute(0, 3, 1, 2)
+        notes.append("The channels were last and are first now.")
+    return images, notes
 
 
 @dataclass(frozen=True)

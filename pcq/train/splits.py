@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pcq.data import Data, open_data, open_inputs, own
-from pcq.data.inputs import inputs
+from pcq.data.inputs import inputs, refuse_one
 from pcq.errors import NoSplit, PcqError, raise_all
 from pcq.spec import Spec, parse, takes
 
@@ -83,7 +83,10 @@ def open_splits(spec: str, resized_crop: bool = False, network: nn.Module | None
 def _open(spec: str, split: str, network: nn.Module | None) -> Data:
     if network is None:
         return open_data(spec, split)
-    return open_inputs(spec, split, lambda arrays: inputs(arrays, network, spec))
+    data = open_inputs(spec, split, lambda arrays: inputs(arrays, network, spec))
+    if not data.arrays:
+        refuse_one(network, spec, data.notes)
+    return data
 
 
 def _other(spec: str, split: str, train: Data, network: nn.Module | None) -> Data | None:
