@@ -180,8 +180,9 @@ def _hugging_face(spec: Spec) -> nn.Module:
     source: str | Path = folder if folder.is_dir() else spec.name
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise PcqError("the folder has no config.json", where=str(folder), allowed="a folder saved by save_pretrained")
+    options = {"use_cache": False, **spec.options}  # whole samples are run, and torch.export takes no cache
     try:
-        config = transformers.AutoConfig.from_pretrained(source, local_files_only=True, **spec.options)
+        config = transformers.AutoConfig.from_pretrained(source, local_files_only=True, **options)
     except (OSError, ValueError) as error:
         told = first_line(error)
         todo = "Give a folder with config.json; nothing is downloaded"

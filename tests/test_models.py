@@ -411,6 +411,17 @@ def test_timm_specs_that_are_wrong() -> None:
 
 
 @pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
+def test_hugging_face_networks_keep_no_cache(tmp_path: Path) -> None:
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 20, "use_cache": True}
+    (tmp_path / "config.json").write_text(json.dumps(config | small))
+    module, tokens = models.build(f"hf:{tmp_path}").eval(), torch.arange(6)[None]
+    assert list(module(tokens)) == ["logits"]
+    torch.export.export(module, (tokens,))
+    assert "past_key_values" in models.build(f"hf:{tmp_path}?use_cache=True").eval()(tokens)
+
+
+@pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
 def test_hugging_face_folders(tmp_path: Path) -> None:
     config = {"architectures": ["BertForSequenceClassification"], "model_type": "bert", "hidden_size": 8}
     config |= {"num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8, "vocab_size": 11}

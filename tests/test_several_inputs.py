@@ -117,6 +117,8 @@ def test_calibrated_from_the_command_line(kind: str, model: Path, tmp_path: Path
     got = json.loads(capsys.readouterr().out)["calibration"]
     steps = {step["name"]: step for step in got["steps"]}
     assert "input_ids" in got["description"]
+    assert cli.run([*line, "--force"]) == 0
+    assert capsys.readouterr().err.splitlines()[-1].endswith("--onnx --example SPEC")
     assert steps["reconstruction (proxconnect), means and deviations matched"]["kept"]
     assert got["layers"][0]["weight"] == "first.weight"
     assert pcq.read_artifact(tmp_path / "x.safetensors").calibration["data"] == spec

@@ -125,7 +125,8 @@ def quantize(
         result = commands.run(planned, out, calibration=calibration, budget=budget, force=force, progress=progress)
     emit(result, as_json)
     if not as_json:
-        propose(result.path, planned, None if result.calibrated is None else result.calibrated.shape)
+        calibrated = result.calibrated  # without a shape: by several arrays
+        propose(result.path, planned, None if calibrated is None else calibrated.shape or ())
 
 
 def _onnx(

@@ -68,8 +68,7 @@ def feeds(model: Path, asked: Calibration) -> "tuple[Feeds, Feeds, str]":
     Raises:
         PcqError: the data is not there, too little, or not for this model.
     """
-    from pcq.data.arrays import refuse
-    from pcq.data.inputs import refuse_kind
+    from pcq.data.inputs import refuse, refuse_kind
     from pcq.onnx_input import open_graph
     from pcq.onnx_input.feeds import invented, named
     from pcq.onnx_input.trials import KINDS, find_trials, input_session, listed, read_arrays, refuse_strange
