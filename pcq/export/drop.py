@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pcq.errors import PcqError, first_line
 from pcq.export import verify
+from pcq.likeness import Likeness
 from pcq.logits import flat, main_name, predicts
-from pcq.scores import Likeness
 
 Batch = Tensor | tuple[Tensor, ...]
 """Of the network's input, or of all of its inputs in their order."""
@@ -35,7 +35,7 @@ class Drop:
         relative_l2: distance of the outputs, relative to the exact ones; of several that of the farthest.
         agreement: percent of equal predictions; None where the output is not ``[n, classes]``.
         exact, int8: top-1 in percent; None without labels.
-        explained: of outputs that are not, percent of their variance about their mean; see ``pcq.scores.Likeness``.
+        explained: of outputs that are not, percent of their variance about their mean; see ``pcq.likeness.Likeness``.
     """
 
     n: int
