@@ -835,7 +835,7 @@ def test_batches_are_functions_of_their_number(n: int, size: int, seed: int, wor
             assert theirs is not None
             assert torch.equal(theirs, labels[rank::world])
     ahead = list(replace(whole, threads=2).run(1, 6))
-    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(steps, ahead, strict=True))
+    assert all(torch.equal(a, b) for ((a,), _), ((b,), _) in zip(steps, ahead, strict=True))
 
 
 class Looks(TorchDispatchMode):
