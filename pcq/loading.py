@@ -70,6 +70,11 @@ class Mismatch:
             return f"The weights look like one of {', '.join(error.candidates)}"
         if found is not None:
             return f"The weights look like {found.sentence}: --arch '{found.arch}'"
+        if arch.startswith("hf:") and self.missing and self.unexpected:
+            return (
+                "transformers renames what it loads: load it with from_pretrained, write it by torch.save(network."
+                "state_dict(), 'network.pt'), and give that file"
+            )
         shared = len(self.theirs.keys() & self.ours.keys())
         if shared < len(self.theirs) / 2:
             return f"Only {shared} of the checkpoint's {len(self.theirs)} names are the network's: another architecture"

@@ -422,6 +422,20 @@ def test_hugging_face_networks_keep_no_cache(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
+def test_names_that_transformers_changes_on_loading_are_told(tmp_path: Path) -> None:
+    """It saves a ViT under other names than its network has."""
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = {"model_type": "vit", "architectures": ["ViTForImageClassification"], "image_size": 16, "patch_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config | small))
+    module = models.build(f"hf:{tmp_path}")
+    module.save_pretrained(tmp_path)  # type: ignore[operator]
+    with pytest.raises(PcqError, match=r"do not fit the network.*transformers renames.*network\.state_dict\(\)"):
+        plan(tmp_path, "w8", arch=f"hf:{tmp_path}")
+    torch.save(module.state_dict(), tmp_path / "network.pt")
+    assert len(plan(tmp_path / "network.pt", "w8", arch=f"hf:{tmp_path}").plan.quantized) > 5
+
+
+@pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
 def test_hugging_face_folders(tmp_path: Path) -> None:
     config = {"architectures": ["BertForSequenceClassification"], "model_type": "bert", "hidden_size": 8}
     config |= {"num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8, "vocab_size": 11}
