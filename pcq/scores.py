@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pcq.data import Data, Inputs
-from pcq.data.inputs import SEVERAL, filled, held_batch, of_tokens, refuse_kind
+from pcq.data.inputs import SEVERAL, filled, held_batch, of_tokens, refuse_kind, refusing
 from pcq.errors import CheckFailed, PcqError, did_you_mean, first_line
 from pcq.likeness import Likeness
 from pcq.logits import flat, main_name, main_output, predicts
@@ -194,14 +194,9 @@ def module_predictor(module: nn.Module) -> Callable[..., Tensor]:
         return torch.cat([run(tuple(filled(x, held) for x in part))[: len(part[0])] for part in parts])
 
     def run(inputs: tuple[Tensor, ...]) -> Tensor:
-        try:
-            with torch.no_grad():
-                out: Any = module(*inputs)
-        except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
-            told = first_line(error)
-            where = f"samples of {' and '.join('x'.join(map(str, x.shape[1:])) for x in inputs)}"
-            todo = next((said for x in inputs if (said := channels_last(x))), "")
-            raise PcqError(f"the network does not take them: {told}", where=where, todo=todo) from error
+        todo = next((said for x in inputs if (said := channels_last(x))), "")
+        with refusing(inputs, todo), torch.no_grad():
+            out: Any = module(*inputs)
         out = main_output(out)
         if not isinstance(out, Tensor):
             raise PcqError(f"it returns a {type(out).__name__}", where="the network", allowed="a tensor [b, classes]")

@@ -144,7 +144,7 @@ def export_onnx(
     given = first(example, network.module, input_shape)
     unknown = not (given or network.inputs or input_shape)
     if observed is not None and unknown and (observed.arrays or network.input_shape is None):
-        given = observed.inputs(observed.take(list(range(min(FIRST, observed.n)))))
+        given = _beginning(observed)
     shape = tuple(given[0].shape[1:]) if len(given) == 1 else input_shape or network.input_shape
     named = isinstance(network.inputs, dict)
     if (named or len(network.inputs) > 1) and input_shape:
@@ -225,8 +225,12 @@ def first(spec: str | None, module: nn.Module, input_shape: Sequence[int] | None
         return ()
     if input_shape:
         raise PcqError("the example says the shapes of the inputs", where="--input", todo="Leave it out")
-    data = open_inputs(spec, "train", lambda arrays: inputs(arrays, module, spec))
-    return data.inputs(data.take(list(range(min(FIRST, data.n)))))
+    return _beginning(open_inputs(spec, "train", lambda arrays: inputs(arrays, module, spec)))
+
+
+def _beginning(data: "Data") -> tuple[Tensor, ...]:
+    """Its first samples."""
+    return data.given(list(range(min(FIRST, data.n))))
 
 
 def _samples(
@@ -236,7 +240,7 @@ def _samples(
     where = int8.data or ""
     held_out = _opened(where, "val", network)
     takes = [list(x.shape[1:]) for x in (example.values() if isinstance(example, Mapping) else example)]
-    shapes = [list(x.shape[1:]) for x in data.inputs(data.take([0]))]
+    shapes = [list(x.shape[1:]) for x in data.given([0])]
     if shapes != takes:
         said, wanted = (", ".join(map(str, some)) for some in (shapes, takes))
         todo = "" if len(takes) == 1 else "Give an array for each input, named like it: npz:FILE"

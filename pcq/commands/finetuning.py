@@ -247,8 +247,7 @@ def _finetune(
         if here.first:
             saving.check(files.saved, mark)
         here.wait()  # before calibration, which takes minutes
-    one = splits.plain.inputs(splits.plain.take([0]))
-    check_outputs(splits, math.prod(module_predictor(original)(*one).shape[1:2]))
+    check_outputs(splits, math.prod(module_predictor(original)(*splits.plain.given([0])).shape[1:2]))
     allocation = None
     if rules.budget is not None:
         asked = None if calibration is None else starting.shaped(calibration, splits.plain.shape)
@@ -453,7 +452,7 @@ def fingerprint(
         if part.labels is not None:
             samples.update(part.labels.numpy().tobytes())
         looked_at = [0, *range(part.n - 1, 0, -max(1, part.n // LOOKED_AT))]
-        for each in part.inputs(part.take(looked_at)):
+        for each in part.given(looked_at):
             samples.update(each.numpy().tobytes())
     weights = hashlib.sha256()
     for name in planned.source.names:
@@ -526,8 +525,7 @@ def table(
         quantized, known = job.ranks.agree(None if again is None else (again.quantized, again.activations)) or ({}, {})
     for name, module in (*networks.items(), *last):
         if name == name8:
-            some = job.splits.val.inputs(job.splits.val.take([0]))
-            simulate(module, quantized, known, *(x.to(device) for x in some))
+            simulate(module, quantized, known, *(x.to(device) for x in job.splits.val.given([0])))
         if name == "float" and not labelled:
             continue
         compared = None if name == "float" else reference

@@ -91,7 +91,7 @@ def predictor(
     Raises:
         PcqError: the file is not usable, or takes other inputs.
     """
-    from pcq.data.inputs import inputs, refuse_one
+    from pcq.data.inputs import in_order, refuse_one
     from pcq.scores import module_predictor, onnx_predictor
 
     if path.suffix == ONNX_SUFFIX:
@@ -101,7 +101,7 @@ def predictor(
     )
     run = module_predictor(network.module)
     if data.arrays:
-        order = [list(data.arrays).index(name) for name in inputs(data.arrays, network.module, data.name)]
+        order = [list(data.arrays).index(name) for name in in_order(data.arrays, network.module, data.name)]
         return lambda *samples: run(*(samples[i] for i in order)), "torch"
     refuse_one(network.module, str(path), data.notes)
     return run, "torch"

@@ -21,7 +21,7 @@ from torch.utils.data import (
 )
 
 from pcq.data.dataset import Data
-from pcq.data.inputs import LABELS, Several, channels_first, is_images, per_channel, refuse, tensor
+from pcq.data.inputs import LABELS, Several, channels_first, in_words, is_images, per_channel, refuse, tensor
 from pcq.errors import CheckFailed, NoSplit, PcqError
 from pcq.spec import Spec, call, running, takes
 
@@ -103,17 +103,22 @@ def _of_one_input(names: Sequence[str], split: str, where: str) -> tuple[str, st
     if not a or (_unread(names) and b + end not in names):
         return None
     labels = next((label + end for label in (b, *LABELS) if label + end in names), None)
-    if labels is None and (lost := _without_samples(names)):
-        said, todo = f"{a}{end} has no labels, and {lost} no samples", f'Call the labels "{b}{end}"'
-        raise PcqError(said, where=where, todo=todo)
+    if labels is None:
+        _refuse_lost_labels(names, a + end, b + end, where)
     return a + end, labels
 
 
-def _without_samples(names: Sequence[str]) -> str | None:
-    """The first labels that have no samples of the same split."""
+def _refuse_lost_labels(names: Sequence[str], samples: str, wanted: str, where: str) -> None:
+    """``samples`` have no labels, which would be called ``wanted``.
+
+    Raises:
+        PcqError: there are some, of a split that has no samples.
+    """
     ends = {name: name.removeprefix(SPLIT.sub("", name)) for name in names}
     sampled = {end for name, end in ends.items() if name.removesuffix(end) not in LABELS}
-    return next((name for name, end in ends.items() if end not in sampled), None)
+    if lost := next((name for name, end in ends.items() if end not in sampled), None):
+        said = f"{samples} has no labels, and {lost} no samples"
+        raise PcqError(said, where=where, todo=f'Call the labels "{wanted}"')
 
 
 def _unread(names: Sequence[str]) -> list[str]:
@@ -130,10 +135,9 @@ def _of_split(names: Sequence[str], split: str, where: str) -> dict[str, str]:
     mine = [name for name in names if name.endswith(f"_{split}")]
     mine = mine or [name for name in names if not SPLIT.search(name)] or list(names)
     found = {name.removesuffix(f"_{split}"): name for name in mine}
-    if not any(label in found for label in LABELS) and (lost := _without_samples(names)):
+    if not any(label in found for label in LABELS):
         end = f"_{split}" if mine[0].endswith(f"_{split}") else ""
-        said, todo = f"{mine[0]} has no labels, and {lost} no samples", f'Call the labels "y{end}"'
-        raise PcqError(said, where=where, todo=todo)
+        _refuse_lost_labels(names, mine[0], f"y{end}", where)
     return found
 
 
@@ -420,7 +424,7 @@ def _joined(name: str, items: Sequence[Any], join: Callable[[list[Tensor]], Tens
             joined[str(key)] = join(arrays)
         except RuntimeError as error:
             shapes = sorted({tuple(array.shape) for array in arrays})[:3]
-            said = ", ".join("x".join(map(str, shape)) or "one number" for shape in shapes)
+            said = ", ".join(map(in_words, shapes))
             raise PcqError(
                 f"its samples differ in shape: {said}", where=f"{name}, {key}", todo="Pad them to one length"
             ) from error

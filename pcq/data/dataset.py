@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pcq.data.inputs import named_mask
+from pcq.data.inputs import in_words, named_mask
 from pcq.errors import PcqError
 
 Batch = tuple[Tensor, Tensor | None]
@@ -59,6 +59,10 @@ class Data:
     def inputs(self, x: Tensor) -> Inputs:
         """What the network is given for the samples ``x`` [b, ...]."""
         return tuple(array[x] for array in self.arrays.values()) or (x,)
+
+    def given(self, chosen: Sequence[int]) -> Inputs:
+        """What the network is given for the samples of these numbers."""
+        return self.inputs(self.take(chosen))
 
     @property
     def mask(self) -> int | None:
@@ -113,7 +117,7 @@ class Data:
         """One line: name, split, number, shape, classes, and the notes."""
         count = self.highest + 1 if self.highest is not None else 0
         labelled = f"{len(self.classes)} classes" if self.classes else f"labels up to {count - 1}"
-        sample = self.sample or "x".join(map(str, self.shape)) or "one number"
+        sample = self.sample or in_words(self.shape)
         line = f"{self.name}, {self.split}: {self.n:,} samples of {sample}, "
         return ". ".join(
             [line + ("no labels" if self.labels is None else labelled), *(n.rstrip(".") for n in self.notes)]

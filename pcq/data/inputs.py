@@ -2,7 +2,8 @@
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pcq.errors import PcqError, did_you_mean
+from pcq.errors import PcqError, did_you_mean, first_line
 
 LABELS = ("y", "labels")
 """Names of an array that is no input."""
@@ -58,8 +59,18 @@ def inputs(arrays: Mapping[str, Any], module: nn.Module, spec: str) -> dict[str,
     """The arrays by name, in the order of ``module``'s arguments, as :func:`numbers` makes them.
 
     Raises:
-        PcqError: there is no such argument, or one before it or one that is needed is not given; the arrays are no
-            numbers, or not of the same length.
+        PcqError: as :func:`in_order` and :func:`numbers` do.
+    """
+    order = in_order(arrays, module, spec)
+    found = numbers(arrays, spec)
+    return {name: found[name] for name in order}
+
+
+def in_order(arrays: Mapping[str, Any], module: nn.Module, spec: str) -> list[str]:
+    """The arrays' names in the order of ``module``'s arguments.
+
+    Raises:
+        PcqError: there is no such argument, or one before it or one that is needed is not given.
     """
     takes = names(module)
     if lost := [name for name in arrays if name not in takes]:
@@ -68,8 +79,7 @@ def inputs(arrays: Mapping[str, Any], module: nn.Module, spec: str) -> dict[str,
     first = takes[: len(arrays)]
     if missing := [name for name in (*first, *needed(module)) if name not in arrays]:
         raise PcqError(f"it has no array for the input '{missing[0]}'", where=spec, allowed=", ".join(takes))
-    found = numbers(arrays, spec)
-    return {name: found[name] for name in first}
+    return first
 
 
 def refuse_one(module: nn.Module, where: str, notes: Sequence[str] = ()) -> None:
@@ -106,7 +116,31 @@ def named_mask(names: Sequence[str], inputs: Sequence[Tensor]) -> int | None:
 
 def of_tokens(y: Tensor, batch: Sequence[Tensor], at: int | None) -> Tensor:
     """Of an output ``[n, t, ...]`` the tokens ``[m, ...]`` that input number ``at`` does not mask; another as it is."""
-    return y if at is None or y.ndim < 3 or y.shape[:2] != batch[at].shape else y[batch[at] != 0]
+    return y[batch[at] != 0] if at is not None and masks(batch[at], y) else y
+
+
+def masks(mask: Tensor, y: Tensor) -> bool:
+    """Whether ``y`` is an output ``[n, t, ...]`` of the tokens of ``mask`` ``[n, t]``."""
+    return y.ndim > 2 and y.shape[:2] == mask.shape
+
+
+def in_words(shape: Sequence[int]) -> str:
+    """One sample's shape."""
+    return "x".join(map(str, shape)) or "one number"
+
+
+@contextmanager
+def refusing(inputs: Sequence[Tensor], todo: str = "") -> Iterator[None]:
+    """Within it a network runs on ``inputs``.
+
+    Raises:
+        PcqError: it does not take them; ``todo``: what may help.
+    """
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+        where = f"samples of {' and '.join('x'.join(map(str, x.shape[1:])) for x in inputs)}"
+        raise PcqError(f"the network does not take them: {first_line(error)}", where=where, todo=todo) from error
 
 
 def per_channel(value: Any, option: str, where: str, *, positive: bool = False) -> tuple[float, ...]:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from pcq import shards
 from pcq.activations import Range
 from pcq.data import Inputs
-from pcq.errors import CheckFailed, PcqError, first_line
+from pcq.data.inputs import refusing
+from pcq.errors import CheckFailed, PcqError
 from pcq.grids import Grid
 from pcq.progress import Progress, silent
 from pcq.proxconnect import ProxConnect, Target, Telemetry
@@ -308,12 +309,8 @@ def _loss(job: Job, module: nn.Module, x: Inputs, y: Tensor | None) -> Tensor:
         if job.teacher is not None:
             with torch.no_grad():
                 wanted = logits(job.teacher(*x), y is not None)
-        try:
+        with refusing(x):
             out = logits(module(*x), y is not None)
-        except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
-            told = first_line(error)
-            where = f"samples of {' and '.join('x'.join(map(str, each.shape[1:])) for each in x)}"
-            raise PcqError(f"the network does not take them: {told}", where=where) from error
     if not out.requires_grad:
         whole = "" if out.is_floating_point() else ": it is of whole numbers"
         raise PcqError(f"its output has no gradient{whole}", where="the network", allowed="floats of trained weights")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pcq.data import Data, open_data, open_inputs, own
-from pcq.data.inputs import inputs, refuse_one
+from pcq.data.inputs import in_words, inputs, refuse_one
 from pcq.errors import NoSplit, PcqError, raise_all
 from pcq.spec import Spec, parse, takes
 
@@ -124,7 +124,7 @@ def _alike(splits: Sequence[Data]) -> None:
 def _shapes(data: Data) -> str:
     """Those of a sample, in words."""
     shapes = [tuple(array.shape[1:]) for array in data.arrays.values()] or [data.shape]
-    return " and ".join("x".join(map(str, shape)) or "one number" for shape in shapes)
+    return " and ".join(map(in_words, shapes))
 
 
 def check_outputs(splits: Splits, outputs: int) -> None:
@@ -154,7 +154,7 @@ def _same(a: Data, b: Data) -> bool:
     if a.labels is not None and b.labels is not None and not torch.equal(a.labels, b.labels):
         return False
     some = sorted({0, a.n // 3, a.n - 1})
-    return all(map(torch.equal, a.inputs(a.take(some)), b.inputs(b.take(some))))
+    return all(map(torch.equal, a.given(some), b.given(some)))
 
 
 def subset(data: Data, numbers: Tensor, split: str) -> Data:

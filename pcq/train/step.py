@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pcq.data.inputs import masks
 from pcq.errors import PcqError
 from pcq.logits import flat, main_output, predicts
 from pcq.settings import Finetune
@@ -93,7 +94,7 @@ def loss_of(
 
 def _squares(out: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
     squares = (out - teacher).square()
-    if mask is None or out.ndim < 3 or out.shape[:2] != mask.shape:
+    if mask is None or not masks(mask, out):
         return squares.mean()
     real = (mask != 0).to(squares)
     return ((squares.flatten(2).mean(2) * real).sum(1) / real.sum(1).clamp(min=1)).mean()
