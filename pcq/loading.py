@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +39,7 @@ class Mismatch:
         """The first of each, and the likely cause."""
         shapes = [f"{n} {_size(self.theirs[n])} where the network has {_size(self.ours[n])}" for n in self.differ]
         parts = [
-            f"{len(names)} tensors {what} ({', '.join(listed[:LISTED])}{', ...' if len(names) > LISTED else ''})"
+            f"{len(names)} tensors {what} ({first_of(listed)})"
             for what, names, listed in (
                 ("are missing", self.missing, self.missing),
                 ("are not in the network", self.unexpected, self.unexpected),
@@ -70,15 +70,15 @@ class Mismatch:
             return f"The weights look like one of {', '.join(error.candidates)}"
         if found is not None:
             return f"The weights look like {found.sentence}: --arch '{found.arch}'"
-        if arch.startswith("hf:") and self.missing and self.unexpected:
-            return (
-                "transformers renames what it loads: load it with from_pretrained, write it by torch.save(network."
-                "state_dict(), 'network.pt'), and give that file"
-            )
         shared = len(self.theirs.keys() & self.ours.keys())
         if shared < len(self.theirs) / 2:
             return f"Only {shared} of the checkpoint's {len(self.theirs)} names are the network's: another architecture"
         return "A variant of the architecture: another depth, width or version of the code"
+
+
+def first_of(names: Sequence[str]) -> str:
+    """Names in a sentence: the first few."""
+    return f"{', '.join(names[:LISTED])}{', ...' if len(names) > LISTED else ''}"
 
 
 def _size(shape: Sequence[int]) -> str:
@@ -108,6 +108,19 @@ def mismatch(module: nn.Module, shapes: Shapes) -> Mismatch:
     )
 
 
+def prefix_of(module: nn.Module, names: Collection[str]) -> str:
+    """What the network puts before every one of ``names``, such as ``model.``, which was taken for a wrapper's.
+
+    Empty where it has one of them itself, or not all of them behind one prefix.
+    """
+    ours = {name for name, _ in (*module.named_parameters(remove_duplicate=False), *module.named_buffers())}
+    if not names or not ours.isdisjoint(names):
+        return ""
+    first = next(iter(names))
+    found = (name.removesuffix(first) for name in ours if name.endswith(f".{first}"))
+    return next((prefix for prefix in sorted(found) if all(prefix + name in ours for name in names)), "")
+
+
 def _ties(module: nn.Module) -> dict[str, int]:
     """Name of a parameter -> identity of the tensor."""
     return {name: id(parameter) for name, parameter in module.named_parameters(remove_duplicate=False)}
@@ -120,6 +133,9 @@ def check_shapes(module: nn.Module, shapes: Shapes, arch: str = "") -> None:
         PcqError: as :func:`load_state`.
     """
     if check := mismatch(module, shapes):
+        if prefix := prefix_of(module, shapes):
+            check_shapes(module, {prefix + name: shape for name, shape in shapes.items()}, arch)
+            return
         try:
             bare = copy.deepcopy(module).to("meta")
         except (RuntimeError, TypeError):  # it holds what cannot be copied
@@ -128,13 +144,17 @@ def check_shapes(module: nn.Module, shapes: Shapes, arch: str = "") -> None:
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor], arch: str = "") -> None:
-    """Load all of ``state`` into all of ``module``; counters of BatchNorm and all but one of tied names may be absent.
+    """Load all of ``state`` into all of ``module``; counters of BatchNorm and all but one of tied names may be absent,
+    and so may the prefix that all names of ``module`` have.
 
     Raises:
         PcqError: names are missing or left over, or shapes differ. The message lists the first of each and the
             likely cause. What the module then holds is undefined.
     """
     if check := mismatch(module, {name: tuple(tensor.shape) for name, tensor in state.items()}):
+        if prefix := prefix_of(module, state):
+            load_state(module, {prefix + name: tensor for name, tensor in state.items()}, arch)
+            return
         _load_otherwise(module, state, check, arch)
         return
     ties = _ties(module)

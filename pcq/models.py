@@ -11,19 +11,19 @@ import importlib
 import importlib.util
 import inspect
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pcq import weight_norm
 from pcq.errors import PcqError, did_you_mean, first_line
 from pcq.inventory import inventory
-from pcq.loading import check_shapes, load_state
+from pcq.loading import check_shapes, first_of, load_state, mismatch, prefix_of
 from pcq.recognition import Ambiguous, Recognised, Shapes, recognise
 from pcq.spec import Spec, call, is_own, parse
 from pcq.torchvision_compat import declare_operators, import_torchvision
@@ -31,12 +31,15 @@ from pcq.torchvision_compat import declare_operators, import_torchvision
 __all__ = [
     "Ambiguous",
     "Recognised",
+    "as_transformers_loads",
     "build",
     "check_shapes",
     "complete",
     "example_shape",
     "inventory",
     "load_state",
+    "mismatch",
+    "prefix_of",
     "recognise",
     "with_input_channels",
 ]
@@ -174,6 +177,12 @@ def _timm_package(spec: Spec) -> Any:
 
 
 def _hugging_face(spec: Spec) -> nn.Module:
+    made, config = _configured(spec)
+    return _constructed(spec, lambda: (getattr(made, "_from_config", None) or made.from_config)(config))
+
+
+def _configured(spec: Spec) -> tuple[Any, Any]:
+    """The class of transformers that a folder names, and its configuration."""
     declare_operators()  # transformers imports torchvision where it is installed
     transformers = _package("transformers", "pip install transformers", spec)
     folder = Path(spec.name).expanduser()
@@ -191,7 +200,41 @@ def _hugging_face(spec: Spec) -> nn.Module:
     found = getattr(transformers, names[0], None) if names else transformers.AutoModel
     if found is None:
         raise PcqError(f"transformers {transformers.__version__} has no '{names[0]}'", where=str(spec))
-    return _constructed(spec, lambda: found._from_config(config) if names else found.from_config(config))
+    return found, config
+
+
+def as_transformers_loads(arch: str, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]] | None:
+    """``state`` under the names of the network ``hf:FOLDER``, and what transformers leaves out of it.
+
+    Older names, a network within a larger one's file and parts that became one tensor are its business. None where it
+    cannot load ``state`` at all.
+
+    Raises:
+        PcqError: the network has weights that it does not find there; it would have made them up.
+    """
+    made, config = _configured(parse(arch))
+    logs = importlib.import_module("transformers.utils.logging")
+    verbosity, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
+    logs.set_verbosity_error()
+    logs.disable_progress_bar()
+    try:
+        module, told = made.from_pretrained(None, config=config, state_dict=dict(state), output_loading_info=True)
+    except Exception:
+        return None  # the comparison of the names says more
+    finally:
+        logs.set_verbosity(verbosity)
+        if bars:
+            logs.enable_progress_bar()
+    own = len(module.state_dict())
+    absent = sorted({*told["missing_keys"], *(name for name, *_ in told["mismatched_keys"])})
+    if told["error_msgs"] or len(absent) == own:
+        return None
+    if absent:
+        what = f"the checkpoint has no values for {len(absent)} of the network's {own} tensors: {first_of(absent)}"
+        todo = "Give the checkpoint of this very network, or its folder, whose config.json names the right architecture"
+        raise PcqError(what, where=arch, todo=todo)
+    weight_norm.remove(module)
+    return dict(module.state_dict()), sorted(told["unexpected_keys"])
 
 
 def _own(spec: Spec) -> nn.Module:

@@ -1,5 +1,6 @@
 """Architectures: built from specs without downloads, recognised from names and shapes, filled with weights."""
 
+import functools
 import hashlib
 import json
 import subprocess
@@ -13,16 +14,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pcq
-from pcq import models
+from pcq import models, scores
 from pcq.commands import plan
 from pcq.errors import PcqError
 from pcq.inventory import PART, inventory
 from pcq.recognition import Slot, read_index, recognise, signature, tree_hash
+from pcq.sources import open_source
 from pcq.spec import parse
 from pcq.torchvision_compat import import_torchvision
 
@@ -421,18 +424,72 @@ def test_hugging_face_networks_keep_no_cache(tmp_path: Path) -> None:
     assert "past_key_values" in models.build(f"hf:{tmp_path}?use_cache=True").eval()(tokens)
 
 
+@pytest.mark.parametrize(("wraps", "wrapper"), [(1, ""), (2, ""), (1, "module."), (2, "module._orig_mod.")])
+def test_a_prefix_of_the_network_itself_is_put_back(wraps: int, wrapper: str, tmp_path: Path) -> None:
+    """Everything in it is ``self.model``: what a wrapper puts before every name is then its own."""
+    (tmp_path / "own.py").write_text(
+        "from torch import nn\n"
+        "class Outer(nn.Module):\n"
+        "    def __init__(self, wraps=1):\n"
+        "        super().__init__()\n"
+        "        self.model = Outer(wraps - 1) if wraps > 1 else nn.Linear(6, 4)\n"
+        "    def forward(self, x): return self.model(x)\n"
+    )
+    arch = f"{tmp_path}/own.py:Outer?wraps={wraps}"
+    net = models.build(arch).eval()
+    torch.save({wrapper + name: value for name, value in net.state_dict().items()}, tmp_path / "net.pt")
+    planned = plan(tmp_path / "net.pt", "w8", arch=arch)
+    assert planned.source.names == list(net.state_dict())
+    x = torch.randn(2, 6)
+    assert torch.equal(pcq.open_network(tmp_path / "net.pt", arch).module(x), net(x))
+    named = pcq.quantize(tmp_path / "net.pt", "w8", out=tmp_path / "named.safetensors", arch=arch)
+    nameless = pcq.quantize(tmp_path / "net.pt", "w8", out=tmp_path / "nameless.safetensors")
+    ours, theirs = pcq.open_network(named.path).module, pcq.open_network(nameless.path, arch).module
+    assert torch.equal(ours(x), theirs(x))
+    assert not torch.equal(ours(x), net(x))
+
+
 @pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
-def test_names_that_transformers_changes_on_loading_are_told(tmp_path: Path) -> None:
-    """It saves a ViT under other names than its network has."""
+def test_names_that_transformers_changes_on_loading(tmp_path: Path) -> None:
+    """It saves a ViT under other names than its network has; an old BERT's are `gamma` and `beta`, beside heads."""
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     config = {"model_type": "vit", "architectures": ["ViTForImageClassification"], "image_size": 16, "patch_size": 8}
-    (tmp_path / "config.json").write_text(json.dumps(config | small))
-    module = models.build(f"hf:{tmp_path}")
-    module.save_pretrained(tmp_path)  # type: ignore[operator]
-    with pytest.raises(PcqError, match=r"do not fit the network.*transformers renames.*network\.state_dict\(\)"):
-        plan(tmp_path, "w8", arch=f"hf:{tmp_path}")
-    torch.save(module.state_dict(), tmp_path / "network.pt")
-    assert len(plan(tmp_path / "network.pt", "w8", arch=f"hf:{tmp_path}").plan.quantized) > 5
+    vit, bert = tmp_path / "vit", tmp_path / "bert"
+    vit.mkdir()
+    (vit / "config.json").write_text(json.dumps(config | small))
+    module = models.build(f"hf:{vit}").eval()
+    module.save_pretrained(vit)  # type: ignore[operator]
+    assert open_source(vit).names != list(module.state_dict())
+    assert any(f"--arch hf:{vit}" in note for note in plan(vit, "w8").notes)
+    planned = plan(vit, "w8", arch=f"hf:{vit}")
+    assert planned.source.names == list(module.state_dict())
+    assert "Named and put together as transformers loads it." in planned.notes
+    image = torch.randn(1, 3, 16, 16)
+    loaded = pcq.open_network(vit, f"hf:{vit}").module
+    assert torch.equal(loaded(image).logits, module(image).logits)
+    made = pcq.quantize(vit, "w8", out=tmp_path / "vit.safetensors", arch=f"hf:{vit}")
+    assert next(iter(scores.module_predictor(pcq.open_network(made.path).module)(image))).shape == (2,)
+
+    config = {"model_type": "bert", "architectures": ["BertForPreTraining"], "vocab_size": 20}
+    bert.mkdir()
+    (bert / "config.json").write_text(json.dumps(config | small))
+    module = models.build(f"hf:{bert}").eval()
+    tied = "cls.predictions.decoder."
+    state = {name: value for name, value in module.state_dict().items() if not name.startswith(tied)}
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    renamed = {functools.reduce(lambda n, o: n.replace(o, old[o]), old, name): value for name, value in state.items()}
+    assert renamed.keys() != state.keys()
+    save_file(renamed, bert / "model.safetensors")
+    (bert / "config.json").write_text(json.dumps(config | small | {"architectures": ["BertForMaskedLM"]}))
+    planned = plan(bert, "w8", arch=f"hf:{bert}")
+    assert any("bert.pooler.dense.bias" in n and "cls.seq_relationship.weight" in n for n in planned.notes)
+    tokens = torch.arange(6)[None]
+    expected = module(tokens).prediction_logits
+    assert torch.equal(pcq.open_network(bert, f"hf:{bert}").module(tokens).logits, expected)
+
+    (bert / "config.json").write_text(json.dumps(config | small | {"architectures": ["BertForSequenceClassification"]}))
+    with pytest.raises(PcqError, match=r"no values for 2 of .* tensors: classifier\.bias, classifier\.weight"):
+        plan(bert, "w8", arch=f"hf:{bert}")  # it would have a head of random numbers
 
 
 @pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")

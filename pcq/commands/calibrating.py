@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pcq import checkpoint, models
+from pcq.commands.networks import name_it
 from pcq.errors import PcqError, refuse_other
 from pcq.plan import Quantized
 from pcq.progress import Progress, silent
@@ -192,7 +193,7 @@ def float_network(planned: "Planned") -> nn.Module:
             raise PcqError(
                 "calibration runs the network, and its architecture is not known",
                 where=str(planned.model),
-                todo="Name it: --arch torchvision:resnet18, --arch timm:NAME, or --arch file.py:function",
+                todo=name_it(planned.model),
             )
         return ready.eval()
     module = models.build(planned.arch)

@@ -19,7 +19,7 @@ from pcq.atomic import held, sweep
 from pcq.commands import starting
 from pcq.commands.budgeting import Allocation, allocate, named
 from pcq.commands.calibrating import Calibrated, Calibration
-from pcq.commands.networks import load_network
+from pcq.commands.networks import load_network, name_it
 from pcq.commands.quantizing import Planned, default_path, plan
 from pcq.errors import PcqError, did_you_mean, raise_all
 from pcq.plan import Kept, Quantized
@@ -375,7 +375,7 @@ def build(planned: Planned) -> nn.Module:
         raise PcqError(
             what if planned.source.make_module is not None else "the architecture is not known",
             where=str(planned.model),
-            todo="Name it: --arch torchvision:resnet18, --arch timm:NAME, or --arch file.py:function",
+            todo=name_it(planned.model),
         )
     module = models.build(planned.arch)
     models.load_state(module, {name: planned.source.tensor(name) for name in planned.source.names}, planned.arch)

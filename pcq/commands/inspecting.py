@@ -42,10 +42,10 @@ def inspect(
         return inspect_onnx(path)
     if checkpoint.is_artifact(path):
         return _inspect_artifact(path)
-    source = sources.open_source(path, key=key, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle)
+    opened = sources.open_source(path, key=key, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle)
+    notes: list[str] = []
+    source, _, arch = architecture(opened, None, notes)
     shapes = {name: source.shape(name) for name in source.names}
-    notes = list(source.notes)
-    _, arch = architecture(source, shapes, None, notes)
     own = "an exported program" if source.program is not None else "a module, saved whole"
     told = arch or ("not recognised" if source.make_module is None else own)
     facts = [("architecture", told), *(("note", note) for note in notes)]

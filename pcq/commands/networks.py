@@ -1,5 +1,8 @@
 """The network that a file holds or names: recognised, built, loaded."""
 
+import contextlib
+import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +78,7 @@ def load_network(stored: "checkpoint.Artifact", path: Path, arch: str | None = N
         raise PcqError(
             "the artifact does not record an architecture",
             where=str(path),
-            todo="Name it: --arch torchvision:resnet18, --arch timm:NAME, or --arch file.py:function",
+            todo=name_it(path),
         )
     module = models.build(spec)
     models.load_state(module, stored.dequantized(), spec)
@@ -119,10 +122,11 @@ def open_network(
         raise PcqError(
             "the architecture was not recognised",
             where=str(path),
-            todo="Name it: --arch torchvision:resnet18, --arch timm:NAME, or --arch file.py:function",
+            todo=name_it(path),
         )
     spec = models.complete(spec, shapes)
     module = models.build(spec)
+    source = fitting(source, module, spec)
     models.load_state(module, {name: source.tensor(name) for name in source.names}, spec)
     return Network(module.eval(), spec, models.example_shape(spec))
 
@@ -166,27 +170,58 @@ def recorded(path: Path) -> str | None:
 
 
 def architecture(
-    source: sources.Source, shapes: dict[str, tuple[int, ...]], arch: str | None, notes: list[str]
-) -> tuple[nn.Module | None, str | None]:
-    """The network without weights, where it is known, and its spec; what was recognised goes into ``notes``."""
+    source: sources.Source, arch: str | None, notes: list[str]
+) -> tuple[sources.Source, nn.Module | None, str | None]:
+    """``source`` as the network names its weights, the network without them, where it is known, and its spec.
+
+    What was found on the way goes into ``notes``.
+    """
+    notes += source.notes
+    shapes = {name: source.shape(name) for name in source.names}
     given = arch or source.arch
     if given:
         spec = models.complete(given, shapes)
         module = skeleton(spec)
-        models.check_shapes(module, shapes, spec)
-        return module, spec
+        fitted = fitting(source, module, spec)
+        notes += fitted.notes[len(source.notes) :]
+        models.check_shapes(module, {name: fitted.shape(name) for name in fitted.names}, spec)
+        return fitted, module, spec
     if source.make_module is not None:
-        return source.module(), None
+        return source, source.module(), None
     try:
         recognised = models.recognise(shapes)
     except models.Ambiguous as error:
         notes.append(f"The architecture is open: {error}")
-        return None, None
+        return source, None, None
     if recognised is None:
-        notes.append("The architecture was not recognised; eval and export will need --arch.")
-        return None, None
+        notes.append(f"The architecture was not recognised; eval and export will need it. {name_it(source.path)}.")
+        return source, None, None
     notes.append(f"Recognised: {recognised.sentence}.")
-    return skeleton(recognised.arch), recognised.arch
+    return source, skeleton(recognised.arch), recognised.arch
+
+
+def fitting(source: sources.Source, module: nn.Module, spec: str) -> sources.Source:
+    """``source`` under the names of ``module``: with a prefix that belongs to it, or as transformers loads its folders.
+
+    As it is where it fits, or where neither helps.
+    """
+    shapes = {name: source.shape(name) for name in source.names}
+    if not models.mismatch(module, shapes):
+        return source
+    if prefix := models.prefix_of(module, shapes):
+        return sources.with_prefix(source, prefix)
+    loaded = models.as_transformers_loads(spec, source.state_dict()) if spec.startswith("hf:") else None
+    return source if loaded is None else sources.as_loaded(source, *loaded)
+
+
+def name_it(path: Path) -> str:
+    """How to say the architecture of a checkpoint; ``save_pretrained``'s folders hold it themselves."""
+    folder = path if path.is_dir() else path.parent
+    with contextlib.suppress(OSError, ValueError):
+        config = json.loads((folder / "config.json").read_bytes())
+        if isinstance(config, dict) and "model_type" in config:
+            return f"Name it: --arch {shlex.quote(f'hf:{folder}')}"
+    return "Name it: --arch torchvision:resnet18, --arch timm:NAME, --arch hf:FOLDER, or --arch file.py:function"
 
 
 def skeleton(spec: str) -> nn.Module:

@@ -117,11 +117,11 @@ def plan(
         PcqError: the model, the recipe or the architecture is not usable; the message says what to do.
     """
     loaded = load_recipe(recipe, overrides)
-    source = sources.open_source(Path(model), key=key, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle)
-    notes = list(source.notes)
+    opened = sources.open_source(Path(model), key=key, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle)
+    notes: list[str] = []
+    source, module, spec = architecture(opened, arch, notes)
     shapes = {name: source.shape(name) for name in source.names}
     dtypes = {name: source.dtype(name) for name in source.names}
-    module, spec = architecture(source, shapes, arch, notes)
     if module is not None:  # `first` and `last` mean the network's order, not the file's
         ordered = [name for name in module.state_dict() if name in shapes]
         shapes = {name: shapes[name] for name in dict.fromkeys([*ordered, *shapes])}

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -139,6 +139,13 @@ def strip_prefixes(entries: Mapping[str, Entry]) -> tuple[dict[str, Entry], list
         found = {name.removeprefix(prefix): found[name] for name in _counted(found)}
         notes.append(f"Took the prefix '{prefix}' off all {len(found)} names.")
     return found, notes
+
+
+def with_prefix(source: Source, prefix: str) -> Source:
+    """``source`` with ``prefix`` before every name: it belongs to the network, and not to what had wrapped it."""
+    note = f"Put the prefix '{prefix}' back: the network's own names have it."
+    entries = {prefix + name: entry for name, entry in source.entries.items()}
+    return replace(source, entries=entries, notes=(*source.notes, note))
 
 
 def put_together(entries: Mapping[str, Entry], by_name: bool) -> tuple[dict[str, Entry], list[str]]:

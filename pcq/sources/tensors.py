@@ -1,6 +1,7 @@
 """Tensors in memory (or mapped) as entries: which are one, and which no file of ours can hold."""
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from pcq.errors import PcqError, raise_all
 from pcq.sources.safetensors import DTYPES
-from pcq.sources.source import Entry
+from pcq.sources.source import Entry, Source
 from pcq.sources.wrappers import listed
 
 
@@ -43,6 +44,15 @@ def tensor_entries(
     if views:
         notes.append(f"Different views of the same memory are kept as tensors of their own: {listed(views)}.")
     return entries
+
+
+def as_loaded(source: Source, state: Mapping[str, Tensor], left_out: Sequence[str]) -> Source:
+    """``source`` as transformers has loaded it: ``state``, and the names of ``source`` that it has no place for."""
+    notes = ["Named and put together as transformers loads it."]
+    if left_out:
+        notes.append(f"Left out what the network does not have: {listed(left_out)}.")
+    entries = tensor_entries(state, source.path, notes)
+    return replace(source, entries=entries, notes=(*source.notes, *notes), by_name=False)
 
 
 def _read(tensor: Tensor, checked: Callable[[], None] | None) -> Tensor:
