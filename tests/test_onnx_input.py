@@ -485,6 +485,41 @@ def test_the_proof_fails_on_wrong_wiring(tmp_path: Path, monkeypatch: pytest.Mon
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
 
 
+def drawing(path: Path, kind: str, reads: list[str], inside: bool) -> Path:
+    """A MatMul, and what an operator draws from its result, in a branch or not."""
+    tensors = {"w": normal(64, 64), "half": np.float32(0.5), "on": np.array(True)}
+    drawn = helper.make_node(kind, reads, ["r"])
+    if inside:
+        made = helper.make_tensor_value_info("r", TensorProto.FLOAT, None)
+        body = helper.make_graph([drawn], "branch", [], [made])
+        drawn = helper.make_node("If", ["on"], ["r"], then_branch=body, else_branch=body)
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Sigmoid", ["h"], ["p"]), drawn]
+    return save(path, nodes, tensors, [images("n", 64)], ["h", "r"])
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "reads"),
+    [("RandomNormalLike", ["h"]), ("RandomUniformLike", ["h"]), ("Bernoulli", ["p"]), ("Dropout", ["h", "half", "on"])],
+)
+def test_random_numbers_are_the_same_on_both_sides(tmp_path: Path, kind: str, reads: list[str], inside: bool) -> None:
+    """Speech synthesis draws noise, and networks that were exported for training drop numbers."""
+    result = quantize_onnx(drawing(tmp_path / "m.onnx", kind, reads, inside), "w8")
+    assert result.proof.drift < 0.1
+    assert len(result.proof.agreements) == 4
+    session = ort.InferenceSession(result.path)
+    feed = {"x": normal(2, 64)}
+    one, other = (session.run(["r"], feed)[0] for _ in range(2))
+    assert not np.array_equal(one, other)  # the file goes on drawing
+
+
+def test_calibration_draws_the_same_random_numbers(tmp_path: Path) -> None:
+    path = drawing(tmp_path / "m.onnx", "RandomNormalLike", ["h"], False)
+    result = quantize_onnx(path, "w8", calibration="random")
+    assert result.calibrated is not None
+    assert result.calibrated.outcome.steps[0].error < 1e-3
+
+
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, out = words(tmp_path / "m.onnx"), tmp_path / "small.onnx"
     np.savez(tmp_path / "real.npz", x=np.arange(6)[None])

@@ -39,6 +39,11 @@ WIDENED = {
 OLD_RESIZE = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
 """What Resize and Upsample did up to operator set 10; the converter leaves Resize the defaults of 11."""
 
+DRAWING = {
+    "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout",
+}  # fmt: skip
+"""Operators that draw random numbers."""
+
 AGAIN = "Export the model again with operator set 13 or later"
 """What to do about a model that cannot be raised."""
 
@@ -141,6 +146,22 @@ def free(name: str, taken: Container[str | None]) -> str:
 def nodes(model: ir.Model) -> Iterator[ir.Node]:
     """Every node of the graph and of its subgraphs, a subgraph's after the node that holds it."""
     yield from model.graph.all_nodes()
+
+
+def seed(model: ir.Model) -> bool:
+    """Give each node that draws random numbers a seed, if it has none, so that models which draw alike draw the same
+    numbers; whether there are such nodes."""
+    bodies = (node for function in model.functions.values() for node in function)
+    found = [node for each in (nodes(model), bodies) for node in each if _draws(node)]
+    for number, node in enumerate(found):
+        whole = node.op_type == "Dropout"
+        node.attributes.setdefault("seed", ir.AttrInt64("seed", number) if whole else ir.AttrFloat32("seed", number))
+    return bool(found)
+
+
+def _draws(node: ir.Node) -> bool:
+    training = node.op_type != "Dropout" or len(node.inputs) > 2
+    return node.op_type in DRAWING and node.domain in ("", "ai.onnx") and training
 
 
 def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:

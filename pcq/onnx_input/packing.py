@@ -25,7 +25,7 @@ from pcq.export import scheme, verify, writing
 from pcq.export.body import DOMAIN, Lowered
 from pcq.export.frame import can_transpose
 from pcq.export.lowering import lower
-from pcq.onnx_input.graph import AGAIN, OPSET, Opened, open_graph, values
+from pcq.onnx_input.graph import AGAIN, OPSET, Opened, open_graph, read, seed, values
 from pcq.onnx_input.inventory import Inventory, Operand, Weight, oriented, take_inventory
 from pcq.onnx_input.trials import QUIET, Trial, find_trials
 from pcq.progress import Progress, silent
@@ -79,11 +79,11 @@ def find_inputs(opened: Opened, samples: Sequence[Trial] = ()) -> list[Trial]:
             raise
     if opened.opset >= OPSET:
         return trials
-    before = _run(verify.open_session(str(opened.path), optimised=False), trials)
     with scratch() as folder:
+        before = _run(_session(opened.path, folder), trials)
         raised = folder / "raised.onnx"
         writing.save(open_graph(opened.path).model, raised, 1_500_000_000)
-        after = _run(verify.open_session(str(raised), optimised=False), trials)
+        after = _run(_session(raised, folder), trials)
     pairs = [pair for now, then in zip(after, before, strict=True) for pair in zip(now, then, strict=True)]
     error = max((_error(ours, theirs) for ours, theirs in pairs), default=0.0)
     if not error <= verify.TOLERANCE:
@@ -259,11 +259,13 @@ def reference(
     changed: Mapping[str, Tensor] | None = None,
     lazy: bool = True,
 ) -> ir.Model:
-    """The model with the dequantized numbers where the weights are stored, new biases, and nothing else changed.
+    """The model with the dequantized numbers where the weights are stored, new biases, seeds for what it draws at
+    random, and nothing else changed.
 
     ``lazy`` dequantizes each weight when it is written; the graph must not be changed before.
     """
     _change(opened.model, changed or {})
+    seed(opened.model)
     inventory = take_inventory(opened)
     for name, codes in quantized.items():
         for operand in inventory.weights[name].operands:
@@ -330,7 +332,7 @@ def _check_outputs(
             dump = Path(folder) / "optimised.onnx" if optimised else None
             progress("check outputs", int(not optimised), 2)
             theirs = _run(verify.open_session(str(right), optimised=optimised), trials)
-            packed = _run(verify.open_session(str(path), optimised=optimised, dump=dump), trials)
+            packed = _run(_session(path, Path(folder), optimised, dump), trials)
             for trial, ours, others in zip(trials, packed, theirs, strict=True):
                 error = max((_error(a, b) for a, b in zip(ours, others, strict=True)), default=0.0)
                 agreements.append(verify.Agreement(trial.kind, trial.batch, optimised, error))
@@ -343,9 +345,18 @@ def _check_outputs(
             if dump is not None:
                 large = {name for name, weight in quantized.items() if 4 * weight.numel > verify.FOLDING_LIMIT}
                 verify.check_folded(dump, large | (alike - quantized.keys()))
-        before = _run(verify.open_session(str(original), optimised=False), trials)
+        before = _run(_session(original, Path(folder)), trials)
     progress("check outputs", 2, 2)
     return tuple(agreements), max((_drift(a, b) for a, b in zip(packed, before, strict=True)), default=0.0)
+
+
+def _session(path: Path, folder: Path, optimised: bool = False, dump: Path | None = None) -> ort.InferenceSession:
+    """The file; of one that draws random numbers a copy in ``folder`` that draws the same in every session."""
+    model = read(path)
+    if seed(model):
+        path = folder / "seeded.onnx"
+        writing.save(model, path, 1_500_000_000)
+    return verify.open_session(str(path), optimised=optimised, dump=dump)
 
 
 def _run(session: ort.InferenceSession, trials: Sequence[Trial]) -> list[list[Array]]:
