@@ -485,6 +485,27 @@ def test_the_proof_fails_on_wrong_wiring(tmp_path: Path, monkeypatch: pytest.Mon
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_directions_that_are_joined(tmp_path: Path, kind: str) -> None:
+    """torch's newer exporter writes the weights of a bidirectional layer so."""
+    gates, shape = {"LSTM": 4, "GRU": 3}[kind], {"i": (24,), "h": (32,)}
+    tensors = {f"{part}{way}": normal(32 * gates, *shape[part]) for part in "ih" for way in "ab"}
+    tensors |= {"axis": np.array([0]), "one": np.array([32]), "end": np.array([32 * gates])}
+    nodes = []
+    for name in ("ia", "ib", "ha", "hb"):
+        nodes += [
+            helper.make_node("Slice", [name, "axis", "one"], [f"{name}1"]),
+            helper.make_node("Slice", [name, "one", "end"], [f"{name}2"]),
+            helper.make_node("Concat", [f"{name}2", f"{name}1"], [f"{name}c"], axis=0),
+            helper.make_node("Unsqueeze", [f"{name}c", "axis"], [f"{name}u"]),
+        ]
+    nodes += [helper.make_node("Concat", [f"{part}au", f"{part}bu"], [part], axis=0) for part in "ih"]
+    nodes.append(helper.make_node(kind, ["x", "i", "h"], ["y"], hidden_size=32, direction="bidirectional"))
+    result = quantize_onnx(save(tmp_path / "m.onnx", nodes, tensors, [images("n", "b", 24)], ["y"]), "w8")
+    assert {row.name for row in result.ledger} == {"ia", "ib", "ha", "hb"}
+    assert result.proof.drift < 0.05
+
+
 def drawing(path: Path, kind: str, reads: list[str], inside: bool) -> Path:
     """A MatMul, and what an operator draws from its result, in a branch or not."""
     tensors = {"w": normal(64, 64), "half": np.float32(0.5), "on": np.array(True)}

@@ -3,10 +3,11 @@
     Conv, ConvTranspose             as they are
     Gemm, MatMul                    ``[out, in]``; a MatMul and a Gemm without transB hold the transpose
     Gather along axis 0             ``[entries, width]``: an embedding
-    LSTM, GRU, RNN                  ``[directions * gates * hidden, width]``
+    LSTM, GRU, RNN                  ``[directions * gates * hidden, width]``, or one for each direction
 
 A weight may lie behind Identity, Transpose, Reshape, Squeeze, Unsqueeze, Flatten, Cast, Slice and Concat, in a
-Constant, in a branch of an If or the body of a Loop, or be read by several layers. What stays float has a reason.
+Constant, in a branch of an If or the body of a Loop, or be read by several layers; a recurrent layer's directions may
+be weights of their own. What stays float has a reason.
 """
 
 import math
@@ -31,6 +32,7 @@ View = Literal["same", "transposed", "flat"]
 """How a layer's operand relates to the weight as torch holds it; ``flat``: its leading dimensions are joined."""
 
 NORMS = {"BatchNormalization", "InstanceNormalization", "LayerNormalization", "GroupNormalization", "RMSNormalization"}
+RECURRENT = ("LSTM", "GRU", "RNN")
 SMALL = 64
 """Constants of fewer numbers than this are not listed: shapes, epsilons."""
 
@@ -87,7 +89,7 @@ def take_inventory(opened: Opened) -> Inventory:
     reasons: dict[ir.Value, str] = {}
     chains: dict[ir.Value, Chain] = {}
     for node in nodes(model):
-        for index, operand in enumerate(node.inputs):
+        for index, operand in _operands(node):
             if operand is None or (chain := chain_to(operand)) is None:
                 continue
             found = _role(node, index, chain)
@@ -131,6 +133,16 @@ def take_inventory(opened: Opened) -> Inventory:
     packed = {operand.chain.root for weight in weights.values() for operand in weight.operands}
     others = tuple(_others(model, packed, reasons))
     return Inventory(weights, others, _source(opened, weights, others))
+
+
+def _operands(node: ir.Node) -> Iterator[tuple[int, ir.Value | None]]:
+    """What a layer reads, and as which input; for the weights of a recurrent layer that joins its directions, each."""
+    for index, operand in enumerate(node.inputs):
+        joined = None if operand is None or node.op_type not in RECURRENT else operand.producer()
+        if joined is not None and joined.op_type == "Concat" and index in (1, 2) and chain_to(operand) is None:
+            yield from ((index, part) for part in joined.inputs)
+        else:
+            yield index, operand
 
 
 def _weights_of(value: str) -> Iterator[str]:
@@ -184,7 +196,7 @@ def _role(node: ir.Node, index: int, chain: Chain) -> tuple[str, int, View] | st
         if indices is None or constant_ints(indices) is not None or stored_in(indices) is not None:
             return "parts of it are taken out by constants"
         return "embedding", 1, "same"
-    if kind in ("LSTM", "GRU", "RNN") and index in (1, 2) and ndim == 3:
+    if kind in RECURRENT and index in (1, 2) and ndim == 3:
         return "linear", 1, "flat"
     if kind == "Attention" and node.domain == "com.microsoft" and index == 1 and ndim == 2:
         return "linear", 1, "transposed"
@@ -192,7 +204,7 @@ def _role(node: ir.Node, index: int, chain: Chain) -> tuple[str, int, View] | st
         return "norm"
     if index == 2 and kind in ("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm"):
         return "bias"
-    if kind in ("LSTM", "GRU", "RNN") or (kind == "Add" and ndim == 1):
+    if kind in RECURRENT or (kind == "Add" and ndim == 1):
         return "bias"
     return f"an operand of {kind}"
 
