@@ -235,12 +235,14 @@ def _drop(model: ir.Model, operand: Operand) -> None:
 
 
 def predict(opened: Opened, inventory: Inventory, quantized: Mapping[str, QuantizedTensor]) -> int:
-    """The size of the file: the input's, without the tensors that go, with what comes."""
+    """The size of the file: the input's, without the tensors and nodes that go, with what comes."""
     size, functions = opened.file_bytes, {}
     for name, weight in quantized.items():
         operands = inventory.weights[name].operands
         roots = {id(operand.chain.root): operand.chain.tensor for operand in operands}
         size -= sum(tensor.nbytes for tensor in roots.values())
+        gone = {node for operand in operands for node in operand.chain.nodes}
+        size -= sum(ir.serde.serialize_node(node).ByteSize() for node in gone)
         blank = quantized[name].rows.shape
         size += weight.nbytes + 5 * len(name) + 170 + 8 * len(blank)  # the call, its inputs' names, headers
         size += len(scheme.to_json({name: scheme.describe(weight, "Symmetric16Cut", False)}))
