@@ -508,6 +508,23 @@ def test_directions_that_are_joined(tmp_path: Path, kind: str) -> None:
     assert result.proof.drift < 0.05
 
 
+def test_outputs_without_a_number_to_compare(tmp_path: Path) -> None:
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Div", ["none", "none"], ["n"]),
+             helper.make_node("Add", ["h", "n"], ["y"])]  # fmt: skip
+    tensors = {"w": normal(64, 64), "none": np.float32(0)}
+    path = save(tmp_path / "m.onnx", nodes, tensors, [images("n", 64)], ["y"])
+    with pytest.raises(PcqError, match=r"runs on \(it puts out no finite number\)"):
+        quantize_onnx(path, "w8")
+
+
+def test_calibration_needs_an_output_to_judge_by(tmp_path: Path) -> None:
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("ArgMax", ["h"], ["y"], axis=1)]
+    tensors = {"w": normal(64, 64)}
+    path = save(tmp_path / "m.onnx", nodes, tensors, [images("n", 64)], ["y"], kind=TensorProto.INT64)
+    with pytest.raises(PcqError, match="no float output to judge by. Leave --calib out, or give the model without"):
+        quantize_onnx(path, "w8", calibration="random")
+
+
 def drawing(path: Path, kind: str, reads: list[str], inside: bool) -> Path:
     """A MatMul, and what an operator draws from its result, in a branch or not."""
     tensors = {"w": normal(64, 64), "half": np.float32(0.5), "on": np.array(True)}
@@ -579,6 +596,18 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert cli.run(["quantize", str(path), "-r", "w4", "-o", str(tmp_path / "o.onnx"), *option]) == 2
         told = f"{option[0]}: this is about checkpoints, and an ONNX model was given."
         assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "todo"),
+    [(["--budget", "2kB"], "Choose the levels by a recipe: -r w4"),
+     (["-r", "w4", "--set", "budget=2kB"], "Choose the levels by its rules alone")],
+)  # fmt: skip
+def test_budgets_are_for_checkpoints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: list[str], todo: str
+) -> None:
+    assert cli.run(["quantize", str(words(tmp_path / "m.onnx")), *option]) == 2
+    assert f"and an ONNX model was given. {todo}." in capsys.readouterr().err
 
 
 def test_inspect_lists_what_would_be_quantized(tmp_path: Path) -> None:

@@ -90,7 +90,8 @@ def quantize(
         if said := [option for option, value in theirs.items() if value is not None]:
             raise PcqError("this is about checkpoints, and an ONNX model was given", where=", ".join(said))
         if budget is not None:
-            raise PcqError("budgets are for checkpoints, and an ONNX model was given", where="--budget")
+            todo = "Choose the levels by a recipe: -r w4"
+            raise PcqError("budgets are for checkpoints, and an ONNX model was given", where="--budget", todo=todo)
         if refine is not None:
             raise PcqError("blocks are refined in checkpoints, and an ONNX model was given", where="--refine")
         planned = commands.plan_onnx(model, recipe, overrides=overrides or (), detect=detect)

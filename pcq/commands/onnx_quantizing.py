@@ -82,7 +82,8 @@ def plan_onnx(
     else:
         loaded = load_recipe(recipe, overrides)
         if loaded.budget is not None:
-            raise PcqError("budgets are for checkpoints, and an ONNX model was given", where="budget")
+            todo = "Choose the levels by its rules alone"
+            raise PcqError("budgets are for checkpoints, and an ONNX model was given", where="budget", todo=todo)
         made = make_plan(loaded, inventory.parameters)
     entries = tuple(_settled(entry) for entry in made.entries)
     packed = [entry.parameter.name for entry in entries if isinstance(entry, Quantized)]

@@ -220,7 +220,8 @@ class _Work:
         ours = self.outputs(tensors, held_out)
         floats = [i for i, array in enumerate(aim[0]) if np.issubdtype(array.dtype, np.floating)]
         if not floats:
-            raise PcqError("it has no float output to judge by", where=str(self.path))
+            todo = "Leave --calib out, or give the model without its last ArgMax: onnx.utils.extract_model cuts it off"
+            raise PcqError("it has no float output to judge by", where=str(self.path), todo=todo)
         error = variance = 0.0
         for i in floats:
             want, got = (torch.from_numpy(np.concatenate([_flat(part[i]) for part in parts])) for parts in (aim, ours))

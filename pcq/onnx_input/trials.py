@@ -78,6 +78,7 @@ def find_trials(path: Path, model: ir.Model) -> list[Trial]:
             if all(_numbers(outputs) == 1 for outputs in seen):
                 found = feeds
                 break
+            last = "it puts out no finite number"
             if not found and all(_numbers(outputs) for outputs in seen):
                 found = feeds
         trials += [Trial("random", feed) for feed in found]
