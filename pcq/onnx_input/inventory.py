@@ -90,7 +90,7 @@ def take_inventory(opened: Opened) -> Inventory:
     chains: dict[ir.Value, Chain] = {}
     for node in nodes(model):
         for index, operand in _operands(node):
-            if operand is None or (chain := chain_to(operand)) is None:
+            if (chain := chain_to(operand)) is None:
                 continue
             found = _role(node, index, chain)
             if isinstance(found, str):
@@ -135,14 +135,16 @@ def take_inventory(opened: Opened) -> Inventory:
     return Inventory(weights, others, _source(opened, weights, others))
 
 
-def _operands(node: ir.Node) -> Iterator[tuple[int, ir.Value | None]]:
+def _operands(node: ir.Node) -> Iterator[tuple[int, ir.Value]]:
     """What a layer reads, and as which input; for the weights of a recurrent layer that joins its directions, each."""
     for index, operand in enumerate(node.inputs):
-        joined = None if operand is None or node.op_type not in RECURRENT else operand.producer()
-        if joined is not None and joined.op_type == "Concat" and index in (1, 2) and chain_to(operand) is None:
-            yield from ((index, part) for part in joined.inputs)
-        else:
-            yield index, operand
+        if operand is None:
+            continue
+        joined = operand.producer() if node.op_type in RECURRENT and index in (1, 2) else None
+        parts = [operand]
+        if joined is not None and joined.op_type == "Concat" and chain_to(operand) is None:
+            parts = [part for part in joined.inputs if part is not None]
+        yield from ((index, part) for part in parts)
 
 
 def _weights_of(value: str) -> Iterator[str]:
