@@ -133,6 +133,11 @@ class _Tracked:
         """What is held here of a value."""
         return shards.own(whole, self.parameter.data)
 
+    def arrange(self, like: Tensor) -> None:
+        """Lay both values out in memory as ``like`` is, such as with the channels last."""
+        self.shown = torch.empty_like(like).copy_(self.shown)
+        self.hidden = None if self.hidden is None else torch.empty_like(like).copy_(self.hidden)
+
     def view(self, part: Tensor) -> Tensor | None:
         """The rows of what is held here, in place; None: they do not lie in it as they are."""
         if shards.sharded(self.parameter.data):
@@ -297,7 +302,8 @@ class ProxConnect:
         return groups, [(weight, of[id(weight.parameter)]) for weight in weights]
 
     def _follow(self, name: str, weight: _Tracked) -> None:
-        """The parameter has been given other memory: take it up, or give it its own where that is swapped anyway.
+        """The parameter has been given other memory: take it up, or give it its own, laid out alike, where that is
+        swapped anyway.
 
         Raises:
             PcqError: it is on another device, or of another type or shape.
@@ -312,7 +318,9 @@ class ProxConnect:
                 todo="Attach when the model is on its device, in float32",
             )
         if self.method.updates == "latent" and weight.swaps:
-            weight.parameter.data = shown
+            if part.stride() != shown.stride():
+                weight.arrange(part)
+            weight.parameter.data = weight.shown
         else:
             weight.shown, self._batch = part, None
 

@@ -911,6 +911,28 @@ def test_parameters_in_other_memory_are_followed(name: str, swapped: bool, monke
     same(ends[0], ends[1])
 
 
+@pytest.mark.parametrize("swapped", [True, False])
+@pytest.mark.parametrize("name", METHODS)
+def test_channels_put_last_later_stay_there(name: str, swapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxconnect, "swaps", lambda _: swapped)
+    ends = []
+    for moves in (False, True):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False))
+        with torch.no_grad():
+            matrix(model).copy_(torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0)))
+        optimizer = OPTIMIZERS["adamw"](list(model.parameters()))
+        prox = ProxConnect(optimizer, weights(model), METHODS[name], steps=STEPS)
+        for step in range(STEPS):
+            if moves and step == 7:
+                model.to(memory_format=torch.channels_last)
+            matrix(model).grad = torch.sin(torch.arange(108.0) * (1 + step)).view(4, 3, 3, 3)
+            optimizer.step()
+        prox.finish()
+        assert matrix(model).is_contiguous(memory_format=torch.channels_last) == moves
+        ends.append(dict(model.state_dict()))
+    same(ends[0], ends[1])
+
+
 def test_parameters_of_another_type_are_refused_at_the_next_step() -> None:
     model = network()
     optimizer = OPTIMIZERS["sgd-momentum"](list(model.parameters()))
