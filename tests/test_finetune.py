@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import typer
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,6 +37,7 @@ from pcq.methods import METHODS
 from pcq.models import build
 from pcq.proxconnect import ProxConnect, Telemetry
 from pcq.recipe import Recipe, load_recipe, parse_recipe
+from pcq.report import render
 from pcq.report import to_json as report_of
 from pcq.settings import Finetune, MethodName, changed, method_of, schedule_of
 from pcq.train import augment, batchnorm, graphs, loop, report, saving
@@ -171,17 +173,13 @@ def test_scoring_takes_no_more_samples_at_once_than_training(tmp_path: Path, mon
 
 
 def test_the_table_is_printed(straight: pcq.commands.FinetuneResult) -> None:
-    from rich.console import Console
-
-    from pcq.report import render, to_json
-
     console = Console(width=160)
     with console.capture() as captured:
         console.print(render(straight))
     text = captured.get()
     for said in ("float", "one-shot", "fine-tuned", "BatchNorm estimated anew", "as predicted to the byte"):
         assert said in text
-    assert json.dumps(to_json(straight))
+    assert json.dumps(report_of(straight))
 
 
 def test_the_file_is_what_the_result_says(straight: pcq.commands.FinetuneResult) -> None:
@@ -683,7 +681,7 @@ def test_a_network_that_refuses_its_samples_without_a_word_is_an_error_with_word
         )
 
 
-def test_a_batch_of_all_samples_is_called_that(tmp_path: Path) -> None:
+def test_few_samples_and_one_step_are_called_that(tmp_path: Path) -> None:
     x = np.random.default_rng(0).normal(size=(20, 1, 8, 8)).astype(np.float32)
     np.savez(tmp_path / "d.npz", x=x, y=np.arange(20) % 10)
     arch, out = f"{__name__}:Small", tmp_path / "x.safetensors"
@@ -731,6 +729,12 @@ def test_mistakes_in_the_recipe_have_their_line(said: str, says: str) -> None:
 @pytest.mark.parametrize("key", ["epochs", "minutes", "lr", "weight_decay", "clip"])
 def test_numbers_that_are_not_finite_are_refused(key: str) -> None:
     for number in (float("inf"), float("nan")):
+    console = Console(width=160)
+    with console.capture() as captured:
+        console.print(render(result))
+    assert "1 step of 18" in captured.get()
+    np.savez(tmp_path / "few.npz", x=x[:12], y=np.arange(12) % 10)
+    assert open_splits(f"npz:{tmp_path / 'few.npz'}").notes[0].startswith("1 of the training samples is held out")
         with pytest.raises(PcqError, match=rf"{key} is {number}, which has to be .*finite"):
             changed(Finetune(), **{key: number})
 
@@ -1206,6 +1210,7 @@ def test_recorded_passes_are_the_passes(tmp_path: Path) -> None:
                 torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
         net.eval()
         assert net(batches[0][:3]).shape == (3, 10)
+        ({"hard_from": 99}, "only 1 step before the end"),
     assert "forward" not in vars(net)
     result = tune(tmp_path / "x.safetensors", overrides=["finetune.graphs=true"])
     assert result.telemetry.on_levels == 1

@@ -24,9 +24,9 @@ def _(result: commands.FinetuneResult) -> RenderableType:
         f"{size(result.bytes_before)} of tensors -> {size(result.bytes_after)} on disk "
         f"({smaller(result.bytes_before, result.bytes_after)}), {result.bits:.3f} bits per quantized weight; size "
         f"as predicted to the byte.",
-        f"{how.method}, {result.steps:,} steps of {how.batch}, {how.optimizer} at {how.learning_rate:g}, "
-        f"seed {how.seed}, {result.seconds:.0f} s; all weights on their levels; flips at the end "
-        f"{100 * seen.flips:.4f} % a step.",
+        f"{how.method}, {result.steps:,} step{'s' * (result.steps > 1)} of {how.batch}, {how.optimizer} at "
+        f"{how.learning_rate:g}, seed {how.seed}, {result.seconds:.0f} s; all weights on their levels; flips at the "
+        f"end {100 * seen.flips:.4f} % a step.",
     ]
     if result.resumed_at is not None:
         lines.append(f"Went on from step {result.resumed_at:,}.")

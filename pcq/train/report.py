@@ -39,8 +39,8 @@ def warnings(trained: Trained, settings: Finetune) -> tuple[str, ...]:
         )
     if not posttraining and soft and hard < SHORT * trained.steps:
         found.append(
-            f"The anneal ended only {hard:,} steps before the end: the weights had little time to settle on their "
-            "levels. Lower finetune.anneal_end."
+            f"The anneal ended only {hard:,} step{'s' * (hard > 1)} before the end: the weights had little time to "
+            "settle on their levels. Lower finetune.anneal_end."
         )
     if last.flips > RESTLESS:
         found.append(

@@ -74,7 +74,8 @@ def open_splits(spec: str, resized_crop: bool = False, network: nn.Module | None
         order = torch.randperm(plain.n, generator=torch.Generator().manual_seed(0))
         val = subset(plain, order[-count:], "val")
         train, plain = (subset(data, order[:-count], "train") for data in (train, plain))
-        notes.append(f"{count:,} of the training samples are held out to choose by.")
+        held = "1 of the training samples is" if count == 1 else f"{count:,} of the training samples are"
+        notes.append(f"{held} held out to choose by.")
     if test is None:
         notes.append("There is no test split: the scores are those of the samples held out.")
     return Splits(train, plain, val, test, tuple(notes))
