@@ -837,6 +837,8 @@ def test_batches_are_functions_of_their_number(n: int, size: int, seed: int, wor
             assert torch.equal(part, inputs[rank::world])
             assert labels is not None
             assert theirs is not None
+    one, aim = out[:, :1], teacher[:, :1]  # of one class, which has no divergence
+    torch.testing.assert_close(loss_of(Finetune(distill=0.3), one, 0 * labels, aim), 0.3 * (one - aim).square().mean())
             assert torch.equal(theirs, labels[rank::world])
     ahead = list(replace(whole, threads=2).run(1, 6))
     assert all(torch.equal(a, b) for ((a,), _), ((b,), _) in zip(steps, ahead, strict=True))

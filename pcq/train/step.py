@@ -84,12 +84,13 @@ def loss_of(
     if share > 0:
         assert teacher is not None
         out, teacher = (t.clamp(min=LEAST) for t in (out, teacher.float()))
-        if not predicts(out):
-            return _squares(out, teacher, mask)
-        student, wanted = (F.log_softmax(t / TEMPERATURE, 1) for t in (out, teacher))
-        apart = F.kl_div(student, wanted, log_target=True, reduction="batchmean")
-        total = total + share * TEMPERATURE**2 * apart
+        total = total + share * (_divergence(out, teacher) if predicts(out) else _squares(out, teacher, mask))
     return total
+
+
+def _divergence(out: Tensor, teacher: Tensor) -> Tensor:
+    student, wanted = (F.log_softmax(t / TEMPERATURE, 1) for t in (out, teacher))
+    return TEMPERATURE**2 * F.kl_div(student, wanted, log_target=True, reduction="batchmean")
 
 
 def _squares(out: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
