@@ -346,6 +346,46 @@ def test_own_network_and_own_data(tmp_path: Path) -> None:
     assert result.rows[2].val.top1 > 85
 
 
+class Looked(nn.Module):
+    """Embeddings whose gradient is sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.bags = nn.Embedding(30, 4, sparse=True), nn.EmbeddingBag(30, 4, sparse=True)
+        self.out = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.cat([self.words(x).mean(1), self.bags(x)], 1))  # type: ignore[no-any-return]
+
+
+def data_of_words() -> tuple[Tensor, Tensor]:
+    x = torch.randint(30, (60, 5), generator=torch.Generator().manual_seed(0))
+    return x, x[:, 0] % 2
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_embeddings_of_sparse_gradients_are_trained(optimizer: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_file(Looked().state_dict(), tmp_path / "x.safetensors")
+    how = [f"finetune.optimizer={optimizer}", "finetune.clip=1", "finetune.batch=16"]
+    arch, data = f"{__file__}:Looked", f"{__file__}:data_of_words"
+    result = pcq.finetune(tmp_path / "x.safetensors", "ternary-all", data, arch=arch, steps=4, overrides=how)
+    assert result.telemetry.on_levels == 1
+
+
+def test_labels_need_an_output_for_each_class(tmp_path: Path) -> None:
+    one = nn.Sequential(nn.Linear(6, 1))
+    save_file(one.state_dict(), tmp_path / "x.safetensors")
+    own = tmp_path / "own.py"
+    own.write_text(
+        "import numpy as np\nfrom torch import nn\n\n\ndef net():\n    return nn.Sequential(nn.Linear(6, 1))\n\n\n"
+        "def data():\n    return np.ones((60, 6), 'f'), np.zeros(60, int)\n"
+    )
+    model, data, arch = tmp_path / "x.safetensors", f"{own}:data", f"{own}:net"
+    with pytest.raises(PcqError, match=r"it has labels, and the network one output.*Leave the labels out"):
+        pcq.finetune(model, "ternary-all", data, arch=arch, steps=1)
+
+
 def test_theory_has_no_start() -> None:
     with pytest.raises(PcqError, match=r"anneal_start is 0.2, which has to be 0 where anneal is theory"):
         changed(Finetune(anneal="theory"), anneal_start=0.2)
@@ -687,6 +727,12 @@ def test_few_samples_and_one_step_are_called_that(tmp_path: Path) -> None:
     arch, out = f"{__name__}:Small", tmp_path / "x.safetensors"
     result = pcq.finetune(small(tmp_path), "ternary", f"npz:{tmp_path / 'd.npz'}", out=out, arch=arch, steps=1)
     assert result.settings.batch == 18
+    console = Console(width=160)
+    with console.capture() as captured:
+        console.print(render(result))
+    assert "1 step of 18" in captured.get()
+    np.savez(tmp_path / "few.npz", x=x[:12], y=np.arange(12) % 10)
+    assert open_splits(f"npz:{tmp_path / 'few.npz'}").notes[0].startswith("1 of the training samples is held out")
 
 
 def test_a_loss_that_explodes_is_said(tmp_path: Path) -> None:
@@ -729,12 +775,6 @@ def test_mistakes_in_the_recipe_have_their_line(said: str, says: str) -> None:
 @pytest.mark.parametrize("key", ["epochs", "minutes", "lr", "weight_decay", "clip"])
 def test_numbers_that_are_not_finite_are_refused(key: str) -> None:
     for number in (float("inf"), float("nan")):
-    console = Console(width=160)
-    with console.capture() as captured:
-        console.print(render(result))
-    assert "1 step of 18" in captured.get()
-    np.savez(tmp_path / "few.npz", x=x[:12], y=np.arange(12) % 10)
-    assert open_splits(f"npz:{tmp_path / 'few.npz'}").notes[0].startswith("1 of the training samples is held out")
         with pytest.raises(PcqError, match=rf"{key} is {number}, which has to be .*finite"):
             changed(Finetune(), **{key: number})
 
@@ -795,6 +835,8 @@ def test_the_loss_is_cross_entropy_and_divergence() -> None:
     torch.testing.assert_close(loss_of(Finetune(distill=0.3), out, labels, teacher), 0.7 * ce + 0.3 * kl)
     torch.testing.assert_close(loss_of(Finetune(distill=0.3), out, None, teacher), kl)
     assert loss_of(Finetune(distill=1.0), out, labels, out).abs() < 1e-6
+    one, aim = out[:, :1], teacher[:, :1]  # of one class, which has no divergence
+    torch.testing.assert_close(loss_of(Finetune(distill=0.3), one, 0 * labels, aim), 0.3 * (one - aim).square().mean())
 
 
 def test_logits_are_found() -> None:
@@ -837,8 +879,6 @@ def test_batches_are_functions_of_their_number(n: int, size: int, seed: int, wor
             assert torch.equal(part, inputs[rank::world])
             assert labels is not None
             assert theirs is not None
-    one, aim = out[:, :1], teacher[:, :1]  # of one class, which has no divergence
-    torch.testing.assert_close(loss_of(Finetune(distill=0.3), one, 0 * labels, aim), 0.3 * (one - aim).square().mean())
             assert torch.equal(theirs, labels[rank::world])
     ahead = list(replace(whole, threads=2).run(1, 6))
     assert all(torch.equal(a, b) for ((a,), _), ((b,), _) in zip(steps, ahead, strict=True))
@@ -1168,6 +1208,7 @@ def trained(**changes: Any) -> loop.Trained:
         ({}, None),
         ({"telemetry": (Telemetry(70, 0.5, 0.2, 0.0, 0.1), Telemetry(100, 1.0, 1.0, 0.0, 0.1))}, "Only 20 %"),
         ({"hard_from": 98}, "only 2 steps before the end"),
+        ({"hard_from": 99}, "only 1 step before the end"),
         ({"telemetry": (Telemetry(70, 0.95, 0.9, 0.0, 0.1), Telemetry(100, 1.0, 1.0, 0.01, 0.1))}, "1.000 %"),
         ({"epochs": (loop.Epoch(80, 1.0, 0.3, 90.0), loop.Epoch(100, 2.0, 0.2, 80.0))}, "got worse"),
         ({"epochs": (loop.Epoch(80, 1.0, 0.3, 90.0), loop.Epoch(100, 2.0, 0.2, 88.9))}, "got worse"),
@@ -1212,7 +1253,6 @@ def test_recorded_passes_are_the_passes(tmp_path: Path) -> None:
                 torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
         net.eval()
         assert net(batches[0][:3]).shape == (3, 10)
-        ({"hard_from": 99}, "only 1 step before the end"),
     assert "forward" not in vars(net)
     result = tune(tmp_path / "x.safetensors", overrides=["finetune.graphs=true"])
     assert result.telemetry.on_levels == 1

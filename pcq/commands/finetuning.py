@@ -393,6 +393,9 @@ def original_or_new(planned: Planned, original: nn.Module, seed: int | None) -> 
     with torch.random.fork_rng():
         torch.manual_seed(0 if seed is None else seed)
         module = models.build(planned.arch).float()
+    for layer in module.modules():
+        if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
+            layer.sparse = False  # AdamW and weight decay take dense gradients only
     if seed is None:
         module.load_state_dict(original.state_dict())
     return module

@@ -131,14 +131,18 @@ def _shapes(data: Data) -> str:
 def check_outputs(splits: Splits, outputs: int) -> None:
     """
     Raises:
-        PcqError: labels or classes of a split are more than the network's ``outputs``.
+        PcqError: labels or classes of a split are more than the network's ``outputs``, or there is one output for them.
     """
     problems = []
     for data in (splits.train, splits.val, splits.test):
         if data is None:
             continue
         where = f"{data.name}, {data.split}"
-        if data.highest is not None and data.highest >= outputs:
+        if data.labels is not None and outputs < 2:
+            what = "it has labels, and the network one output, by which no class can be told from another"
+            todo = "Leave the labels out: the network then follows the float one"
+            problems.append(PcqError(what, where=where, allowed="an output for each class", todo=todo))
+        elif data.highest is not None and data.highest >= outputs:
             allowed = f"0 to {outputs - 1}, the outputs"
             problems.append(PcqError(f"a label is {data.highest}", where=where, allowed=allowed))
         elif data.classes and len(data.classes) != outputs:
