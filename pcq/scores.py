@@ -29,6 +29,9 @@ Predictor = Callable[..., Tensor]
 """Samples [b, ...], a tensor for each input -> outputs [b, classes], or others [b, ...]."""
 
 
+ONE_OUTPUT = "the data has labels and the network one output, by which no class can be told from another"
+
+
 @dataclass(frozen=True)
 class Scores:
     """Percent of ``n`` samples; None where there are no labels, or no reference.
@@ -156,6 +159,9 @@ def _outputs(predict: Predictor, inputs: Inputs, data: Data, numbers: Tensor) ->
     if out.ndim == 0 or len(out) != b or (out.ndim != 2 and data.labels is not None):
         raise PcqError(f"its output for {b} samples has shape {list(out.shape)}", where="the network",
                        allowed=f"[{b}, classes]")  # fmt: skip
+    if data.labels is not None and out.shape[1] < 2:
+        todo = "Leave the labels out, and say what to compare with: --reference MODEL"
+        raise PcqError(ONE_OUTPUT, where=data.name, allowed="an output for each class", todo=todo)
     if data.classes and out.ndim == 2 and len(data.classes) != out.shape[1]:
         raise PcqError(
             f"the data has {len(data.classes)} classes and the network {out.shape[1]} outputs",

@@ -382,7 +382,7 @@ def test_labels_need_an_output_for_each_class(tmp_path: Path) -> None:
         "def data():\n    return np.ones((60, 6), 'f'), np.zeros(60, int)\n"
     )
     model, data, arch = tmp_path / "x.safetensors", f"{own}:data", f"{own}:net"
-    with pytest.raises(PcqError, match=r"it has labels, and the network one output.*Leave the labels out"):
+    with pytest.raises(PcqError, match=r"the data has labels and the network one output.*Leave the labels out"):
         pcq.finetune(model, "ternary-all", data, arch=arch, steps=1)
 
 

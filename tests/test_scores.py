@@ -247,7 +247,8 @@ def test_one_number_is_no_prediction() -> None:
     variance = (x - x.mean()).double().square().sum()
     assert scores.explained == pytest.approx(100 * (1 - float((x / 2).double().square().sum() / variance)), abs=1e-4)
     labelled = from_arrays("a", "test", x, torch.zeros(40))
-    assert evaluate(lambda x: x, labelled, reference=lambda x: x).agreement == 100
+    with pytest.raises(PcqError, match=r"labels and the network one output, .* --reference MODEL"):
+        evaluate(lambda x: x, labelled, reference=lambda x: x)
 
 
 def test_what_both_mask_does_not_count() -> None:

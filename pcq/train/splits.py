@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from pcq.data import Data, open_data, open_inputs, own
 from pcq.data.inputs import in_words, inputs, refuse_one
 from pcq.errors import NoSplit, PcqError, raise_all
+from pcq.scores import ONE_OUTPUT
 from pcq.spec import Spec, parse, takes
 
 HELD_OUT = 5000
@@ -139,9 +140,8 @@ def check_outputs(splits: Splits, outputs: int) -> None:
             continue
         where = f"{data.name}, {data.split}"
         if data.labels is not None and outputs < 2:
-            what = "it has labels, and the network one output, by which no class can be told from another"
             todo = "Leave the labels out: the network then follows the float one"
-            problems.append(PcqError(what, where=where, allowed="an output for each class", todo=todo))
+            problems.append(PcqError(ONE_OUTPUT, where=where, allowed="an output for each class", todo=todo))
         elif data.highest is not None and data.highest >= outputs:
             allowed = f"0 to {outputs - 1}, the outputs"
             problems.append(PcqError(f"a label is {data.highest}", where=where, allowed=allowed))
