@@ -196,6 +196,8 @@ def _configured(spec: Spec) -> tuple[Any, Any]:
         told = first_line(error)
         todo = "Give a folder with config.json; nothing is downloaded"
         raise PcqError(f"no configuration could be read: {told}", where=str(spec), todo=todo) from error
+    except Exception as error:  # transformers checks the options
+        raise _not_built(spec, error) from error
     names = getattr(config, "architectures", None) or []
     found = getattr(transformers, names[0], None) if names else transformers.AutoModel
     if found is None:
@@ -295,11 +297,16 @@ def _constructed(spec: Spec, make: Callable[[], Any]) -> nn.Module:
     try:
         module = make()
     except Exception as error:
-        options = ", ".join(f"{key}={value!r}" for key, value in spec.options.items())
-        todo = f"Check the options: {options}" if options else ""
-        raise PcqError(f"building it raised {type(error).__name__}: {error}", where=str(spec), todo=todo) from error
+        raise _not_built(spec, error) from error
     assert isinstance(module, nn.Module), spec
     return module
+
+
+def _not_built(spec: Spec, error: Exception) -> PcqError:
+    options = ", ".join(f"{key}={value!r}" for key, value in spec.options.items())
+    todo = f"Check the options: {options}" if options else ""
+    told = " ".join(str(error).split())
+    return PcqError(f"building it raised {type(error).__name__}: {told}", where=str(spec), todo=todo)
 
 
 def example_shape(arch: str) -> tuple[int, ...] | None:

@@ -2,7 +2,8 @@
 
     torchvision:resnet18?num_classes=10        path/to/file.py:function?key=value        package.module:function
 
-Values are Python literals where they parse as one (``10``, ``0.5``, ``True``, ``[1, 2]``), text otherwise.
+Values are Python literals where they parse as one (``10``, ``0.5``, ``True``, ``[1, 2]``), or ``true`` and ``false``;
+text otherwise.
 """
 
 import ast
@@ -32,7 +33,7 @@ class Spec:
 
     def __str__(self) -> str:
         body = f"{self.kind}:{self.name}" if self.name else self.kind
-        return body + ("?" + "&".join(f"{key}={value}" for key, value in self.options.items()) if self.options else "")
+        return body + ("?" + "&".join(f"{k}={_written(v)}" for k, v in self.options.items()) if self.options else "")
 
 
 def parse(text: str) -> Spec:
@@ -58,11 +59,22 @@ def _is_file(body: str) -> bool:
     return ".py:" in body
 
 
+_WORDS = {"true": True, "false": False}
+"""As text, both would count as true."""
+
+
 def _literal(text: str) -> Any:
+    if text in _WORDS:
+        return _WORDS[text]
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
+
+
+def _written(value: Any) -> str:
+    """What :func:`_literal` reads as ``value``: text that looks like something else is quoted."""
+    return repr(value) if isinstance(value, str) and _literal(value) != value else str(value)
 
 
 def is_own(spec: Spec) -> bool:

@@ -68,6 +68,7 @@ def known(arch: str) -> dict[str, tuple[int, ...]]:
         ("digits", "digits", "", {}),
         ("hf:org/name", "hf", "org/name", {}),
         ("m:f?path=/a=b", "m", "f", {"path": "/a=b"}),
+        ("m:f?a=false&b=true&c='true'&d='5'", "m", "f", {"a": False, "b": True, "c": "true", "d": "5"}),
     ],
 )
 def test_specs_come_apart_and_together(text: str, kind: str, name: str, options: dict[str, object]) -> None:
@@ -421,7 +422,9 @@ def test_hugging_face_networks_keep_no_cache(tmp_path: Path) -> None:
     module, tokens = models.build(f"hf:{tmp_path}").eval(), torch.arange(6)[None]
     assert list(module(tokens)) == ["logits"]
     torch.export.export(module, (tokens,))
-    assert "past_key_values" in models.build(f"hf:{tmp_path}?use_cache=True").eval()(tokens)
+    assert "past_key_values" in models.build(f"hf:{tmp_path}?use_cache=true").eval()(tokens)
+    with pytest.raises(PcqError, match=r"expected bool, got str \(value: 'yes'\). Check the options: use_cache='yes'"):
+        models.build(f"hf:{tmp_path}?use_cache=yes")
 
 
 @pytest.mark.parametrize(("wraps", "wrapper"), [(1, ""), (2, ""), (1, "module."), (2, "module._orig_mod.")])
