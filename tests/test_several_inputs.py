@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from onnxruntime import InferenceSession
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import pcq
@@ -289,6 +290,48 @@ def test_a_program_with_an_example_of_each_input(model: Path, tmp_path: Path, ca
     again = pcq.quantize(tmp_path / "q.pt2", "w8", out=tmp_path / "again.safetensors").path
     with pytest.raises(PcqError, match="--example: the exported program says what its inputs are"):
         pcq.commands.export_pt2(again, example=f"npz:{spec}")
+
+
+class Apart(Masked):
+    """An argument that is not given stands between those that are, as in GPT-2."""
+
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor, past: Tensor | None = None, attention_mask: Tensor | None = None, more: bool = False
+    ) -> Tensor:
+        assert past is None
+        assert attention_mask is not None
+        return super().forward(input_ids, attention_mask)
+
+
+def apart() -> nn.Module:
+    return Apart()
+
+
+def test_arguments_that_are_not_given_may_stand_between(model: Path, tmp_path: Path) -> None:
+    spec, _, _ = _labelled(tmp_path)
+    data, archs = f"npz:{spec}", [f"{__file__}:apart", f"{__file__}:masked"]
+    calibration = Calibration(data, 16, refine=4)
+    one, other = (
+        load_file(pcq.quantize(model, "ternary-all", arch=arch, out=tmp_path / name, calibration=calibration).path)
+        for arch, name in zip(archs, ("a.safetensors", "b.safetensors"), strict=True)
+    )
+    assert all(torch.equal(one[name], value) for name, value in other.items())
+    made = pcq.quantize(model, "w8", arch=archs[0], out=tmp_path / "w8.safetensors").path
+    assert pcq.analyze(model, "w8", arch=archs[0], calib=data).weights
+    for packed in (
+        pcq.export_onnx(made, example=data).path,
+        pcq.export_onnx(made, tmp_path / "i.onnx", int8=Int8(data, max_drop=100), example=data).path,
+    ):
+        assert [each.name for each in InferenceSession(packed).get_inputs()] == ["input_ids", "attention_mask"]
+        scores = pcq.evaluate(packed, data, reference=model, arch=archs[0]).scores
+        assert scores.agreement is not None
+        assert scores.agreement > 90
+    program = torch.export.load(pcq.commands.export_pt2(made, example=data).path).module()
+    inputs = {name: array[:5] for name, array in _samples().items()}
+    with torch.no_grad():
+        wanted = pcq.open_network(made, archs[0]).module(**inputs)
+        torch.testing.assert_close(program(inputs["input_ids"], inputs["attention_mask"]), wanted)
+    assert tuned(tmp_path, data, arch=archs[0]).path.exists()
 
 
 def test_an_example_of_one_input(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from pcq.atomic import held, sweep
 from pcq.commands import starting
 from pcq.commands.budgeting import Allocation, allocate, named
 from pcq.commands.calibrating import Calibrated, Calibration
-from pcq.commands.networks import load_network, name_it
+from pcq.commands.networks import name_it
 from pcq.commands.quantizing import Planned, default_path, plan
 from pcq.errors import PcqError, did_you_mean, raise_all
 from pcq.plan import Kept, Quantized
@@ -396,6 +396,7 @@ def original_or_new(planned: Planned, original: nn.Module, seed: int | None) -> 
     for layer in module.modules():
         if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
             layer.sparse = False  # AdamW and weight decay take dense gradients only
+    module.__class__ = type(original)  # which takes the inputs that the data has
     if seed is None:
         module.load_state_dict(original.state_dict())
     return module
@@ -508,10 +509,9 @@ def table(
             data.copy_(qtensor.quantize(entry.quantizer, data, entry.rows).dequantize())
     name8 = "fine-tuned, 8-bit activations"
     again = checkpoint.read_artifact(artifact) if job.ranks.first else None
+    tuned = original_or_new(planned, original, None)
     if again is not None:
-        tuned = load_network(again, artifact, planned.arch).module.float()
-    else:
-        tuned = original_or_new(planned, original, None)
+        models.load_state(tuned, again.dequantized())
     job.ranks.share(tuned.state_dict().values())
     sets = [each for each in (job.splits.val, job.splits.test) if each is not None]
     labelled = job.splits.val.labels is not None

@@ -67,19 +67,38 @@ def inputs(arrays: Mapping[str, Any], module: nn.Module, spec: str) -> dict[str,
 
 
 def in_order(arrays: Mapping[str, Any], module: nn.Module, spec: str) -> list[str]:
-    """The arrays' names in the order of ``module``'s arguments.
+    """The arrays' names in the order of ``module``'s arguments, which are those alone from now on.
 
     Raises:
-        PcqError: there is no such argument, or one before it or one that is needed is not given.
+        PcqError: there is no such argument, or one that is needed is not given.
     """
     takes = names(module)
     if lost := [name for name in arrays if name not in takes]:
         what = f"the network has no input '{lost[0]}'"
         raise PcqError(what, where=spec, allowed=", ".join(takes), todo=did_you_mean(lost[0], takes))
-    first = takes[: len(arrays)]
-    if missing := [name for name in (*first, *needed(module)) if name not in arrays]:
+    if missing := [name for name in needed(module) if name not in arrays]:
         raise PcqError(f"it has no array for the input '{missing[0]}'", where=spec, allowed=", ".join(takes))
-    return first
+    order = [name for name in takes if name in arrays]
+    if order != takes[: len(order)]:
+        _take_only(module, order)
+    return order
+
+
+def _take_only(module: nn.Module, order: Sequence[str]) -> None:
+    """Let ``module`` take these arguments by position, and leave the others at what they are without being given.
+
+    By a class of its own, so that copies of the module take the same.
+    """
+    kind = type(module)
+    arguments = _arguments(module)
+
+    def forward(self: nn.Module, *values: Any, **named: Any) -> Any:
+        return kind.forward(self, **dict(zip(order, values, strict=False)), **named)
+
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    taken = [arguments[name].replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in order]
+    setattr(forward, "__signature__", inspect.Signature([own, *taken]))  # noqa: B010
+    module.__class__ = type(kind.__name__, (kind,), {"forward": forward})
 
 
 def refuse_one(module: nn.Module, where: str, notes: Sequence[str] = ()) -> None:
