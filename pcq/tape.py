@@ -262,13 +262,16 @@ class _Recorder(TorchDispatchMode):
         known_args, known_kwargs = pytree.tree_map(self.value, (args, kwargs))
         op = Op(_functional(function), known_args, known_kwargs, ())
         sampled = any(number in self.sampled for number in op.inputs)
-        discrete = sampled and all(n in self.discrete or n in self.constants for n in op.inputs)
+        discrete = sampled and all(n in self.discrete or n not in self.sampled for n in op.inputs)
         if (
             sampled
             and op.name in ("_local_scalar_dense", "nonzero", "equal")
             and not (discrete and op.name == "_local_scalar_dense")
         ):
-            raise PcqError("its forward pass branches on the values of its input, so it cannot be replayed")
+            raise PcqError(
+                "its forward pass branches on the values of its input, so it cannot be replayed",
+                todo="Leave --calib out, or compute the same without branches, such as by a mask for packed sequences",
+            )
         made = function(*args, **kwargs)
         if discrete and not isinstance(made, Tensor) and isinstance(made, int):
             op = replace(op, read=made)

@@ -82,6 +82,23 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "m.safetensors"
 
 
+class Frames(Tokens):
+    """Makes a mask of its own from the lengths and branches on it, as Wav2Vec2 does."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, other: Tensor | None = None) -> Tensor:
+        frames = torch.zeros(len(input_ids), input_ids.shape[1], dtype=torch.int64)
+        frames[torch.arange(len(frames)), attention_mask.sum(1) - 1] = 1
+        return super().forward(input_ids, frames.flip(1).cumsum(1).flip(1))
+
+
+def test_a_branch_on_a_mask_made_from_the_mask_is_replayed() -> None:
+    samples = tuple(_samples()[name] for name in ("input_ids", "attention_mask"))
+    tape = tapes.record(module := Frames().eval(), samples)
+    values = tapes.run(tape, tapes.state(module), dict(zip(tape.inputs, samples, strict=True)), 0, len(tape.ops))
+    with torch.no_grad():
+        torch.testing.assert_close(tapes.output(tape, values), Tokens().eval()(*samples))
+
+
 @pytest.mark.parametrize("padded", [True, False])
 def test_a_branch_on_the_mask_is_replayed_where_all_samples_take_it(padded: bool) -> None:
     module, found = Tokens(), _samples(padded=padded)
