@@ -19,7 +19,7 @@ from pcq.atomic import held, sweep
 from pcq.commands import starting
 from pcq.commands.budgeting import Allocation, allocate, named
 from pcq.commands.calibrating import Calibrated, Calibration
-from pcq.commands.networks import name_it
+from pcq.commands.networks import load_network, name_it
 from pcq.commands.quantizing import Planned, default_path, plan
 from pcq.errors import PcqError, did_you_mean, raise_all
 from pcq.plan import Kept, Quantized
@@ -509,9 +509,11 @@ def table(
             data.copy_(qtensor.quantize(entry.quantizer, data, entry.rows).dequantize())
     name8 = "fine-tuned, 8-bit activations"
     again = checkpoint.read_artifact(artifact) if job.ranks.first else None
-    tuned = original_or_new(planned, original, None)
     if again is not None:
-        models.load_state(tuned, again.dequantized())
+        tuned = load_network(again, artifact, planned.arch).module.float()
+        tuned.__class__ = type(original)
+    else:
+        tuned = original_or_new(planned, original, None)
     job.ranks.share(tuned.state_dict().values())
     sets = [each for each in (job.splits.val, job.splits.test) if each is not None]
     labelled = job.splits.val.labels is not None
