@@ -1,5 +1,6 @@
 """Networks with several inputs, calibrated and trained: tokens and masks by name, branches, what is refused."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from pcq.commands.calibrating import draw_inputs
 from pcq.commands.exporting import Int8
 from pcq.commands.finetuning import FinetuneResult
 from pcq.data import open_data, open_inputs
-from pcq.data.inputs import inputs
+from pcq.data.inputs import in_order, inputs, names
 from pcq.errors import NoSplit, PcqError
 from pcq.settings import Finetune
 from pcq.train.splits import open_splits
@@ -349,6 +350,23 @@ def test_arguments_that_are_not_given_may_stand_between(model: Path, tmp_path: P
         wanted = pcq.open_network(made, archs[0]).module(**inputs)
         torch.testing.assert_close(program(inputs["input_ids"], inputs["attention_mask"]), wanted)
     assert tuned(tmp_path, data, arch=archs[0]).path.exists()
+
+
+def test_arguments_are_bound_anew_for_other_data() -> None:
+    module, arrays = Apart().eval(), _samples()
+    ids, mask = (arrays[name] for name in ("input_ids", "attention_mask"))
+    wanted = Masked().eval()
+    wanted.load_state_dict(module.state_dict())
+    for given in (["attention_mask", "input_ids"], ["more", "attention_mask", "input_ids"]):
+        order = in_order(dict.fromkeys(given), module, "")
+        assert order == sorted(given, key=["input_ids", "past", "attention_mask", "more"].index)
+        assert names(module) == order
+        twin = copy.deepcopy(module)
+        assert torch.equal(twin(ids, mask), wanted(ids, mask))
+    assert in_order({"input_ids": ids, "past": None}, module, "") == ["input_ids", "past"]
+    assert type(module) is Apart
+    with pytest.raises(PcqError, match=r"no input 'maks'.*input_ids, past, attention_mask, more"):
+        in_order({"input_ids": ids, "maks": mask}, module, "")
 
 
 def test_an_example_of_one_input(tmp_path: Path) -> None:

@@ -67,11 +67,12 @@ def inputs(arrays: Mapping[str, Any], module: nn.Module, spec: str) -> dict[str,
 
 
 def in_order(arrays: Mapping[str, Any], module: nn.Module, spec: str) -> list[str]:
-    """The arrays' names in the order of ``module``'s arguments, which are those alone from now on.
+    """The arrays' names in the order of ``module``'s arguments, which it takes from now on without any between them.
 
     Raises:
         PcqError: there is no such argument, or one that is needed is not given.
     """
+    _take_all(module)
     takes = names(module)
     if lost := [name for name in arrays if name not in takes]:
         what = f"the network has no input '{lost[0]}'"
@@ -84,11 +85,14 @@ def in_order(arrays: Mapping[str, Any], module: nn.Module, spec: str) -> list[st
     return order
 
 
-def _take_only(module: nn.Module, order: Sequence[str]) -> None:
-    """Let ``module`` take these arguments by position, and leave the others at what they are without being given.
+class _Bound:
+    """A network's class that takes some of its arguments by position, and leaves the others at their defaults.
 
-    By a class of its own, so that copies of the module take the same.
+    It is a class, so that copies of the network take the same, and all that calls it.
     """
+
+
+def _take_only(module: nn.Module, order: Sequence[str]) -> None:
     kind = type(module)
     arguments = _arguments(module)
 
@@ -98,7 +102,13 @@ def _take_only(module: nn.Module, order: Sequence[str]) -> None:
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     taken = [arguments[name].replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in order]
     setattr(forward, "__signature__", inspect.Signature([own, *taken]))  # noqa: B010
-    module.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+    module.__class__ = type(kind.__name__, (kind, _Bound), {"forward": forward})
+
+
+def _take_all(module: nn.Module) -> None:
+    """As the network was before other data had bound its arguments."""
+    if isinstance(module, _Bound):
+        module.__class__ = type(module).__bases__[0]
 
 
 def refuse_one(module: nn.Module, where: str, notes: Sequence[str] = ()) -> None:
