@@ -57,8 +57,9 @@ def inventory(
             holder = holders.get(name)
             known = None if holder is None else _by_module(holder, name.rpartition(".")[2], len(shape))
             kind, groups = known or _by_name(name, shapes, first)
+        turned = kind == "linear" and _turned(name, shapes, holders.get(name))
         why = PART if kind == "other" and PARAMETRIZED.search(name) else ""
-        parameters.append(Parameter(name, shape, dtype, kind, groups, shared.get(name), why))
+        parameters.append(Parameter(name, shape, dtype, kind, groups, shared.get(name), why, turned))
     return parameters
 
 
@@ -106,6 +107,14 @@ def _by_module(holder: nn.Module, name: str, ndim: int) -> tuple[str, int] | Non
     if isinstance(holder, (nn.Bilinear, nn.PReLU)) or type(holder).__name__ == "ParametrizationList":
         return ("bias" if name == "bias" else "other"), 1
     return None
+
+
+def _turned(name: str, shapes: Mapping[str, tuple[int, ...]], holder: nn.Module | None) -> bool:
+    """Whether a matrix is ``[in, out]``: transformers' Conv1D; without a module, if its bias is as long as its rows."""
+    if holder is not None:
+        return type(holder).__name__ == "Conv1D"
+    (out, width), bias = shapes[name], shapes.get(f"{name.removesuffix('weight')}bias")
+    return bias == (width,) and width != out
 
 
 def _by_name(name: str, shapes: Mapping[str, tuple[int, ...]], first_convolution: str | None) -> tuple[str, int]:

@@ -31,6 +31,7 @@ class Parameter:
         kind: what it is: ``conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear embedding``
             for weights that can be quantized, ``norm bias buffer other`` for the rest.
         groups: groups of a convolution, 1 otherwise.
+        turned: a matrix ``[in, out]``, as transformers' Conv1D has it, where Linear has ``[out, in]``.
         tied_to: the name of the parameter whose storage it shares, if it is not the first of its kind.
         why: why it cannot be quantized, where more is known than these say.
     """
@@ -42,6 +43,7 @@ class Parameter:
     groups: int = 1
     tied_to: str | None = None
     why: str = ""
+    turned: bool = False
 
     @property
     def numel(self) -> int:
@@ -179,7 +181,7 @@ class Rule:
         """How its weights share levels."""
         if self.per == "tensor":
             return Rows(parameter.shape, None)
-        if parameter.kind.startswith("conv_transpose"):
+        if parameter.turned or parameter.kind.startswith("conv_transpose"):
             return Rows(parameter.shape, 1, parameter.groups, self.group)
         return Rows(parameter.shape, 0, 1, self.group)
 

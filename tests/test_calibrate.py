@@ -34,9 +34,24 @@ from pcq.calibrate.streams import Streams
 from pcq.demo.nets import resnet8
 from pcq.errors import PcqError
 from pcq.grids import Affine, Codebook
+from pcq.inventory import inventory
 from pcq.qtensor import quantize
 from pcq.quantizers import AdditivePowersOfTwo, Binary, Fixed, KMeans, LeastSquaresBinary, Quantizer, Ternary, Uniform
 from pcq.rows import Rows
+from pcq.rules import Match, Rule
+
+
+class Conv1D(nn.Module):
+    """As in transformers: a Linear whose matrix is ``[in, out]``."""
+
+    def __init__(self, out: int, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(width, out)), nn.Parameter(torch.randn(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight)
+        return flat.view(*x.shape[:-1], len(self.bias))
+
 
 QUANTIZERS: list[Quantizer] = [
     Binary(), Ternary(), Uniform(2), Uniform(3, symmetric=False), KMeans(4), LeastSquaresBinary(2),
@@ -57,6 +72,7 @@ LAYERS = {
     "transposed3d": (nn.ConvTranspose3d(2, 3, 2, 2), (2, 3, 2, 3)),
     "linear": (nn.Linear(5, 3), (5,)),
     "linear of sequences": (nn.Linear(5, 3, bias=False), (7, 5)),
+    "linear, turned": (Conv1D(3, 5), (7, 5)),
 }
 
 
@@ -571,6 +587,24 @@ def test_a_bias_alone_takes_the_mean():
         share = influence((net(x) - net.bias)[None])[0]
         means = [(y * share).sum(0) / share.sum() for y in (_apply(net, result, x), net(x))]
     torch.testing.assert_close(*means, rtol=1e-4, atol=1e-5)
+
+
+def test_a_turned_matrix_is_calibrated_as_a_linear_is():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 6))
+    turned = nn.Sequential(Conv1D(16, 8), nn.ReLU(), Conv1D(6, 16))
+    turned.load_state_dict({n: t.t() if t.ndim > 1 else t for n, t in net.state_dict().items()})
+    x = torch.randn(200, 3, 8)
+    shapes = {name: tuple(t.shape) for name, t in turned.state_dict().items()}
+    found = inventory(shapes, dict.fromkeys(shapes, "float32"), turned)
+    rule = Rule((Match(name=("*",)),), Uniform(2))
+    plan = {p.name: (rule.rows(p), Uniform(2)) for p in found if p.kind == "linear"}
+    assert all(rows.axis == 1 for rows, _ in plan.values())
+    theirs = calibrate(net, _plan(net, Uniform(2)), (x,), Settings(batch=40))
+    ours = calibrate(turned, plan, (x,), Settings(batch=40))
+    assert not ours.plain
+    for name, weight in theirs.quantized.items():
+        torch.testing.assert_close(ours.quantized[name].dequantize(), weight.dequantize().t())
 
 
 def test_no_samples_is_said():

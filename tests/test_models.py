@@ -628,6 +628,14 @@ class Conv(nn.Conv2d):
     pass
 
 
+class Conv1D(nn.Module):
+    """As in transformers: a matrix ``[in, out]``."""
+
+    def __init__(self, out: int, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.zeros(width, out)), nn.Parameter(torch.zeros(out))
+
+
 class Zoo(nn.Module):
     """One of everything."""
 
@@ -649,24 +657,27 @@ class Zoo(nn.Module):
         self.tied.weight = self.embed.weight
         self.position = nn.Parameter(torch.zeros(1, 3, 4))
         self.scale = nn.Parameter(torch.tensor(1.0))
+        self.turned, self.square = Conv1D(5, 3), Conv1D(3, 3)
         self.register_buffer("table", torch.zeros(3, 4))
         self.register_buffer("index", torch.zeros(3, 4, dtype=torch.int64))
 
 
 KINDS = """stem.weight conv2d; stem.bias bias; depthwise.weight conv2d 4; grouped.weight conv1d 2; grouped.bias bias;
-volume.weight conv3d; volume.bias bias; up.weight conv_transpose2d 2; up.bias bias; up1.weight conv_transpose1d;
-up1.bias bias; fc.weight linear; fc.bias bias; embed.weight embedding; bag.weight embedding; lstm.weight_ih_l0 linear;
-lstm.weight_hh_l0 linear; lstm.bias_ih_l0 bias; lstm.bias_hh_l0 bias; lstm.weight_hr_l0 linear;
-lstm.weight_ih_l0_reverse linear; lstm.weight_hh_l0_reverse linear; lstm.bias_ih_l0_reverse bias;
-lstm.bias_hh_l0_reverse bias; lstm.weight_hr_l0_reverse linear; cell.weight_ih linear; cell.weight_hh linear;
-cell.bias_ih bias; cell.bias_hh bias; attention.in_proj_weight linear; attention.in_proj_bias bias;
-attention.bias_k other; attention.bias_v other; attention.out_proj.weight linear; attention.out_proj.bias bias;
-cross.q_proj_weight linear; cross.k_proj_weight linear; cross.v_proj_weight linear; cross.in_proj_bias bias;
-cross.out_proj.weight linear; cross.out_proj.bias bias; bn.weight norm; bn.bias norm; bn.running_mean buffer;
-bn.running_var buffer; bn.num_batches_tracked buffer; ln.weight norm; ln.bias norm; gn.weight norm; gn.bias norm;
-rms.weight norm; prelu.weight other; bilinear.weight other; bilinear.bias bias; normed.bias bias;
-normed.parametrizations.weight.original0 other; normed.parametrizations.weight.original1 other; tied.weight linear;
-tied.bias bias; position other; scale other; table buffer; index buffer"""
+volume.weight conv3d; volume.bias bias; up.weight conv_transpose2d 2; up.bias bias; up1.weight
+conv_transpose1d; up1.bias bias; fc.weight linear; fc.bias bias; embed.weight embedding; bag.weight
+embedding; lstm.weight_ih_l0 linear; lstm.weight_hh_l0 linear; lstm.bias_ih_l0 bias; lstm.bias_hh_l0 bias;
+lstm.weight_hr_l0 linear; lstm.weight_ih_l0_reverse linear; lstm.weight_hh_l0_reverse linear;
+lstm.bias_ih_l0_reverse bias; lstm.bias_hh_l0_reverse bias; lstm.weight_hr_l0_reverse linear; cell.weight_ih
+linear; cell.weight_hh linear; cell.bias_ih bias; cell.bias_hh bias; attention.in_proj_weight linear;
+attention.in_proj_bias bias; attention.bias_k other; attention.bias_v other; attention.out_proj.weight
+linear; attention.out_proj.bias bias; cross.q_proj_weight linear; cross.k_proj_weight linear;
+cross.v_proj_weight linear; cross.in_proj_bias bias; cross.out_proj.weight linear; cross.out_proj.bias bias;
+bn.weight norm; bn.bias norm; bn.running_mean buffer; bn.running_var buffer; bn.num_batches_tracked buffer;
+ln.weight norm; ln.bias norm; gn.weight norm; gn.bias norm; rms.weight norm; prelu.weight other;
+bilinear.weight other; bilinear.bias bias; normed.bias bias; normed.parametrizations.weight.original0 other;
+normed.parametrizations.weight.original1 other; tied.weight linear; tied.bias bias; turned.weight linear;
+turned.bias bias; square.weight linear; square.bias bias; position other; scale other; table buffer; index
+buffer"""
 WITHOUT_MODULE = {
     "depthwise.weight": ("conv2d", 8),
     "grouped.weight": ("conv1d", 1),
@@ -695,6 +706,8 @@ def test_inventory_of_everything() -> None:
     by_name = inventory(shapes_of(zoo), dtypes_of(zoo), tied={"tied.weight": "embed.weight"})
     assert {p.name: (p.kind, p.groups) for p in by_name} == expected | WITHOUT_MODULE
     assert {p.name: p.tied_to for p in by_name if p.tied_to} == {"tied.weight": "embed.weight"}
+    assert [p.name for p in found if p.turned] == ["turned.weight", "square.weight"]
+    assert [p.name for p in by_name if p.turned] == ["turned.weight"]  # of a square one nothing tells it
 
 
 @pytest.mark.parametrize("name", [*COMPARED, "shufflenet_v2_x0_5", "mnasnet0_5", "maxvit_t", "efficientnet_b0"])

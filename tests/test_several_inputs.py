@@ -2,6 +2,7 @@
 
 import copy
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import pcq
-from pcq import cli
+from pcq import cli, models
 from pcq import tape as tapes
 from pcq.commands import Calibration
 from pcq.commands.calibrating import draw_inputs
@@ -367,6 +368,36 @@ def test_arguments_are_bound_anew_for_other_data() -> None:
     assert type(module) is Apart
     with pytest.raises(PcqError, match=r"no input 'maks'.*input_ids, past, attention_mask, more"):
         in_order({"input_ids": ids, "maks": mask}, module, "")
+
+
+@pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
+def test_gpt2_with_masked_tokens(tmp_path: Path) -> None:
+    """Matrices ``[in, out]``, an argument between tokens and mask, and a causal network: no mask hides all."""
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 16, "vocab_size": 50}
+    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "bos_token_id": 0, "eos_token_id": 0}
+    (tmp_path / "config.json").write_text(json.dumps(config | sizes))
+    arch = f"hf:{tmp_path}"
+    torch.manual_seed(0)
+    save_file(tied_once(models.build(arch)), tmp_path / "model.safetensors")
+    ids = torch.randint(50, (24, 9))
+    mask = (torch.arange(9) < torch.randint(4, 10, (24, 1))).long()
+    np.savez(tmp_path / "x.npz", input_ids=ids, attention_mask=mask)
+    data = f"npz:{tmp_path / 'x.npz'}"
+    made = pcq.quantize(
+        tmp_path, "w4", arch=arch, out=tmp_path / "g.safetensors", calibration=Calibration(data, 16, refine=2)
+    )
+    assert made.calibrated is not None
+    plain = made.calibrated.outcome.plain
+    assert sorted(plain) == ["transformer.wpe.weight", "transformer.wte.weight"]
+    assert {row.name: row.rows for row in made.ledger}["transformer.h.0.mlp.c_fc.weight"] == 128
+    packed = pcq.export_onnx(made.path, example=data)
+    scores = pcq.evaluate(packed.path, data, reference=tmp_path, arch=arch).scores
+    assert scores.explained is not None
+    assert scores.explained > 95
+
+
+def tied_once(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items() if name != "lm_head.weight"}
 
 
 def test_an_example_of_one_input(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def pairs(tape: Tape, layers: list[Layer]) -> tuple[list[Pair], dict[str, str]]:
         first = by_norm.get(tape.makers.get(number, -1))
         if not reason and (first is None or first.norm is None or not first.norm.weight or not first.norm.bias):
             reason = "the BatchNorm before it has no weight and bias"
-        if not reason and (layer.groups > 1 or (layer.geometry is not None and layer.geometry.transposed)):
+        if not reason and (layer.groups > 1 or layer.transposed):
             reason = "scaling the inputs of a grouped or transposed convolution is not done"
         if reason:
             refused[layer.weight] = reason

@@ -1,8 +1,9 @@
 """Where a network's quantizable weights act, and what enters them.
 
 A weight is calibrated where it is the matrix of a linear map ``y = x W^T`` on patches ``x``: convolutions of any
-dimension, stride, dilation, grouping and transposition, and Linear. :func:`find` reads this off a tape. What it cannot
-read (a weight used twice, by an operation it does not know, or not at all) it names with the reason.
+dimension, stride, dilation, grouping and transposition, and Linear, also with its matrix the other way round.
+:func:`find` reads this off a tape. What it cannot read (a weight used twice, by an operation it does not know, or not
+at all) it names with the reason.
 """
 
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ class Layer:
         bias: name of the bias that is added right there.
         norm: the BatchNorm that follows, if it is the only reader of ``y``.
         geometry: the convolution's, None for a Linear.
+        turned: a Linear's weight is ``[in, out]``.
     """
 
     weight: str
@@ -64,6 +66,12 @@ class Layer:
     bias: str | None
     norm: Norm | None
     geometry: Convolution | None
+    turned: bool = False
+
+    @property
+    def transposed(self) -> bool:
+        """The weight's second axis are the output channels."""
+        return self.turned if self.geometry is None else self.geometry.transposed
 
     @property
     def groups(self) -> int:
@@ -71,8 +79,8 @@ class Layer:
 
     def channels(self, shape: tuple[int, ...]) -> Rows:
         """One row for each output channel, whatever the levels are shared by: ``[c, n]``, groups one after another."""
-        if self.geometry is not None and self.geometry.transposed:
-            return Rows(shape, axis=1, blocks=self.geometry.groups)
+        if self.transposed:
+            return Rows(shape, axis=1, blocks=self.groups)
         return Rows(shape)
 
 
@@ -140,10 +148,10 @@ def _convolution(tape: Tape, index: int, op: Op, weight: str, shape: tuple[int, 
     return Layer(weight, index, op.args[0].number, y, tape.name_of(bias), _norm_after(tape, y), geometry)
 
 
-def _linear(tape: Tape, index: int, op: Op, weight: str, shape: tuple[int, ...]) -> Layer:
+def _linear(tape: Tape, index: int, op: Op, weight: str, turned: bool) -> Layer:
     x = op.args[1] if op.name == "addmm" else op.args[0]
     bias, y = (tape.name_of(op.args[0]), op.outputs[0]) if op.name == "addmm" else _added_bias(tape, op.outputs[0])
-    return Layer(weight, index, x.number, y, bias, _norm_after(tape, op.outputs[0]), None)
+    return Layer(weight, index, x.number, y, bias, _norm_after(tape, op.outputs[0]), None, turned)
 
 
 def find(tape: Tape, weights: dict[str, tuple[int, ...]]) -> tuple[list[Layer], dict[str, str]]:
@@ -161,8 +169,8 @@ def find(tape: Tape, weights: dict[str, tuple[int, ...]]) -> tuple[list[Layer], 
             made = None
             if op.name == "convolution" and position == 1 and not turns:
                 made = _convolution(tape, index, op, name, weights[name])
-            elif op.name in ("addmm", "mm") and position == len(op.args) - 1 and turns in (["t"], ["transpose"]):
-                made = _linear(tape, index, op, name, weights[name])
+            elif op.name in ("addmm", "mm") and position == len(op.args) - 1 and turns in ([], ["t"], ["transpose"]):
+                made = _linear(tape, index, op, name, turned=not turns)
             if made is None:
                 refused[name] = f"it is used by '{op.name}', which calibration does not know"
             elif name in layers:

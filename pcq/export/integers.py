@@ -57,7 +57,7 @@ def integers_of(grid: Grid, rows: Rows) -> Integers | str:
         return "its levels are a list, not integers times a scale"
     if rows.groups > 1:
         return "groups along a row have scales of their own"
-    if rows.axis not in (0, None) or rows.blocks > 1:
+    if rows.blocks > 1 or (rows.axis == 1 and len(rows.shape) > 2):
         return "a transposed convolution"
     zero = grid.zero_point
     least, most = (float(zero.min()), float(zero.max())) if isinstance(zero, Tensor) else (zero, zero)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from pcq.data.inputs import MASK
 from pcq.errors import PcqError, did_you_mean, raise_all
 from pcq.export import norms, passes, scheme, verify, writing
 from pcq.export.facts import Target, target
@@ -308,8 +309,8 @@ def _trials(traced: Traced, samples: Sequence[Sequence[Tensor]]) -> list[verify.
     generator = torch.Generator().manual_seed(0)
     trials = [
         verify.Trial("random", tuple(
-            _random(leaf, batch if moves else None, generator)
-            for leaf, moves in zip(traced.example, traced.batched, strict=True)
+            _random(leaf, batch if moves else None, generator, whole=(value.name or "").endswith(MASK))
+            for value, leaf, moves in zip(traced.model.graph.inputs, traced.example, traced.batched, strict=True)
         ))
         for batch in batches
     ]  # fmt: skip
@@ -318,10 +319,16 @@ def _trials(traced: Traced, samples: Sequence[Sequence[Tensor]]) -> list[verify.
     return trials + [verify.Trial("sample", tuple(sample)) for sample in samples]
 
 
-def _random(example: Tensor, batch: int | None, generator: torch.Generator) -> Tensor:
-    """Normal numbers, or for integers and booleans the example's own values in random places."""
+def _random(example: Tensor, batch: int | None, generator: torch.Generator, whole: bool) -> Tensor:
+    """Normal numbers, or for integers and booleans the example's own values in random places.
+
+    ``whole``: the example's own samples. A mask in random places may leave a causal network nothing to look at, and
+    what it puts out there is no more than a matter of rounding.
+    """
     shape = example.shape if batch is None else (batch, *example.shape[1:])
     if example.is_floating_point():
         return torch.randn(shape, generator=generator, dtype=example.dtype)
+    if whole and example.ndim:
+        return example if batch is None else example[torch.randint(len(example), (batch,), generator=generator)]
     flat = example.reshape(-1)
     return flat[torch.randint(flat.numel(), tuple(shape), generator=generator)]
