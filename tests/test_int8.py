@@ -173,7 +173,7 @@ def test_weights_that_are_no_integers_say_why() -> None:
     grouped = QuantizedTensor(torch.zeros(4, 8, dtype=torch.uint8), Affine(torch.ones(8), 1.0, 3), rows)
     listed = QuantizedTensor(torch.zeros(4, 8, dtype=torch.uint8), Codebook(torch.tensor([[0.0, 1.0]])), Rows((4, 8)))
     wide = QuantizedTensor(torch.zeros(4, 8, dtype=torch.uint8), Affine(torch.ones(4), 127.5, 256), Rows((4, 8)))
-    turned = QuantizedTensor(torch.zeros(4, 8, dtype=torch.uint8), Affine(torch.ones(8), 1.0, 3), Rows((4, 8), 1))
+    turned = QuantizedTensor(torch.zeros(4, 8, 1, dtype=torch.uint8), Affine(torch.ones(8), 1.0, 3), Rows((4, 8, 1), 1))
     reasons = [integers(weight) for weight in (grouped, listed, wide, turned)]
     for reason, word in zip(reasons, ("groups", "list", "-255 to 255", "transposed"), strict=True):
         assert isinstance(reason, str)

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from onnxruntime import InferenceSession
@@ -390,10 +391,13 @@ def test_gpt2_with_masked_tokens(tmp_path: Path) -> None:
     plain = made.calibrated.outcome.plain
     assert sorted(plain) == ["transformer.wpe.weight", "transformer.wte.weight"]
     assert {row.name: row.rows for row in made.ledger}["transformer.h.0.mlp.c_fc.weight"] == 128
-    packed = pcq.export_onnx(made.path, example=data)
-    scores = pcq.evaluate(packed.path, data, reference=tmp_path, arch=arch).scores
-    assert scores.explained is not None
-    assert scores.explained > 95
+    exact = pcq.export_onnx(made.path, example=data).path
+    int8 = pcq.export_onnx(made.path, tmp_path / "i.onnx", int8=Int8(data), example=data).path
+    for path, products in ((exact, 0), (int8, 4)):
+        assert [node.op_type for node in onnx.load(path).graph.node].count("MatMulInteger") == products
+        scores = pcq.evaluate(path, data, reference=tmp_path, arch=arch).scores
+        assert scores.explained is not None
+        assert scores.explained > 95
 
 
 def tied_once(module: nn.Module) -> dict[str, Tensor]:

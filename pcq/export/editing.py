@@ -19,9 +19,15 @@ def reader_kind(node: ir.Node, index: int) -> str:
     """``Conv``, ``ConvTranspose``, ``MatMul`` and ``Gemm`` where this input is what a layer multiplies by."""
     plain = index == 1 and node.domain == ""
     if plain and node.op_type == "Gemm":
-        ones = all(node.attributes[key].as_float() == 1 for key in ("alpha", "beta") if key in node.attributes)
-        plain = ones and int_attribute(node, "transB", 0) == 1 and int_attribute(node, "transA", 0) == 0
+        plain = multiplies(node, index, turned=True)
     return node.op_type if plain else f"{node.op_type} in another way"
+
+
+def multiplies(node: ir.Node, index: int, *, turned: bool) -> bool:
+    """Whether a Gemm multiplies by this input, or ``turned``: by its transpose, with no factors."""
+    ones = all(node.attributes[key].as_float() == 1 for key in ("alpha", "beta") if key in node.attributes)
+    turns = int_attribute(node, "transA", 0), int_attribute(node, "transB", 0)
+    return node.op_type == "Gemm" and node.domain == "" and index == 1 and ones and turns == (0, int(turned))
 
 
 def bias_of(layer: ir.Node) -> ir.Value | None:

@@ -84,7 +84,7 @@ def find_sites(model: ir.Model, weights: Mapping[str, QuantizedTensor]) -> Found
         form = integers(weights[name])
         for use in value.uses():
             node, transposed = use.node, (value.name or "").endswith("/transposed")
-            kind = _activations(node, use.idx, transposed)
+            kind = _activations(node, use.idx, transposed or weights[name].rows.axis == 1)
             if isinstance(form, str):
                 left[name] = form
             elif node not in order:
@@ -100,11 +100,12 @@ def find_sites(model: ir.Model, weights: Mapping[str, QuantizedTensor]) -> Found
     return Found(tuple(sorted(sites, key=lambda site: order[site.node])), left)
 
 
-def _activations(node: ir.Node, index: int, transposed: bool) -> Activations | None:
+def _activations(node: ir.Node, index: int, by_column: bool) -> Activations | None:
+    """``by_column``: what it multiplies by is ``[in, out]``."""
     kind = reader_kind(node, index)
-    if kind == "Conv" or (kind == "Gemm" and not transposed):
+    if kind == "Conv" or (kind == "Gemm" and not by_column):
         return "static" if is_constant(node, 2) is not False else None
-    return "dynamic" if kind == "MatMul" and transposed else None
+    return "dynamic" if kind == "MatMul" and by_column else None
 
 
 @dataclass(frozen=True)

@@ -260,6 +260,7 @@ def _pack(
         if one is not None:
             placed.append(one)
     progress("optimise", 0, 1)
+    passes.split_products(model)
     passes.optimise(model)
     folded = norms.fold(model, weights) if wanted.fold else {}
     weights, left = {**weights, **folded}, passes.distinct_bytes(model)

@@ -17,7 +17,7 @@ from onnxscript import optimizer
 
 from pcq.errors import PcqError
 from pcq.export.body import DOMAIN, Lowered
-from pcq.export.editing import reader_kind
+from pcq.export.editing import add_op, bias_of, bypass, multiplies, reader_kind
 from pcq.export.frame import Frame, can_transpose
 from pcq.export.layouts import Need, Plan
 from pcq.export.lowering import lower
@@ -107,6 +107,20 @@ def pack(model: ir.Model, name: str, weight: QuantizedTensor, held: list[Held]) 
     model.graph.insert_before(first, nodes)
     model.opset_imports[DOMAIN] = 1
     return Placed(name, transposed)
+
+
+def split_products(model: ir.Model) -> None:
+    """A Gemm of a packed matrix ``[in, out]`` becomes MatMul and Add, which int8 has; ONNX Runtime joins them again."""
+    for holder in placeholders(model):
+        for use in list(holder.outputs[0].uses()):
+            node, bias = use.node, bias_of(use.node)
+            if not multiplies(node, use.idx, turned=False):
+                continue
+            product = add_op(model.graph, node, "MatMul", (node.inputs[0], node.inputs[1]), f"{node.name}/product")
+            if bias is not None:
+                product = add_op(model.graph, node, "Add", (product, bias), f"{node.name}/sum")
+            product.type, product.shape = node.outputs[0].type, node.outputs[0].shape
+            bypass(model.graph, node, product)
 
 
 def optimise(model: ir.Model) -> None:
