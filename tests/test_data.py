@@ -320,7 +320,7 @@ def test_folder_refuses_numbers_without_a_white(tmp_path: Path, kind: type) -> N
         ("size=8&mean=abc", r"mean: 'abc' is not a number\. Allowed: a number, or one for each channel"),
         ("size=8&mean=", "mean: '' is not a number"),
         ("size=8&mean=0.5,abc,0.2", "mean: '0.5,abc,0.2' is not a number"),
-        ("size=8&mean=true", "mean: 'true' is not a number"),
+        ("size=8&mean=true", "mean: True is not a number"),
         ("size=8&mean=True", "mean: True is not a number"),
         ("size=8&mean=()", r"mean: \(\) is not a number"),
         ("size=8&std=none", "std: 'none' is not a positive number"),
