@@ -80,3 +80,43 @@ def test_what_they_do_not_take_is_said(folder: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "d.npz", x=np.zeros((40, 2, 6, 6), np.float32))
     with pytest.raises(pcq.PcqError, match="samples of 2x6x6: the network does not take them"):
         analyze(folder / "fixed.pt2", "w4", calib=f"npz:{tmp_path / 'd.npz'}")
+
+
+class Packed(nn.Module):
+    """Lengths decide what the recurrent layer sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru, self.last = nn.GRU(4, 8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        out: Tensor = self.last(self.gru(packed)[1][-1])
+        return out
+
+
+class Chosen(nn.Module):
+    """As many rows as are above zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.first(x)
+        rows = y.reshape(-1, 8)
+        return y + (torch.ones(7) if rows[rows[:, 0] > 0].shape[0] > 2 else torch.ones(1)).sum()
+
+
+@pytest.mark.parametrize("kind", ["Packed", "Chosen"])
+def test_networks_whose_sizes_depend_on_values_are_told_what_to_do(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    torch.save({"Packed": Packed, "Chosen": Chosen}[kind]().state_dict(), tmp_path / "n.pt")
+    arrays = {"x": np.random.default_rng(0).random((8, 5, 4), np.float32)}
+    if kind == "Packed":
+        arrays["lengths"] = np.arange(8) % 5 + 1
+    np.savez(tmp_path / "x.npz", **arrays)
+    made = pcq.quantize(tmp_path / "n.pt", "w8", arch=f"{__file__}:{kind}", out=tmp_path / "n.safetensors").path
+    for export in (pcq.export_onnx, pcq.commands.export_pt2):
+        with pytest.raises(pcq.PcqError, match=r"cannot export .* depend on values.*give the network without"):
+            export(made, example=f"npz:{tmp_path / 'x.npz'}")

@@ -23,6 +23,20 @@ Example = Sequence[Tensor] | Mapping[str, Tensor]
 """A network's inputs: positional, or by the names of ``forward``'s arguments."""
 
 
+DEPENDS = ("data-dependent", "could not guard", "failed to unpack", "unbacked")
+"""Words of torch about sizes that depend on values."""
+
+
+def advice(told: str) -> str:
+    """What to do about a network that torch cannot export, by what it says; empty where that says enough."""
+    if not any(word in told.lower() for word in DEPENDS):
+        return ""
+    return (
+        "Its sizes depend on values, as those of packed sequences and of boxes chosen among others do: give the "
+        "network without that part"
+    )
+
+
 class FixedBatch(PcqError):
     """The network takes one number of samples only."""
 
@@ -189,7 +203,7 @@ def _to_onnx(
         if any("static shape" in line for line in lines):
             raise FixedBatch from error
         text = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
-        raise PcqError(f"torch cannot export this network: {text}", where="export") from error
+        raise PcqError(f"torch cannot export this network: {text}", where="export", todo=advice(text)) from error
     finally:
         logging.disable(logged)
     assert program is not None

@@ -111,17 +111,19 @@ def run(args: argparse.Namespace, recipe: str, seed: int, found: dict[str, Tenso
 
 
 def table(lines: list[record.Row]) -> str:
-    """One row a recipe, means over seeds."""
+    """One row a recipe and steps a block, means over seeds."""
     rows = []
-    for recipe in dict.fromkeys(line["recipe"] for line in lines):
-        some = [line for line in lines if line["recipe"] == recipe]
+    for recipe, refine in dict.fromkeys((line["recipe"], line["refine"]) for line in lines):
+        some = [line for line in lines if (line["recipe"], line["refine"]) == (recipe, refine)]
         rows.append([
-            recipe, f"{some[0]['bytes'] / 1e6:.2f}", f"{some[0]['bits']:.2f}",
+            recipe, refine, f"{some[0]['bytes'] / 1e6:.2f}", f"{some[0]['bits']:.2f}",
             *(f"{mean(line[key]['cosine'] for line in some):.4f}" for key in ("nearest", "calibrated")),
             f"{mean(line['calibrated']['rank_correlation'] for line in some):.4f}",
             f"{mean(line['cpu_seconds'] for line in some):.0f}",
         ])  # fmt: skip
-    head = "| recipe | file MB | bits/weight | cosine, nearest | cosine, calibrated | ranks kept | CPU s |"
+    head = (
+        "| recipe | steps a block | file MB | bits/weight | cosine, nearest | cosine, calibrated | ranks kept | CPU s |"
+    )
     return record.markdown(head, rows)
 
 
