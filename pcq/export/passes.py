@@ -113,10 +113,10 @@ def split_products(model: ir.Model) -> None:
     """A Gemm of a packed matrix ``[in, out]`` becomes MatMul and Add, which int8 has; ONNX Runtime joins them again."""
     for holder in placeholders(model):
         for use in list(holder.outputs[0].uses()):
-            node, bias = use.node, bias_of(use.node)
-            if not multiplies(node, use.idx, turned=False):
+            node, bias, x = use.node, bias_of(use.node), use.node.inputs[0]
+            if x is None or not multiplies(node, use.idx, turned=False):
                 continue
-            product = add_op(model.graph, node, "MatMul", (node.inputs[0], node.inputs[1]), f"{node.name}/product")
+            product = add_op(model.graph, node, "MatMul", (x, holder.outputs[0]), f"{node.name}/product")
             if bias is not None:
                 product = add_op(model.graph, node, "Add", (product, bias), f"{node.name}/sum")
             product.type, product.shape = node.outputs[0].type, node.outputs[0].shape
