@@ -359,7 +359,7 @@ def test_weights_that_are_no_longer_inputs_are_said(tmp_path: Path, ir_version: 
     inputs = [images("n", 64), images(64, 64, name="w")]
     path = save(tmp_path / "m.onnx", nodes, {"w": normal(64, 64)}, inputs, ["y"], 12, ir_version)
     result = quantize_onnx(path, "w8")
-    assert result.planned.notes[-1:] == ("1 weights are no longer listed as inputs.",)
+    assert result.planned.notes[-1:] == ("Weights that are no longer listed as inputs: 1.",)
     assert [value.name for value in onnx.load(result.path).graph.input] == ["x"]
 
 

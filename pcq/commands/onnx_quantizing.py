@@ -92,7 +92,7 @@ def plan_onnx(
         raise PcqError(why, where=str(model), todo="`pcq inspect` lists the tensors")
     roots = {operand.chain.root for name in packed for operand in inventory.weights[name].operands}
     inputs = sum(root.is_graph_input() for root in roots)
-    notes = (*opened.notes, *([f"{inputs} weights are no longer listed as inputs."] if inputs else []))
+    notes = (*opened.notes, *onnx_input.unlisted(inputs))
     return Planned(Path(model), inventory.source, loaded, Plan(entries, made.notes), None, notes)
 
 

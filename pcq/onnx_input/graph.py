@@ -98,10 +98,14 @@ def open_graph(path: Path) -> Opened:
         inputs = [value for value in model.graph.inputs if value.name in model.graph.initializers]
         for value in inputs:
             model.graph.inputs.remove(value)
-        if inputs:
-            notes.append(f"{len(inputs)} weights are no longer listed as inputs.")
+        notes += unlisted(len(inputs))
     _name_apart(model)
     return Opened(path, model, size, opset, version, tuple(notes))
+
+
+def unlisted(count: int) -> list[str]:
+    """The note about weights that the model had among its inputs, if there are such."""
+    return [f"Weights that are no longer listed as inputs: {count}."] if count else []
 
 
 def read(path: Path) -> ir.Model:
