@@ -127,15 +127,12 @@ def _ties(module: nn.Module) -> dict[str, int]:
 
 
 def check_shapes(module: nn.Module, shapes: Shapes, arch: str = "") -> None:
-    """Raise what :func:`load_state` would raise, without values; ``module`` may be on the meta device.
+    """Raise what :func:`load_state` would raise, without values, for whole names; ``module`` may be on the meta device.
 
     Raises:
         PcqError: as :func:`load_state`.
     """
     if check := mismatch(module, shapes):
-        if prefix := prefix_of(module, shapes):
-            check_shapes(module, {prefix + name: shape for name, shape in shapes.items()}, arch)
-            return
         try:
             bare = copy.deepcopy(module).to("meta")
         except (RuntimeError, TypeError):  # it holds what cannot be copied

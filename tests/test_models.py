@@ -28,6 +28,7 @@ from pcq.recognition import Slot, read_index, recognise, signature, tree_hash
 from pcq.sources import open_source
 from pcq.spec import parse
 from pcq.torchvision_compat import import_torchvision
+from tests.test_calibrate import Conv1D
 
 CLASSIFIERS = import_torchvision().models.list_models(module=import_torchvision().models)
 COMPARED = "resnet18", "mobilenet_v2", "mobilenet_v3_small", "convnext_tiny", "vit_b_32", "swin_t", "densenet121"
@@ -626,14 +627,6 @@ def test_complete_leaves_alone_what_is_said() -> None:
 
 class Conv(nn.Conv2d):
     pass
-
-
-class Conv1D(nn.Module):
-    """As in transformers: a matrix ``[in, out]``."""
-
-    def __init__(self, out: int, width: int) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.zeros(width, out)), nn.Parameter(torch.zeros(out))
 
 
 class Zoo(nn.Module):

@@ -21,6 +21,7 @@ from pcq.commands.budgeting import Allocation, allocate, named
 from pcq.commands.calibrating import Calibrated, Calibration
 from pcq.commands.networks import load_network, name_it
 from pcq.commands.quantizing import Planned, default_path, plan
+from pcq.data.inputs import bind_as
 from pcq.errors import PcqError, did_you_mean, raise_all
 from pcq.plan import Kept, Quantized
 from pcq.progress import Progress, silent
@@ -396,7 +397,7 @@ def original_or_new(planned: Planned, original: nn.Module, seed: int | None) -> 
     for layer in module.modules():
         if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
             layer.sparse = False  # AdamW and weight decay take dense gradients only
-    module.__class__ = type(original)  # which takes the inputs that the data has
+    bind_as(module, original)
     if seed is None:
         module.load_state_dict(original.state_dict())
     return module
@@ -511,7 +512,7 @@ def table(
     again = checkpoint.read_artifact(artifact) if job.ranks.first else None
     if again is not None:
         tuned = load_network(again, artifact, planned.arch).module.float()
-        tuned.__class__ = type(original)
+        bind_as(tuned, original)
     else:
         tuned = original_or_new(planned, original, None)
     job.ranks.share(tuned.state_dict().values())

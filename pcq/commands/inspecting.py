@@ -43,12 +43,11 @@ def inspect(
     if checkpoint.is_artifact(path):
         return _inspect_artifact(path)
     opened = sources.open_source(path, key=key, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle)
-    notes: list[str] = []
-    source, _, arch = architecture(opened, None, notes)
+    source, _, arch = architecture(opened, None)
     shapes = {name: source.shape(name) for name in source.names}
     own = "an exported program" if source.program is not None else "a module, saved whole"
     told = arch or ("not recognised" if source.make_module is None else own)
-    facts = [("architecture", told), *(("note", note) for note in notes)]
+    facts = [("architecture", told), *(("note", note) for note in source.notes)]
     facts += [("tied", f"{name} is {owner}") for name, owner in source.tied.items()]
     rows = tuple(float_view(name, shapes[name], source.dtype(name)) for name in source.names)
     whole = path.is_file() and path.suffix != ".json"  # else an index or a folder: several files

@@ -169,21 +169,17 @@ def recorded(path: Path) -> str | None:
     return checkpoint.read_artifact(path).arch if checkpoint.is_artifact(path) else None
 
 
-def architecture(
-    source: sources.Source, arch: str | None, notes: list[str]
-) -> tuple[sources.Source, nn.Module | None, str | None]:
+def architecture(source: sources.Source, arch: str | None) -> tuple[sources.Source, nn.Module | None, str | None]:
     """``source`` as the network names its weights, the network without them, where it is known, and its spec.
 
-    What was found on the way goes into ``notes``.
+    What was found on the way is among its notes.
     """
-    notes += source.notes
     shapes = {name: source.shape(name) for name in source.names}
     given = arch or source.arch
     if given:
         spec = models.complete(given, shapes)
         module = skeleton(spec)
         fitted = fitting(source, module, spec)
-        notes += fitted.notes[len(source.notes) :]
         models.check_shapes(module, {name: fitted.shape(name) for name in fitted.names}, spec)
         return fitted, module, spec
     if source.make_module is not None:
@@ -191,13 +187,11 @@ def architecture(
     try:
         recognised = models.recognise(shapes)
     except models.Ambiguous as error:
-        notes.append(f"The architecture is open: {error}")
-        return source, None, None
+        return source.noted(f"The architecture is open: {error}"), None, None
     if recognised is None:
-        notes.append(f"The architecture was not recognised; eval and export will need it. {name_it(source.path)}.")
-        return source, None, None
-    notes.append(f"Recognised: {recognised.sentence}.")
-    return source, skeleton(recognised.arch), recognised.arch
+        said = f"The architecture was not recognised; eval and export will need it. {name_it(source.path)}."
+        return source.noted(said), None, None
+    return source.noted(f"Recognised: {recognised.sentence}."), skeleton(recognised.arch), recognised.arch
 
 
 def fitting(source: sources.Source, module: nn.Module, spec: str) -> sources.Source:

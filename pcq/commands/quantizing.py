@@ -118,8 +118,7 @@ def plan(
     """
     loaded = load_recipe(recipe, overrides)
     opened = sources.open_source(Path(model), key=key, allow_globals=allow_globals, unsafe_pickle=unsafe_pickle)
-    notes: list[str] = []
-    source, module, spec = architecture(opened, arch, notes)
+    source, module, spec = architecture(opened, arch)
     shapes = {name: source.shape(name) for name in source.names}
     dtypes = {name: source.dtype(name) for name in source.names}
     if module is not None:  # `first` and `last` mean the network's order, not the file's
@@ -141,7 +140,7 @@ def plan(
     )
     made = make_plan(loaded, parameters)
     inputs = () if module is None else tuple(needed(module))
-    return Planned(Path(model), source, loaded, made, spec, (*notes, *made.notes), inputs)
+    return Planned(Path(model), source, loaded, made, spec, (*source.notes, *made.notes), inputs)
 
 
 def run(

@@ -105,6 +105,11 @@ def _take_only(module: nn.Module, order: Sequence[str]) -> None:
     module.__class__ = type(kind.__name__, (kind, _Bound), {"forward": forward})
 
 
+def bind_as(module: nn.Module, other: nn.Module) -> None:
+    """Let ``module``, of the same network, take the arguments that ``other`` takes."""
+    module.__class__ = type(other)
+
+
 def _take_all(module: nn.Module) -> None:
     """As the network was before other data had bound its arguments."""
     if isinstance(module, _Bound):

@@ -80,10 +80,11 @@ def find_inputs(opened: Opened, samples: Sequence[Trial] = ()) -> list[Trial]:
     if opened.opset >= OPSET:
         return trials
     with scratch() as folder:
-        before = _run(_session(opened.path, folder), trials)
-        raised = folder / "raised.onnx"
-        writing.save(open_graph(opened.path).model, raised, 1_500_000_000)
-        after = _run(_session(raised, folder), trials)
+        before = _run(verify.open_session(str(_seeded(opened.path, folder)), optimised=False), trials)
+        raised, model = folder / "raised.onnx", open_graph(opened.path).model
+        seed(model)
+        writing.save(model, raised, 1_500_000_000)
+        after = _run(verify.open_session(str(raised), optimised=False), trials)
     pairs = [pair for now, then in zip(after, before, strict=True) for pair in zip(now, then, strict=True)]
     error = max((_error(ours, theirs) for ours, theirs in pairs), default=0.0)
     if not error <= verify.TOLERANCE:
@@ -329,14 +330,15 @@ def _check_outputs(
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         right = Path(folder) / "reference.onnx"
         writing.save(right_model, right, 1_500_000_000)
+        ours = _seeded(path, Path(folder))
         alike = {(value.name or "").removesuffix("/packed") for value in values(right_model)}  # not packed by pcq
         for optimised in (True, False):
             dump = Path(folder) / "optimised.onnx" if optimised else None
             progress("check outputs", int(not optimised), 2)
             theirs = _run(verify.open_session(str(right), optimised=optimised), trials)
-            packed = _run(_session(path, Path(folder), optimised, dump), trials)
-            for trial, ours, others in zip(trials, packed, theirs, strict=True):
-                error = max((_error(a, b) for a, b in zip(ours, others, strict=True)), default=0.0)
+            packed = _run(verify.open_session(str(ours), optimised=optimised, dump=dump), trials)
+            for trial, mine, others in zip(trials, packed, theirs, strict=True):
+                error = max((_error(a, b) for a, b in zip(mine, others, strict=True)), default=0.0)
                 agreements.append(verify.Agreement(trial.kind, trial.batch, optimised, error))
                 if not error <= tolerance:
                     raise CheckFailed(
@@ -347,18 +349,19 @@ def _check_outputs(
             if dump is not None:
                 large = {name for name, weight in quantized.items() if 4 * weight.numel > verify.FOLDING_LIMIT}
                 verify.check_folded(dump, large | (alike - quantized.keys()))
-        before = _run(_session(original, Path(folder)), trials)
+        before = _run(verify.open_session(str(_seeded(original, Path(folder))), optimised=False), trials)
     progress("check outputs", 2, 2)
     return tuple(agreements), max((_drift(a, b) for a, b in zip(packed, before, strict=True)), default=0.0)
 
 
-def _session(path: Path, folder: Path, optimised: bool = False, dump: Path | None = None) -> ort.InferenceSession:
+def _seeded(path: Path, folder: Path) -> Path:
     """The file; of one that draws random numbers a copy in ``folder`` that draws the same in every session."""
     model = read(path)
-    if seed(model):
-        path = folder / "seeded.onnx"
-        writing.save(model, path, 1_500_000_000)
-    return verify.open_session(str(path), optimised=optimised, dump=dump)
+    if not seed(model):
+        return path
+    copy = folder / f"seeded-{path.name}"
+    writing.save(model, copy, 1_500_000_000)
+    return copy
 
 
 def _run(session: ort.InferenceSession, trials: Sequence[Trial]) -> list[list[Array]]:

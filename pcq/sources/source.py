@@ -61,6 +61,10 @@ class Source:
     files: tuple[Path, ...] = ()
     by_name: bool = False
 
+    def noted(self, *notes: str) -> "Source":
+        """The same with more notes."""
+        return replace(self, notes=(*self.notes, *notes))
+
     @property
     def names(self) -> list[str]:
         return list(self.entries)
@@ -145,7 +149,7 @@ def with_prefix(source: Source, prefix: str) -> Source:
     """``source`` with ``prefix`` before every name: it belongs to the network, and not to what had wrapped it."""
     note = f"Put the prefix '{prefix}' back: the network's own names have it."
     entries = {prefix + name: entry for name, entry in source.entries.items()}
-    return replace(source, entries=entries, notes=(*source.notes, note))
+    return replace(source.noted(note), entries=entries)
 
 
 def put_together(entries: Mapping[str, Entry], by_name: bool) -> tuple[dict[str, Entry], list[str]]:

@@ -52,7 +52,7 @@ def as_loaded(source: Source, state: Mapping[str, Tensor], left_out: Sequence[st
     if left_out:
         notes.append(f"Left out what the network does not have: {listed(left_out)}.")
     entries = tensor_entries(state, source.path, notes)
-    return replace(source, entries=entries, notes=(*source.notes, *notes), by_name=False)
+    return replace(source.noted(*notes), entries=entries, by_name=False)
 
 
 def _read(tensor: Tensor, checked: Callable[[], None] | None) -> Tensor:
