@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from pcq.data import Data, Inputs
-from pcq.data.inputs import SEVERAL, filled, held_batch, of_tokens, refuse_kind, refusing
-from pcq.errors import CheckFailed, PcqError, did_you_mean, first_line
+from pcq.data.inputs import filled, held_batch, of_tokens, refuse_kind, refuse_others, refusing
+from pcq.errors import CheckFailed, PcqError, first_line
 from pcq.likeness import Likeness
 from pcq.logits import flat, main_name, main_output, predicts
 from pcq.progress import Progress, silent
@@ -236,12 +236,7 @@ def onnx_predictor(path: str | Path, names: Sequence[str] = ()) -> Callable[...,
         told = first_line(error)
         raise PcqError(f"ONNX Runtime {ort.__version__} cannot load it: {told}", where=str(path)) from error
     inputs = {value.name: value for value in session.get_inputs()}
-    if not names and len(inputs) != 1:
-        what = f"it has {len(inputs)} inputs ({', '.join(inputs)})"
-        raise PcqError(what, where=str(path), allowed="a model of one input", todo=SEVERAL)
-    if names and (lost := [name for name in (*names, *inputs) if name not in inputs or name not in names]):
-        what = f"its inputs are {', '.join(inputs)}, the data has {', '.join(names)}"
-        raise PcqError(what, where=str(path), todo=did_you_mean(lost[0], inputs))
+    refuse_others(list(inputs), names, str(path))
     taken = [inputs[name] for name in names] or list(inputs.values())
     output = main_name([value.name for value in session.get_outputs()])
     dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}

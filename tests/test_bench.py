@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from pcq import cli, report
 from pcq.cli import frame
-from pcq.commands import Spread, bench, benching, export_onnx, quantize
+from pcq.commands import Spread, bench, benching, export_onnx, export_pt2, quantize
 from pcq.commands.benched import Benched, open_files
 from pcq.commands.fresh import Fresh, measure
 from pcq.demo import HERE
@@ -24,6 +24,7 @@ from pcq.progress import silent
 from pcq.report.benching import _spread
 from tests.test_onnx_input import convolutions, images, normal, save, words
 from tests.test_scores import onnx_linear
+from tests.test_several_inputs import Apart, _samples
 from tests.test_tokens import Masked
 
 DIGITS = HERE / "digits-resnet8.safetensors"
@@ -64,15 +65,16 @@ def test_memory_is_what_the_file_takes(tmp_path: Path) -> None:
         for n in (16, 4096)
     ]  # fmt: skip
     small, large = (
-        measure(p, "ONNX Runtime", {}, {"x": ((1, n), "float32")}) for p, n in zip(paths, (16, 4096), strict=True)
+        measure(p, "ONNX Runtime", {}, {"x": np.zeros((1, n), np.float32)})
+        for p, n in zip(paths, (16, 4096), strict=True)
     )
     assert small.peak < 20e6
     assert 64e6 <= large.peak < 400e6
     with pytest.raises(PcqError, match="it does not run on x 1x17: .*INVALID_ARGUMENT.*Is --input right"):
-        measure(paths[0], "ONNX Runtime", {}, {"x": ((1, 17), "float32")})
+        measure(paths[0], "ONNX Runtime", {}, {"x": np.zeros((1, 17), np.float32)})
     paths[0].write_bytes(paths[0].read_bytes()[:-100])
     with pytest.raises(CheckFailed, match="could not load and run it: .*INVALID_PROTOBUF"):
-        measure(paths[0], "ONNX Runtime", {}, {"x": ((1, 16), "float32")})
+        measure(paths[0], "ONNX Runtime", {}, {"x": np.zeros((1, 16), np.float32)})
 
 
 def test_models_of_several_inputs_and_fixed_batches(tmp_path: Path) -> None:
@@ -177,6 +179,55 @@ def test_networks_of_several_inputs_that_nobody_describes(tmp_path: Path, monkey
         bench([path], rounds=1)
     row = bench([path], input_shape=(5,), batches=(2,), threads=(1,), rounds=1, processes=1).rows[0]
     assert row.latencies[0].batch == 2
+
+
+def test_real_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of networks of several inputs, with an argument between them that is not given, they are the only way."""
+    torch.save(Apart().state_dict(), tmp_path / "apart.pt")
+    arch, found = "tests.test_several_inputs:Apart", _samples()
+    np.savez(tmp_path / "tokens.npz", **{name: array.numpy() for name, array in found.items()})
+    spec = f"npz:{tmp_path / 'tokens.npz'}"
+    artifact = quantize(tmp_path / "apart.pt", "w8", arch=arch, out=tmp_path / "apart.safetensors").path
+    packed = export_onnx(artifact, example=spec).path
+    program = export_pt2(artifact, tmp_path / "apart.pt2", example=spec).path
+    paths = [tmp_path / "apart.pt", artifact, packed, program]
+    files, shape = open_files(paths, [{"arch": arch}] * 2 + [{}] * 2, None, silent, spec, 3)
+    for file in files:
+        feed = file.feed(4, shape) or {}
+        assert list(feed) == ["input_ids", "attention_mask"]
+        for name, array in feed.items():
+            taken = found[name].numpy()[[0, 16, 32, 0]]
+            np.testing.assert_array_equal(array, taken)
+            assert array.dtype == taken.dtype
+    command = ["bench", *map(str, paths), "--arch", arch, "--example", spec, "--batch", "1", "--batch", "3"]
+    assert cli.run([*command, "--threads", "1", "--rounds", "1", "--processes", "1", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [[latency["batch"] for latency in row["latencies"]] for row in rows] == [[1, 3]] * 4
+
+
+def test_samples_that_a_file_does_not_take(tmp_path: Path) -> None:
+    def told(path: Path, what: str, **arrays: object) -> None:
+        np.savez(tmp_path / "x.npz", **arrays)  # type: ignore[arg-type]
+        with pytest.raises(PcqError, match=what):
+            bench(path, arch=arch, example=f"npz:{tmp_path / 'x.npz'}", rounds=1)
+
+    arch = None
+    nets, nodes = convolutions(tmp_path / "net.onnx"), [helper.make_node("Add", ["a", "b"], ["y"])]
+    two = save(tmp_path / "two.onnx", nodes, {}, [images("n", "t", name="a"), images("n", "t", name="b")], ["y"])
+    x, ids = np.zeros((2, 3, 8, 8), np.float32), np.zeros((2, 4), np.int64)
+    told(
+        nets,
+        r"net.onnx: it does not take samples of 3x9x8. Allowed: x 3x8x8. Give data of such",
+        x=x[:, :, [0, *range(8)]],
+    )
+    told(nets, "net.onnx: the model takes floats as x, and the data has whole numbers", x=x.astype(np.int64))
+    told(two, r"two.onnx: it has 2 inputs \(.*Give data with an array for each", x=ids)
+    told(two, "two.onnx: its inputs are a, b, the data has a, c", a=ids, c=ids)
+    torch.save(Masked().state_dict(), tmp_path / "two.pt")
+    arch = "tests.test_tokens:Masked"
+    told(tmp_path / "two.pt", r"two.pt: the network takes 2 inputs \(ids, mask\), and the data has one", x=ids)
+    with pytest.raises(PcqError, match="--input: the example says the shapes of the inputs. Leave it out"):
+        bench(nets, input_shape=(3, 8, 8), example="npz:x.npz")
 
 
 def test_a_checkpoint_of_several_state_dicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,9 +54,13 @@ class Masked(Tokens):
         return (x * attention_mask[..., None]).mean(1)
 
 
-def test_the_command_to_go_on_with_is_one_that_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", ["Masked", "Apart"])
+def test_the_command_to_go_on_with_is_one_that_works(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the mask may be left out, too: most who quantize such a network mask tokens."""
     save_file(Tokens().state_dict(), tmp_path / "m.safetensors")
-    arch = "tests.test_several_inputs:Masked"
+    arch = f"tests.test_several_inputs:{name}"
     assert (
         cli.run(["quantize", str(tmp_path / "m.safetensors"), "-r", "w8", "--arch", arch, "-o", f"{tmp_path}/q"]) == 0
     )

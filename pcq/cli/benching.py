@@ -19,6 +19,14 @@ def bench(
     ],
     arch: Arch = None,
     input_shape: Input = None,
+    example: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPEC",
+            help="Data with real samples instead of --input; of several inputs an array for each.",
+            show_default=False,
+        ),
+    ] = None,
     batch: Annotated[
         list[int] | None, typer.Option(help="Samples at once; repeatable (default: 1 and 8).", show_default=False)
     ] = None,
@@ -44,6 +52,7 @@ def bench(
             paths,
             arch=arch,
             input_shape=shape_of(input_shape),
+            example=example,
             batches=batch or (1, 8),
             threads=threads or (1, 0),
             rounds=rounds,

@@ -59,12 +59,13 @@ def typed(context: typer.Context) -> list[str]:
 def propose(path: Path, planned: "Planned", shape: tuple[int, ...] | None) -> None:
     """Say how an artifact is exported, with all that the command needs; ``shape``: one sample's, where it is known."""
     from pcq import models
+    from pcq.data.inputs import MASK
 
     words = ["pcq", "export", str(path), "--onnx"]
     arch = planned.arch
     if arch is not None or planned.source.program is None:  # an exported program brings both along
         words += [] if arch is not None else ["--arch", "ARCH"]
-        if len(planned.inputs) > 1 or shape == ():  # of several arrays, each with a shape of its own
+        if len(planned.inputs) > 1 or MASK in planned.inputs or shape == ():  # arrays, each with a shape of its own
             words += ["--example", "SPEC"]
         elif arch is None or models.example_shape(arch) is None:
             words += ["--input", "SHAPE" if shape is None else "x".join(map(str, shape))]

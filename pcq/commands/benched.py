@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from torch import Tensor
 
+from pcq.commands.fresh import Array
 from pcq.commands.networks import ONNX_SUFFIX, Network, open_network
 from pcq.errors import PcqError, raise_all
 from pcq.progress import Progress
 from pcq.sources.pt2 import counting
-
-Array = npt.NDArray[np.generic]
 
 
 @dataclass(frozen=True)
@@ -74,12 +73,14 @@ class Benched:
         runtime: ``ONNX Runtime`` or ``torch``.
         opening: how ``open_network`` opens it, for torch.
         inputs: what it takes, in order.
+        samples: real ones, [n, ...] for each input; without any, numbers are invented.
     """
 
     path: Path
     runtime: str
     opening: Mapping[str, Any]
     inputs: tuple[Input, ...]
+    samples: tuple[Tensor, ...] = ()
 
     @property
     def lengths(self) -> set[int]:
@@ -95,15 +96,19 @@ class Benched:
                            where=str(self.path), todo=f"Give --batch {max(self.lengths)}")  # fmt: skip
 
     def feed(self, batch: int, shape: tuple[int, ...] | None) -> dict[str, Array] | None:
-        """Inputs of that many samples; None where the file allows only another number.
+        """Inputs of that many samples, real ones again and again; None where the file allows only another number.
 
-        ``shape`` is one sample's, for those inputs that it fits.
+        ``shape`` is an invented sample's, for those inputs that it fits.
 
         Raises:
             PcqError: a shape is not known.
         """
         if self.lengths and batch not in self.lengths:
             return None
+        if self.samples:
+            chosen = torch.arange(batch) % len(self.samples[0])
+            taken = zip(self.inputs, self.samples, strict=True)
+            return {one.name: x[chosen].numpy().astype(one.kind) for one, x in taken}
         feed = {}
         generator = np.random.default_rng(0)
         for one in self.inputs:
@@ -111,20 +116,27 @@ class Benched:
             if sizes is None:
                 said = "its input" if self.runtime == "torch" else f"its input '{one.name}'"
                 such = "128, if it is that of each input" if len(self.inputs) > 1 else "3x224x224"
-                raise PcqError(f"the shape of {said} is not known", where=str(self.path),
-                               todo=f"Give one sample's shape without the batch, such as --input {such}")  # fmt: skip
+                todo = f"Give one sample's shape without the batch, such as --input {such}, or data: --example SPEC"
+                raise PcqError(f"the shape of {said} is not known", where=str(self.path), todo=todo)
             made = generator.normal(size=sizes) if np.issubdtype(np.dtype(one.kind), np.floating) else np.zeros(sizes)
             feed[one.name] = np.asarray(made).astype(one.kind)
         return feed
 
 
 def open_files(
-    paths: Sequence[Path], openings: Sequence[Mapping[str, Any]], given: tuple[int, ...] | None, progress: Progress
+    paths: Sequence[Path],
+    openings: Sequence[Mapping[str, Any]],
+    given: tuple[int, ...] | None,
+    progress: Progress,
+    example: str | None = None,
+    most: int = 1,
 ) -> tuple[list[Benched], tuple[int, ...] | None]:
     """What runs each file, and one sample's shape: the one given, else what a file of one input says.
 
+    Of the data ``example`` each has ``most`` samples, evenly spaced, or those that there are.
+
     Raises:
-        PcqError: a file cannot be opened, or its inputs cannot be of the shape given, or of the other files'.
+        PcqError: a file cannot be opened, or its inputs cannot be of the shape given, of the other files', or the data.
     """
     from pcq.data.inputs import taken
 
@@ -135,7 +147,10 @@ def open_files(
     for done, (path, opening) in enumerate(zip(paths, openings, strict=True)):
         progress(f"open {path.name}", done, len(paths))
         if path.suffix == ONNX_SUFFIX:
-            files.append(Benched(path, "ONNX Runtime", {}, _of_onnx(path, given is not None)))
+            file = Benched(path, "ONNX Runtime", {}, _of_onnx(path, given is not None or example is not None))
+            files.append(file if example is None else _on_arrays(file, example, most))
+        elif example is not None:
+            files.append(_on_samples(path, opening, example, most))
         else:
             network = open_network(path, **opening)
             usual += [network.input_shape] if network.input_shape else []
@@ -146,7 +161,7 @@ def open_files(
                 modules[done] = network.module
                 files.append(Benched(path, "torch", opening, (Input("x", None, "float32"),)))
         inputs = files[-1].inputs
-        if len(inputs) == 1 and inputs[0].sizes and None not in inputs[0].sizes[1:]:
+        if example is None and len(inputs) == 1 and inputs[0].sizes and None not in inputs[0].sizes[1:]:
             said.append(tuple(size for size in inputs[0].sizes[1:] if size is not None))
     shape = given or next(iter(said + usual), None)
     if shape is not None:
@@ -155,6 +170,51 @@ def open_files(
         if shape is not None and taken(module, shape).ids is not None:
             files[place] = replace(files[place], inputs=(Input("x", None, "int64"),))
     return files, shape
+
+
+def _on_arrays(file: Benched, spec: str, most: int) -> Benched:
+    """An ONNX file with samples of the data: arrays by the names of its inputs.
+
+    Raises:
+        PcqError: it does not take them.
+    """
+    from pcq.data import open_inputs
+    from pcq.data.inputs import numbers, refuse_kind, refuse_others
+
+    names = [one.name for one in file.inputs]
+    data = open_inputs(spec, "train", lambda arrays: numbers(arrays, spec))
+    refuse_others(names, tuple(data.arrays), str(file.path))
+    found = dict(zip(data.arrays or names, data.given(data.order(most).tolist()), strict=True))
+    samples = tuple(found[name] for name in names)
+    for one, x in zip(file.inputs, samples, strict=True):
+        refuse_kind(x.is_floating_point(), np.dtype(one.kind), one.name, str(file.path), only=len(names) == 1)
+        if not one.fits(tuple(x.shape[1:])):
+            raise PcqError(f"it does not take samples of {times(x.shape[1:])}", where=str(file.path),
+                           allowed=_allowed(file), todo="Give data of such samples as --example")  # fmt: skip
+    return replace(file, samples=samples)
+
+
+def _on_samples(path: Path, opening: Mapping[str, Any], spec: str, most: int) -> Benched:
+    """A checkpoint, an artifact or an exported program with samples of the data.
+
+    Raises:
+        PcqError: it takes other inputs.
+    """
+    from pcq.data.inputs import names, refuse_one
+
+    network = open_network(path, **opening)
+    data = network.data(spec, "train")
+    samples = data.given(data.order(most).tolist())
+    if not data.arrays:
+        refuse_one(network.module, str(path), data.notes)
+    if network.inputs:
+        inputs = _of_program(network, path)
+    else:
+        called = tuple(data.arrays) or names(network.module)[:1]
+        kinds = [str(x.dtype).removeprefix("torch.") for x in samples]
+        shapes = [(None, *x.shape[1:]) for x in samples]
+        inputs = tuple(Input(*each) for each in zip(called, shapes, kinds, strict=True))
+    return Benched(path, "torch", opening, inputs, samples)
 
 
 def _refuse(files: Sequence[Benched], shape: tuple[int, ...], given: bool) -> None:
@@ -178,7 +238,7 @@ def _allowed(file: Benched) -> str:
 
 
 def _of_onnx(path: Path, given: bool) -> tuple[Input, ...]:
-    """What an ONNX file takes. No sizes are none, or those of a single number: where a shape is ``given``, the former.
+    """What an ONNX file takes. No sizes are none, or those of a single number: where samples are ``given``, the former.
 
     Raises:
         PcqError: there is no such file, ONNX Runtime does not load it, or it takes what is no number.

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from pcq import checkpoint, sources
-from pcq.commands.benched import Array, Benched, open_files
+from pcq.commands.benched import Benched, open_files
 from pcq.commands.drawing import drawn
-from pcq.commands.fresh import Fresh, measure
+from pcq.commands.fresh import Array, Fresh, measure
 from pcq.commands.networks import keys, open_network
 from pcq.errors import PcqError, first_line
 from pcq.plots import bench_figure, require_matplotlib
@@ -115,6 +115,7 @@ def bench(
     *,
     arch: str | None = None,
     input_shape: Sequence[int] | None = None,
+    example: str | None = None,
     batches: Sequence[int] = (1, 8),
     threads: Sequence[int] = (1, 0),
     rounds: int = 20,
@@ -136,6 +137,8 @@ def bench(
         arch: the architecture, for checkpoints whose architecture is neither recorded nor recognised.
         input_shape: one sample's shape without the batch, where the files do not say it; of several inputs for those
             that it fits.
+        example: a data spec instead, whose samples the files run on; of networks of several inputs an array for each by
+            its name.
         batches: samples at once.
         threads: of each run; 0: all cores.
         rounds: of each latency.
@@ -152,6 +155,8 @@ def bench(
     from pcq.data.inputs import sample_shape
 
     begun, input_shape = time.perf_counter(), sample_shape(input_shape)
+    if input_shape is not None and example is not None:
+        raise PcqError("the example says the shapes of the inputs", where="--input", todo="Leave it out")
     if not paths:
         raise PcqError("there is nothing to measure", todo="Name one file or more")
     for option, numbers, least in (("--batch", batches, 1), ("--threads", threads, 0), ("--rounds", [rounds], 1),
@@ -167,7 +172,7 @@ def bench(
     opening = {"arch": arch, "allow_globals": tuple(allow_globals), "unsafe_pickle": unsafe_pickle}
     chosen = keys(named, key, allow_globals, unsafe_pickle)
     openings = [{**opening, "key": mine} for mine in chosen]
-    files, shape = open_files(named, openings, input_shape, progress)
+    files, shape = open_files(named, openings, input_shape, progress, example, max(batches))
     for file in files:
         file.refuse(batches)
     fresh: list[list[Fresh]] = [[] for _ in files]
@@ -177,8 +182,7 @@ def bench(
             progress(f"load {file.path.name}, process {turn + 1}", done, len(files) * processes)
             single = file.feed(min(file.lengths, default=1), shape)
             assert single is not None, file
-            feed = {name: (array.shape, array.dtype.name) for name, array in single.items()}
-            found.append(measure(file.path, file.runtime, file.opening, feed))
+            found.append(measure(file.path, file.runtime, file.opening, single))
     latencies = _latencies(files, shape, batches, counts, rounds, progress)
     rows = tuple(
         BenchRow(
@@ -221,7 +225,7 @@ def _runner(file: Benched, threads: int) -> Callable[[Mapping[str, Array]], obje
 
     def run(feed: Mapping[str, Array]) -> object:
         with torch.no_grad():
-            return network.run(*map(torch.from_numpy, feed.values()))
+            return network.run_named({name: torch.from_numpy(x) for name, x in feed.items()})
 
     return run
 

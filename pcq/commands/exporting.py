@@ -4,9 +4,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from pcq import checkpoint
 from pcq.commands.networks import ONNX_SUFFIX, load_network
@@ -140,8 +140,8 @@ def export_onnx(
     stored = checkpoint.read_artifact(source)
     refuse(stored.quantized, goal, layout, level)
     network = load_network(stored, source, arch)
-    observed = None if int8 is None or int8.data is None else _opened(int8.data, "train", network)
-    given = first(example, network.module, input_shape)
+    observed = None if int8 is None or int8.data is None else network.data(int8.data, "train")
+    given = first(example, network, input_shape)
     unknown = not (given or network.inputs or input_shape)
     if observed is not None and unknown and (observed.arrays or network.input_shape is None):
         given = _beginning(observed)
@@ -212,20 +212,17 @@ FIRST = 4
 """Samples of an example."""
 
 
-def first(spec: str | None, module: nn.Module, input_shape: Sequence[int] | None) -> tuple[Tensor, ...]:
+def first(spec: str | None, network: "Network", input_shape: Sequence[int] | None) -> tuple[Tensor, ...]:
     """The first samples of the data: a tensor for each input, in the order of the network's; empty without data.
 
     Raises:
         PcqError: the data is not usable, or a shape is given too.
     """
-    from pcq.data import open_inputs
-    from pcq.data.inputs import inputs
-
     if spec is None:
         return ()
     if input_shape:
         raise PcqError("the example says the shapes of the inputs", where="--input", todo="Leave it out")
-    return _beginning(open_inputs(spec, "train", lambda arrays: inputs(arrays, module, spec)))
+    return _beginning(network.data(spec, "train"))
 
 
 def _beginning(data: "Data") -> tuple[Tensor, ...]:
@@ -238,7 +235,7 @@ def _samples(
 ) -> tuple[list[tuple[Tensor, ...]], list[tuple[tuple[Tensor, ...], Tensor | None]], str]:
     """Batches to observe ranges on, batches held out of them, and both in words."""
     where = int8.data or ""
-    held_out = _opened(where, "val", network)
+    held_out = network.data(where, "val")
     takes = [list(x.shape[1:]) for x in (example.values() if isinstance(example, Mapping) else example)]
     shapes = [list(x.shape[1:]) for x in data.given([0])]
     if shapes != takes:
@@ -254,19 +251,3 @@ def _samples(
     said = f"ranges from {len(order)} samples of {data.name} ({data.split}), judged on {len(judging)} others"
     seen = [data.inputs(x) for x, _ in data.batches(BATCH, order=order)]
     return seen, [(held_out.inputs(x), y) for x, y in held_out.batches(BATCH, order=judging)], said
-
-
-def _opened(spec: str, split: str, network: "Network") -> "Data":
-    from pcq.data import open_inputs
-    from pcq.data.inputs import inputs, numbers
-
-    def ordered(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
-        if not isinstance(network.inputs, dict):
-            return inputs(arrays, network.module, spec)
-        named = numbers(arrays, spec)
-        if named.keys() != network.inputs.keys():
-            said = f"its arrays are {', '.join(named)}"
-            raise PcqError(said, where=spec, allowed=", ".join(network.inputs))
-        return {name: named[name] for name in network.inputs}
-
-    return open_inputs(spec, split, ordered)

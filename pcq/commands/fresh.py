@@ -5,6 +5,7 @@ over what was resident before. Where the kernel cannot reset the peak, it is tha
 fails it prints the reason.
 """
 
+import io
 import json
 import subprocess
 import sys
@@ -13,10 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from pcq.errors import CheckFailed, PcqError
 
+Array = npt.NDArray[np.generic]
+
 MEMORY = """
-import json, sys, time
+import io, json, sys, time
+import numpy
 def field(name):
     try:
         with open("/proc/self/status") as file:
@@ -39,15 +46,16 @@ def end(before, start, loaded, run):
         return
     print(json.dumps([loaded - start, time.perf_counter() - loaded, max(0, field("VmHWM") - before)]))
 given = json.loads(sys.argv[1])
+with numpy.load(io.BytesIO(sys.stdin.buffer.read())) as stored:
+    feed = dict(zip(given["names"], (stored[name] for name in stored.files)))
 """
 
 ONNX = (
     MEMORY
     + """
-import numpy as np, onnxruntime as ort
+import onnxruntime as ort
 options = ort.SessionOptions()
 options.log_severity_level = 3
-feed = {name: np.zeros(shape, kind) for name, (shape, kind) in given["feed"].items()}
 before, start = begin()
 session = ort.InferenceSession(given["path"], options, providers=["CPUExecutionProvider"])
 loaded = time.perf_counter()
@@ -60,13 +68,13 @@ TORCH = (
     + """
 import torch
 from pcq.commands import open_network
-inputs = [torch.zeros(shape, dtype=getattr(torch, kind)) for shape, kind in given["feed"].values()]
+feed = {name: torch.from_numpy(x) for name, x in feed.items()}
 torch.nn.functional.conv2d(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 3, 3))
 before, start = begin()
 network = open_network(given["path"], **given["opening"])
 loaded = time.perf_counter()
 with torch.no_grad():
-    end(before, start, loaded, lambda: network.run(*inputs))
+    end(before, start, loaded, lambda: network.run_named(feed))
 """
 )
 
@@ -80,31 +88,33 @@ class Fresh:
     peak: int
 
 
-def measure(
-    path: Path, runtime: str, opening: Mapping[str, Any], feed: Mapping[str, tuple[tuple[int, ...], str]]
-) -> Fresh:
+def measure(path: Path, runtime: str, opening: Mapping[str, Any], feed: Mapping[str, Array]) -> Fresh:
     """Load and run once in a new process.
 
     Args:
         path: an ONNX file, or a checkpoint or artifact.
         runtime: ``ONNX Runtime`` or ``torch``.
         opening: how ``open_network`` opens it, for torch.
-        feed: input -> shape and NumPy dtype, in the order of the network's arguments.
+        feed: what it runs on: an array for each input by its name, in the order of the network's arguments.
 
     Raises:
-        PcqError: it does not run on inputs of these shapes.
+        PcqError: it does not run on them.
         CheckFailed: the process ended badly.
     """
-    given = json.dumps({"path": str(path), "opening": dict(opening), "feed": feed})
+    given = json.dumps({"path": str(path), "opening": dict(opening), "names": list(feed)})
+    np.savez(arrays := io.BytesIO(), *feed.values())
     code = ONNX if runtime == "ONNX Runtime" else TORCH
-    done = subprocess.run([sys.executable, "-c", code, given], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, given], input=arrays.getvalue(), capture_output=True, check=False
+    )
     if done.returncode:
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
+        said = done.stderr.decode(errors="replace").splitlines()
+        lines = [line.strip() for line in said if line.strip()] or [f"exit code {done.returncode}"]
         last = next((line for line in reversed(lines) if "Error" in line or "Exception" in line), lines[-1])
         raise CheckFailed(f"a process of its own could not load and run it: {last}", where=str(path))
     answer = json.loads(done.stdout.strip().splitlines()[-1])
     if isinstance(answer, str):
-        shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, (shape, _) in feed.items())
+        shapes = ", ".join(f"{name} {'x'.join(map(str, array.shape))}" for name, array in feed.items())
         raise PcqError(f"it does not run on {shapes}: {answer}", where=str(path), todo="Is --input right?")
     load, first, peak = answer
     return Fresh(load, first, int(peak))

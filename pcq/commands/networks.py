@@ -3,9 +3,10 @@
 import contextlib
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from pcq import checkpoint, models, sources
 from pcq.data.inputs import needed
 from pcq.errors import PcqError
 from pcq.sources.pt2 import Inputs, example_inputs
+
+if TYPE_CHECKING:
+    from pcq.data import Data
 
 ONNX_SUFFIX = ".onnx"
 
@@ -45,6 +49,10 @@ class Network:
             return self.module(**dict(zip(self.inputs, inputs, strict=True)))
         return self.module(*inputs)
 
+    def run_named(self, feed: Mapping[str, Tensor]) -> object:
+        """Its output on tensors by their arguments' names, in order; one alone is the first argument."""
+        return self.run(*feed.values()) if self.inputs or len(feed) == 1 else self.module(**feed)
+
     def refuse_several(self, path: Path) -> None:
         """Several inputs are taken only where something says what each is.
 
@@ -55,8 +63,30 @@ class Network:
         if len(names) > 1:
             what = f"the network takes {len(names)} inputs, and the file does not say what they are: {', '.join(names)}"
             allowed = "one input, or an exported program (.pt2)"
-            todo = "Hand it in as such a program; to export it, give data with an array for each: --example SPEC"
+            todo = (
+                "Give data with an array for each of them by its name, --example SPEC, or hand it in as such a program"
+            )
             raise PcqError(what, where=str(path), allowed=allowed, todo=todo)
+
+    def data(self, spec: str, split: str) -> "Data":
+        """A data set of what it takes: of several inputs their arrays in its order.
+
+        Raises:
+            PcqError: the data is not usable, or has not the arrays that the network takes.
+        """
+        from pcq.data import open_inputs
+        from pcq.data.inputs import inputs, numbers
+
+        def ordered(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
+            if not isinstance(self.inputs, dict):
+                return inputs(arrays, self.module, spec)
+            named = numbers(arrays, spec)
+            if named.keys() != self.inputs.keys():
+                said = f"its arrays are {', '.join(named)}"
+                raise PcqError(said, where=spec, allowed=", ".join(self.inputs))
+            return {name: named[name] for name in self.inputs}
+
+        return open_inputs(spec, split, ordered)
 
     @staticmethod
     def of_program(module: nn.Module, said: str, inputs: Inputs) -> "Network":

@@ -62,7 +62,7 @@ def export_pt2(
         made = _of_program(stored.exported_program(), source)
     else:
         network = load_network(stored, source, arch)
-        made = _of_network(network, source, input_shape, first(example, network.module, input_shape))
+        made = _of_network(network, source, input_shape, first(example, network, input_shape))
     with checkpoint.atomic(path) as draft:
         written = io.BytesIO()  # on a disk that is full torch ends the process
         torch.export.save(made.program, written)

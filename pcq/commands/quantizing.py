@@ -13,7 +13,7 @@ from pcq import checkpoint, models, sources
 from pcq.commands.budgeting import Allocation, allocate, everything, named
 from pcq.commands.calibrating import Calibrated, Calibration, calibrated, stored
 from pcq.commands.networks import architecture
-from pcq.data.inputs import needed
+from pcq.data.inputs import MASK, names, needed
 from pcq.errors import CheckFailed, PcqError, raise_all
 from pcq.plan import Plan, Quantized, make_plan
 from pcq.progress import Progress, silent
@@ -32,7 +32,7 @@ class Planned:
         plan: what will happen to each tensor, and why.
         arch: the architecture spec, if it was given or recognised.
         notes: what was found and done on the way, one sentence each.
-        inputs: what the network does not run without, where it is known.
+        inputs: what the network does not run without, and a mask of tokens, where they are known.
     """
 
     model: Path
@@ -139,8 +139,8 @@ def plan(
         ]
     )
     made = make_plan(loaded, parameters)
-    inputs = () if module is None else tuple(needed(module))
-    return Planned(Path(model), source, loaded, made, spec, (*source.notes, *made.notes), inputs)
+    takes = () if module is None else tuple(name for name in names(module) if name in (*needed(module), MASK))
+    return Planned(Path(model), source, loaded, made, spec, (*source.notes, *made.notes), takes)
 
 
 def run(

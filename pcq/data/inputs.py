@@ -128,6 +128,20 @@ def refuse_one(module: nn.Module, where: str, notes: Sequence[str] = ()) -> None
         raise PcqError(f"{what}.{said}" if said else what, where=where, todo=SEVERAL)
 
 
+def refuse_others(takes: Sequence[str], has: Sequence[str], where: str) -> None:
+    """The data has arrays of these names, or one input without a name.
+
+    Raises:
+        PcqError: a model that ``takes`` inputs of those names takes others.
+    """
+    if not has and len(takes) != 1:
+        what = f"it has {len(takes)} inputs ({', '.join(takes)})"
+        raise PcqError(what, where=where, allowed="a model of one input", todo=SEVERAL)
+    if has and (lost := [name for name in (*has, *takes) if name not in takes or name not in has]):
+        what = f"its inputs are {', '.join(takes)}, the data has {', '.join(has)}"
+        raise PcqError(what, where=where, todo=did_you_mean(lost[0], takes))
+
+
 def numbers(arrays: Mapping[str, Any], spec: str) -> dict[str, Tensor]:
     """Tensors of as many samples each: bools, whole numbers as int64, others as float32, 8-bit images divided by 255.
 
