@@ -18,7 +18,7 @@ from pcq import cli, models
 from pcq import tape as tapes
 from pcq.commands import Calibration
 from pcq.commands.calibrating import draw_inputs
-from pcq.commands.exporting import Int8
+from pcq.commands.exporting import BATCH, Int8
 from pcq.commands.finetuning import FinetuneResult
 from pcq.data import open_data, open_inputs
 from pcq.data.inputs import in_order, inputs, names
@@ -693,6 +693,29 @@ def test_states_of_tokens_follow_the_float_networks(tmp_path: Path) -> None:
     sentences(tmp_path / "labelled.npz")
     with pytest.raises(PcqError, match=r"its output is of shape \[40, 6, 8\].*Leave the labels out"):
         tuned(tmp_path, f"npz:{tmp_path / 'labelled.npz'}", "y.safetensors", arch=arch)
+
+
+def test_masked_tokens_have_no_part_in_what_int8_costs(tmp_path: Path) -> None:
+    """Theirs are large here: with them int8 would explain nearly everything."""
+    found = {name: array.numpy() for name, array in _samples().items()}
+    np.savez(tmp_path / "tokens.npz", **found)
+    artifact, spec = packed(tmp_path, States()), f"npz:{tmp_path / 'tokens.npz'}"
+    made = pcq.export_onnx(artifact, tmp_path / "x.onnx", int8=Int8(spec, samples=24, max_drop=50)).int8
+    assert made is not None
+    assert made.drop is not None
+    exact = pcq.export_onnx(artifact, tmp_path / "y.onnx", example=spec).path
+    judged = {name: array[1::2] for name, array in found.items()}
+    seen = judged["attention_mask"] != 0
+    batches = [{name: array[i : i + BATCH] for name, array in judged.items()} for i in range(0, 24, BATCH)]
+    y, aim = (
+        np.concatenate([session.run(None, batch)[0] for batch in batches])[seen].astype(np.float64)
+        for session in map(InferenceSession, (made.path, exact))
+    )
+    assert made.drop.n == 24
+    assert made.drop.relative_l2 == pytest.approx(np.linalg.norm(y - aim) / np.linalg.norm(aim), rel=1e-5)
+    explained = 100 * (1 - np.square(y - aim).sum() / np.square(aim - aim.mean(0)).sum())
+    assert made.drop.explained == pytest.approx(explained, abs=1e-4)
+    assert explained < 99.9999
 
 
 def test_masked_tokens_have_no_part_in_the_loss() -> None:

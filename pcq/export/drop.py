@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnxruntime as ort
 import torch
 from torch import Tensor
 
+from pcq.data.inputs import named_mask, of_tokens
 from pcq.errors import PcqError, first_line
 from pcq.export import verify
 from pcq.likeness import Likeness
@@ -35,7 +37,8 @@ class Drop:
         relative_l2: distance of the outputs, relative to the exact ones; of several that of the farthest.
         agreement: percent of equal predictions; None where the output is not ``[n, classes]``.
         exact, int8: top-1 in percent; None without labels.
-        explained: of outputs that are not, percent of their variance about their mean; see ``pcq.likeness.Likeness``.
+        explained: of outputs that are not, percent of their variance about their mean, without tokens that a mask
+            hides; see ``pcq.likeness.Likeness``.
     """
 
     n: int
@@ -53,13 +56,15 @@ class Drop:
         return 100 - next(value for value in (self.agreement, self.explained) if value is not None)
 
 
-def compare(exact: Outputs, int8: Outputs, labels: Sequence[Tensor | None]) -> Drop:
-    """Both files' outputs, and the labels batch by batch."""
-    distance = max(_distance(a, b) for a, b in zip(int8, exact, strict=True))
+def compare(exact: Outputs, int8: Outputs, labels: Sequence[Tensor | None], mask: Tensor | None = None) -> Drop:
+    """Both files' outputs, and the labels batch by batch; of outputs of tokens those that ``mask`` [n, t] leaves."""
+    at = None if mask is None else 0
+    seen = [[of_tokens(torch.from_numpy(y), (mask,), at).numpy() for y in each] for each in (int8, exact)]
+    distance = max(_distance(a, b) for a, b in zip(*seen, strict=True))
     known = [y for y in labels if y is not None]
     ours, theirs = (flat(each[0], bool(known)) for each in (int8, exact))
     if not predicts(theirs):
-        alike = Likeness.of(torch.from_numpy(ours), torch.from_numpy(theirs))
+        alike = Likeness.of(*(torch.from_numpy(each[0]) for each in seen))
         return Drop(len(theirs), distance, None, None, None, alike.explained)
     ours, theirs = ours.argmax(1), theirs.argmax(1)
     truth = torch.cat(known).numpy() if known and len(known) == len(labels) else None
@@ -80,6 +85,13 @@ def _distance(ours: npt.NDArray[np.float32], exact: npt.NDArray[np.float32]) -> 
 def each_input(batch: Batch) -> tuple[Tensor, ...]:
     """A tensor for each input."""
     return batch if isinstance(batch, tuple) else (batch,)
+
+
+def token_mask(path: Path, samples: Samples) -> Tensor | None:
+    """The samples' mask of tokens [n, t]; None where the file takes none."""
+    names = [value.name for value in onnx.load(path, load_external_data=False).graph.input]
+    at = named_mask(names, each_input(samples[0][0]))
+    return None if at is None else torch.cat([each_input(x)[at] for x, _ in samples])
 
 
 def arrays(batch: Batch) -> list[npt.NDArray[Any]]:

@@ -22,7 +22,7 @@ from pcq.activations import FULL, HALF, Range
 from pcq.errors import CheckFailed, PcqError
 from pcq.export import scheme, verify, writing
 from pcq.export.cpu import described
-from pcq.export.drop import Batch, Drop, Samples, compare, each_input, outputs
+from pcq.export.drop import Batch, Drop, Samples, compare, each_input, outputs, token_mask
 from pcq.export.int8 import Activations, Converted, Placement, Site, convert, find_sites, place
 from pcq.export.integers import expected
 from pcq.export.lowering import is_signed
@@ -311,7 +311,8 @@ class _Work:
         if not samples:
             return None
         progress("measure", 0, len(samples))
-        return compare(outputs(self.exact, samples), outputs(path, samples), [y for _, y in samples])
+        seen = outputs(self.exact, samples), outputs(path, samples)
+        return compare(*seen, [y for _, y in samples], token_mask(path, samples))
 
     def rank(
         self, path: Path, sites: Sequence[Site], spans: Mapping[str, Range], samples: Samples, progress: Progress
@@ -324,12 +325,12 @@ class _Work:
                 part = tuple(each[:left] for each in each_input(x))
                 few.append((part, None if y is None else y[:left]))
                 left -= len(part[0])
-        exact = outputs(self.exact, few)
+        exact, mask = outputs(self.exact, few), token_mask(self.exact, few)
         moved: dict[int, float] = {}
         for i, site in enumerate(sites):
             progress("rank layers", i, len(sites))
             self.write(path, [site], spans)
-            moved[i] = compare(exact, outputs(path, few), [None] * len(few)).relative_l2
+            moved[i] = compare(exact, outputs(path, few), [None] * len(few), mask).relative_l2
         return [sites[i] for i in sorted(moved, key=lambda i: -moved[i])]
 
     def prove(self, path: Path, converted: Converted, progress: Progress) -> dict[str, int]:
