@@ -29,7 +29,21 @@ Predictor = Callable[..., Tensor]
 """Samples [b, ...], a tensor for each input -> outputs [b, classes], or others [b, ...]."""
 
 
-ONE_OUTPUT = "the data has labels and the network one output, by which no class can be told from another"
+def misfit(data: Data, outputs: int, where: str, todo: str) -> PcqError | None:
+    """Why labels or classes of ``data`` are not those of a network of so many outputs; None: they are.
+
+    ``todo``: what else to do where there is one output for labels.
+    """
+    if data.labels is not None and outputs < 2:
+        what = "the data has labels and the network one output, by which no class can be told from another"
+        return PcqError(what, where=where, allowed="an output for each class", todo=f"Leave the labels out{todo}")
+    if data.classes and len(data.classes) != outputs:
+        what = f"the data has {len(data.classes)} classes and the network {outputs} outputs"
+        todo = "For a folder with some of the classes only, list all of them in a file: folder:DIR?classes=FILE"
+        return PcqError(what, where=where, todo=todo)
+    if data.highest is not None and data.highest >= outputs:
+        return PcqError(f"a label is {data.highest}", where=where, allowed=f"0 to {outputs - 1}, the outputs")
+    return None
 
 
 @dataclass(frozen=True)
@@ -110,8 +124,6 @@ def evaluate(
             likeness = part if likeness is None else likeness + part
         if y is not None:
             width = out.shape[1]
-            if int(y.max()) >= width:
-                raise PcqError(f"a label is {int(y.max())}", where=data.name, allowed=f"0 to {width - 1}, the outputs")
             first += int((guess == y).sum())
             fifth += int((_rank(out, y) < 5).sum())
             theirs += 0 if reference is None else int((compared == y).sum())
@@ -159,15 +171,9 @@ def _outputs(predict: Predictor, inputs: Inputs, data: Data, numbers: Tensor) ->
     if out.ndim == 0 or len(out) != b or (out.ndim != 2 and data.labels is not None):
         raise PcqError(f"its output for {b} samples has shape {list(out.shape)}", where="the network",
                        allowed=f"[{b}, classes]")  # fmt: skip
-    if data.labels is not None and out.shape[1] < 2:
-        todo = "Leave the labels out, and say what to compare with: --reference MODEL"
-        raise PcqError(ONE_OUTPUT, where=data.name, allowed="an output for each class", todo=todo)
-    if data.classes and out.ndim == 2 and len(data.classes) != out.shape[1]:
-        raise PcqError(
-            f"the data has {len(data.classes)} classes and the network {out.shape[1]} outputs",
-            where=data.name,
-            todo="For a folder with some of the classes only, list all of them in a file: folder:DIR?classes=FILE",
-        )
+    instead = ", and say what to compare with: --reference MODEL"
+    if out.ndim == 2 and (wrong := misfit(data, out.shape[1], data.name, instead)) is not None:
+        raise wrong
     if bad := (out.isnan() | (out == torch.inf)).reshape(b, -1).any(1).nonzero().flatten().tolist():
         kind = "NaN" if out.isnan().any() else "infinite"
         where = f"sample {int(numbers[bad[0]])} of {data.name}"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from pcq.data import Data, open_data, open_inputs, own
 from pcq.data.inputs import in_words, inputs, refuse_one
 from pcq.errors import NoSplit, PcqError, raise_all
-from pcq.scores import ONE_OUTPUT
+from pcq.scores import misfit
 from pcq.spec import Spec, parse, takes
 
 HELD_OUT = 5000
@@ -134,22 +134,10 @@ def check_outputs(splits: Splits, outputs: int) -> None:
     Raises:
         PcqError: labels or classes of a split are more than the network's ``outputs``, or there is one output for them.
     """
-    problems = []
-    for data in (splits.train, splits.val, splits.test):
-        if data is None:
-            continue
-        where = f"{data.name}, {data.split}"
-        if data.labels is not None and outputs < 2:
-            todo = "Leave the labels out: the network then follows the float one"
-            problems.append(PcqError(ONE_OUTPUT, where=where, allowed="an output for each class", todo=todo))
-        elif data.highest is not None and data.highest >= outputs:
-            allowed = f"0 to {outputs - 1}, the outputs"
-            problems.append(PcqError(f"a label is {data.highest}", where=where, allowed=allowed))
-        elif data.classes and len(data.classes) != outputs:
-            what = f"the data has {len(data.classes)} classes and the network {outputs} outputs"
-            todo = "For a folder with some of the classes only, list all of them in a file: folder:DIR?classes=FILE"
-            problems.append(PcqError(what, where=where, todo=todo))
-    raise_all(problems)
+    given = [data for data in (splits.train, splits.val, splits.test) if data is not None]
+    found = [misfit(each, outputs, f"{each.name}, {each.split}", ": the network then follows the float one")
+             for each in given]  # fmt: skip
+    raise_all([wrong for wrong in found if wrong is not None])
 
 
 def _same(a: Data, b: Data) -> bool:
