@@ -158,7 +158,15 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], arch: str = "") -
     given = {ties[name]: tensor for name, tensor in state.items() if name in ties}
     own = module.state_dict()
     filled = {name: state.get(name, given.get(ties.get(name, 0), own[name])) for name in own}
-    module.load_state_dict(filled, strict=True)
+    module.load_state_dict(versioned(module, filled), strict=True)
+
+
+def versioned(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` with the versions of the parts of ``module``, as its own state dict has: some do not load without."""
+    made = module.state_dict()
+    made.clear()  # the versions stay
+    made.update(state)
+    return made
 
 
 def _load_otherwise(module: nn.Module, state: Mapping[str, Tensor], check: Mismatch, arch: str) -> None:
@@ -170,7 +178,7 @@ def _load_otherwise(module: nn.Module, state: Mapping[str, Tensor], check: Misma
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about meta tensors, which stand for the shapes
             module.load_state_dict(dict(state), strict=True)
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # torchvision's MNASNet raises the latter
         whole = weight_norm.whole(state)
         if whole.keys() == state.keys():
             raise check.error(arch) from None

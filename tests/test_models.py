@@ -710,6 +710,16 @@ def test_names_alone_say_what_the_modules_say(name: str) -> None:
     assert inventory(shapes, dtypes) == inventory(shapes, dtypes, module)
 
 
+def test_a_network_that_asks_for_the_version_of_its_state_loads() -> None:
+    """torchvision's MNASNet; a file of tensors has no versions."""
+    module = models.build("torchvision:mnasnet0_5?num_classes=3")
+    state = {name: torch.zeros_like(tensor) for name, tensor in module.state_dict().items()}
+    models.load_state(module, state)
+    assert not any(tensor.any() for tensor in module.state_dict().values())
+    with pytest.raises(PcqError, match="not in the network"):
+        models.load_state(module, {**state, "other": torch.zeros(4)})
+
+
 def test_a_buffer_that_is_no_longer_saved_may_be_in_the_file():
     """transformers' BERT saved its position_ids once; all-MiniLM-L6-v2 has them still."""
     module = torch.nn.Linear(2, 2)

@@ -23,6 +23,7 @@ from pcq.commands.networks import load_network, name_it
 from pcq.commands.quantizing import Planned, default_path, plan
 from pcq.data.inputs import bind_as
 from pcq.errors import PcqError, did_you_mean, raise_all
+from pcq.loading import versioned
 from pcq.plan import Kept, Quantized
 from pcq.progress import Progress, silent
 from pcq.proxconnect import Telemetry, targets
@@ -522,7 +523,7 @@ def table(
     networks = {"float": original, "one-shot": oneshot}
     if begin is not None:
         networks["calibrated"] = original_or_new(planned, original, None)
-        networks["calibrated"].load_state_dict(dict(begin.tensors), strict=False)
+        networks["calibrated"].load_state_dict(versioned(networks["calibrated"], begin.tensors), strict=False)
         job.ranks.share(networks["calibrated"].state_dict().values())
     rows = []
     last = [("fine-tuned", tuned)]

@@ -23,6 +23,7 @@ from pcq.data import Inputs
 from pcq.data.inputs import refusing
 from pcq.errors import CheckFailed, PcqError
 from pcq.grids import Grid
+from pcq.loading import versioned
 from pcq.progress import Progress, silent
 from pcq.proxconnect import ProxConnect, Target, Telemetry
 from pcq.qtensor import QuantizedTensor
@@ -197,7 +198,7 @@ def train(job: Job, *, resume: bool = False, progress: Progress = silent) -> Tra
     with own_randomness(), listening(patient=ranks.world > 1) as stop, ranks.whole_batches():
         total = saved["total"] if saved else ranks.agree(_total(job, batches, stop))
         if saved:
-            module.load_state_dict(saved["module"], strict=False)
+            module.load_state_dict(versioned(module, saved["module"]), strict=False)
         run = _set_up(job, batches, total)
         if saved:
             _restore(run, saved)
