@@ -326,6 +326,16 @@ def test_matmulnbits_says_what_it_costs(tmp_path: Path, level: layouts.Level) ->
     assert packed < report.resident < 4 * sum(weight.numel for weight in weights.values())
 
 
+def test_the_layout_for_size_counts_functions(tmp_path: Path) -> None:
+    """A ternary weight takes 1.6 bits in bytes and 2 in ONNX's own type, but its function is longer."""
+    network, weights = _mlp(("ternary", "ternary"))
+    needs = [Need(name, weight.grid, weight.rows, False, ("Gemm",)) for name, weight in weights.items()]
+    assert {choice.layout for choice in plan(needs, target("1.32"), aim="size").choices} == {"exact"}
+    report = write_onnx(network, weights, (torch.zeros(1, 5, 48),), tmp_path / "m.onnx", target_ort="1.32", aim="size")
+    assert [row.layout for row in report.tensors] == ["native", "native"]
+    assert abs(report.nbytes - report.predicted) < 1000
+
+
 def test_int8_arithmetic_that_nobody_asked_for_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the planner refuses before MatMul is what ONNX Runtime would do."""
     network, weights = _mlp(("4 bit around 8", "4 bit around 8"))

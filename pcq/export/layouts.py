@@ -11,7 +11,7 @@ pcq.export.facts says.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -121,6 +121,19 @@ class Plan:
         for choice in self.choices:
             numbers[LOADS[choice.layout]] += choice.numel
         return max(numbers, key=lambda words: numbers[words])
+
+
+def smallest(needs: Sequence[Need], goal: Target, size: Callable[[Plan], int]) -> Plan:
+    """The plan for ``size``, or where that takes fewer bytes in all, one of fewer forms: each brings a function along.
+
+    Args:
+        needs, goal: as for :func:`plan`.
+        size: bytes of the whole file by a plan.
+    """
+    rivals = [plan(needs, goal, aim="size"), plan(needs, goal, aim="speed"), plan(needs, goal)]
+    different = {tuple((choice.layout, choice.stored) for choice in made.choices): made for made in reversed(rivals)}
+    plans = list(reversed(different.values()))
+    return plans[0] if len(plans) == 1 else min(plans, key=size)
 
 
 def plan(

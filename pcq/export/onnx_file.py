@@ -17,7 +17,7 @@ from pcq.data.inputs import MASK
 from pcq.errors import PcqError, did_you_mean, raise_all
 from pcq.export import norms, passes, scheme, verify, writing
 from pcq.export.facts import Target, target
-from pcq.export.layouts import Aim, Choice, Layout, Level, Plan, plan, refuse
+from pcq.export.layouts import Aim, Choice, Layout, Level, Plan, plan, refuse, smallest
 from pcq.export.nbits import OPERATOR
 from pcq.export.tracing import Example, Traced, tensors_of, trace
 from pcq.progress import Progress, silent
@@ -264,36 +264,52 @@ def _pack(
     passes.optimise(model)
     folded = norms.fold(model, weights) if wanted.fold else {}
     weights, left = {**weights, **folded}, passes.distinct_bytes(model)
-    made = plan(passes.needs(model, weights, placed), wanted.goal, wanted.layout, wanted.aim, wanted.level)
-    packed = passes.lay_out(model, weights, placed, made)
-    structure = passes.structure_bytes(model, packed)
-    passes.fill(model, packed)
-    filled = {one.name: one for one in packed}
-    choices = {choice.name: choice for choice in made.choices}
-    names = tuple(choices)
+    needs = passes.needs(model, weights, placed)
+    names = tuple(need.name for need in needs)
     unused += [name for name in weights if name not in names and name not in shared and name not in unused]
-    schemes = {
-        name: scheme.describe(
-            weights[name], filled[name].lowered.function.name if name in filled else OPERATOR,
-            name in filled and filled[name].transposed, choices[name].layout, choices[name].stored,
-        )
-        for name in names
-    }  # fmt: skip
-    version = importlib.metadata.version("pcq")
-    entries = {"version": version, **metadata}
+    entries = {"version": importlib.metadata.version("pcq"), **metadata}
     if tied or shared:
         entries["tied"] = json.dumps({**tied, **shared})
-    properties = {f"pcq.{key}": value for key, value in entries.items()} | {scheme.KEY: scheme.to_json(schemes)}
-    if folded:
-        properties[scheme.FOLDED] = json.dumps([*folded])
     if wanted.aim is not None or wanted.layout != "exact":
-        properties["pcq.mode"] = wanted.layout if wanted.aim is None else f"optimized for {wanted.aim}"
-    passes.finish(model, made.ir_version, version, properties)
-    described = sum(len(key) + len(value.encode()) + 12 for key, value in properties.items())
-    predicted = left + made.nbytes + structure + described
+        entries["mode"] = wanted.layout if wanted.aim is None else f"optimized for {wanted.aim}"
+    said = {f"pcq.{key}": value for key, value in entries.items()}
+    if folded:
+        said[scheme.FOLDED] = json.dumps([*folded])
+
+    def laid_out(made: Plan) -> tuple[list[passes.Packed], dict[str, str], int]:
+        """The packed weights of a plan, the file's metadata, and its size."""
+        packed = passes.lay_out(model, weights, placed, made)
+        properties = {**said, scheme.KEY: scheme.to_json(_schemes(weights, packed, made))}
+        described = sum(len(key) + len(value.encode()) + 12 for key, value in properties.items())
+        return packed, properties, left + made.nbytes + passes.structure_bytes(model, packed) + described
+
+    if wanted.aim == "size":
+        made = smallest(needs, wanted.goal, lambda one: laid_out(one)[-1])
+    else:
+        made = plan(needs, wanted.goal, wanted.layout, wanted.aim, wanted.level)
+    packed, properties, predicted = laid_out(made)
+    passes.fill(model, packed)
+    passes.finish(model, made.ir_version, entries["version"], properties)
     return _Packing(
         {name: weights[name] for name in names}, tuple(folded), tuple(unused), shared, predicted, float_bytes, made
     )
+
+
+def _schemes(
+    weights: Mapping[str, QuantizedTensor], packed: Sequence[passes.Packed], made: Plan
+) -> dict[str, scheme.Scheme]:
+    """What the file says of each weight; one that is not among ``packed`` is read by MatMulNBits."""
+    filled = {one.name: one for one in packed}
+    return {
+        choice.name: scheme.describe(
+            weights[choice.name],
+            filled[choice.name].lowered.function.name if choice.name in filled else OPERATOR,
+            choice.name in filled and filled[choice.name].transposed,
+            choice.layout,
+            choice.stored,
+        )
+        for choice in made.choices
+    }
 
 
 def _equal_values(a: QuantizedTensor, b: QuantizedTensor) -> bool:
