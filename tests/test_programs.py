@@ -109,7 +109,9 @@ class Chosen(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["Packed", "Chosen"])
-def test_networks_whose_sizes_depend_on_values_are_told_what_to_do(kind: str, tmp_path: Path) -> None:
+def test_networks_whose_sizes_depend_on_values_are_told_what_to_do(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.manual_seed(0)
     torch.save({"Packed": Packed, "Chosen": Chosen}[kind]().state_dict(), tmp_path / "n.pt")
     arrays = {"x": np.random.default_rng(0).random((8, 5, 4), np.float32)}
@@ -120,3 +122,4 @@ def test_networks_whose_sizes_depend_on_values_are_told_what_to_do(kind: str, tm
     for export in (pcq.export_onnx, pcq.commands.export_pt2):
         with pytest.raises(pcq.PcqError, match=r"cannot export .* depend on values.*give the network without"):
             export(made, example=f"npz:{tmp_path / 'x.npz'}")
+    assert capsys.readouterr().err == ""  # torch prints the graph so far

@@ -2,7 +2,6 @@
 
 import io
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,18 +165,17 @@ def _exported(
     module: nn.Module, samples: Callable[[int], tuple[Tensor, ...]], where: str
 ) -> tuple[torch.export.ExportedProgram, tuple[int, ...]]:
     """The program, for any batch if torch manages it, and the batches it takes."""
+    from pcq.export.tracing import advice, hushed
+
     example = samples(2)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about what recurrent layers keep for themselves
+        with hushed():
             sizes = tuple({0: torch.export.Dim.AUTO} for _ in example)
             moving = torch.export.export(module, example, dynamic_shapes=sizes, strict=False)
             if all(isinstance(shape[0], torch.SymInt) for shape in _shapes(moving)):
                 return moving, (1, 3)
             return torch.export.export(module, tuple(x[:1] for x in example), strict=False), (1,)
     except Exception as error:  # torch.export raises many kinds
-        from pcq.export.tracing import advice
-
         told = first_line(error)
         raise PcqError(f"torch cannot export the network: {told}", where=where, todo=advice(told)) from error
 

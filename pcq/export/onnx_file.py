@@ -19,7 +19,7 @@ from pcq.export import norms, passes, scheme, verify, writing
 from pcq.export.facts import Target, target
 from pcq.export.layouts import Aim, Choice, Layout, Level, Plan, plan, refuse, smallest
 from pcq.export.nbits import OPERATOR
-from pcq.export.tracing import Example, Traced, tensors_of, trace
+from pcq.export.tracing import Example, Traced, hushed, tensors_of, trace
 from pcq.progress import Progress, silent
 from pcq.qtensor import QuantizedTensor
 
@@ -261,7 +261,8 @@ def _pack(
             placed.append(one)
     progress("optimise", 0, 1)
     passes.split_products(model)
-    passes.optimise(model)
+    with hushed():
+        passes.optimise(model)
     folded = norms.fold(model, weights) if wanted.fold else {}
     weights, left = {**weights, **folded}, passes.distinct_bytes(model)
     needs = passes.needs(model, weights, placed)

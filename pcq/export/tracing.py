@@ -4,9 +4,11 @@ Optimising before the weights are packed would fold BatchNorm into convolutions 
 weights; so nothing is optimised here (ONNX.md section 3).
 """
 
+import io
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +26,7 @@ Example = Sequence[Tensor] | Mapping[str, Tensor]
 
 
 DEPENDS = ("data-dependent", "could not guard", "failed to unpack", "unbacked")
-"""Words of torch about sizes that depend on values."""
+"""Words of torch about what depends on values."""
 
 
 def advice(told: str) -> str:
@@ -32,9 +34,22 @@ def advice(told: str) -> str:
     if not any(word in told.lower() for word in DEPENDS):
         return ""
     return (
-        "Its sizes depend on values, as those of packed sequences and of boxes chosen among others do: give the "
-        "network without that part"
+        "Its sizes or its way depend on values, as with packed sequences, boxes chosen among others and masks that "
+        "nn.Transformer looks at (tell it so: tgt_is_causal=True): give the network without that part"
     )
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Nothing of what torch and its exporters log, warn of and print; what matters is in their exceptions, too."""
+    logged = logging.root.manager.disable
+    try:
+        logging.disable(logging.CRITICAL)
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logged)
 
 
 class FixedBatch(PcqError):
@@ -186,11 +201,8 @@ def _to_onnx(
     shapes: tuple[dict[int, str], ...] | dict[str, dict[int, str]] | None,
     opset: int,
 ) -> torch.onnx.ONNXProgram:
-    logged = logging.root.manager.disable
     try:
-        logging.disable(logging.CRITICAL)  # torch logs what the exception says again
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
+        with hushed(), torch.no_grad():
             program = torch.onnx.export(
                 network, args, kwargs=kwargs, dynamo=True, optimize=False, opset_version=opset,
                 dynamic_shapes=shapes, verbose=False,
@@ -204,8 +216,6 @@ def _to_onnx(
             raise FixedBatch from error
         text = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
         raise PcqError(f"torch cannot export this network: {text}", where="export", todo=advice(text)) from error
-    finally:
-        logging.disable(logged)
     assert program is not None
     got = program.model.opset_imports.get("")
     if got != opset:
