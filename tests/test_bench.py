@@ -21,7 +21,7 @@ from pcq.demo import HERE
 from pcq.errors import CheckFailed, PcqError
 from pcq.plots import bench_figure
 from pcq.progress import silent
-from pcq.report.benching import _spread
+from pcq.report.benching import _ratio, _spread
 from tests.test_onnx_input import convolutions, images, normal, save, words
 from tests.test_scores import onnx_linear
 from tests.test_several_inputs import Apart, _samples
@@ -330,6 +330,9 @@ def test_quartiles() -> None:
 def test_quartiles_are_told_in_the_unit_of_the_median() -> None:
     assert _spread(Spread(0.0131, 0.0117, 0.0143)) == "13.1 ms (11.7-14.3)"
     assert _spread(Spread(1.184, 0.98, 1.19)) == "1.18 s (0.98-1.19)"
+    assert _spread(Spread(0.98, 0.0968, 1.234)) == "980 ms (96.8-1234)"
+    assert _spread(Spread(0.9997, 0.9, 1.1)) == "1000 ms (900-1100)"
+    assert [_ratio(n, 1000) for n in (1234, 10, 3.8)] == ["1.23x", "0.01x", "0.004x"]
 
 
 def test_the_picture_has_a_bar_for_every_number() -> None:

@@ -12,17 +12,26 @@ from pcq.report.forms import render, size, table, to_json
 
 
 def _time(seconds: float) -> str:
-    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.2f} s"
+    return f"{_ms(seconds)} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def _ms(seconds: float) -> str:
+    """Three digits, or what is before the point."""
+    return f"{1000 * seconds:.3g}" if seconds < 0.1 else f"{1000 * seconds:.0f}"
 
 
 def _spread(found: commands.Spread) -> str:
     """Median and quartiles in one unit."""
-    low, high = (f"{1000 * each:.3g}" if found.median < 1 else f"{each:.2f}" for each in (found.low, found.high))
+    low, high = (_ms(each) if found.median < 1 else f"{each:.2f}" for each in (found.low, found.high))
     return f"{_time(found.median)} ({low}-{high})"
 
 
 def _ratio(value: float, first: float) -> str:
-    return f"{value / first:.2f}x" if first else "-"
+    return _times(value / first) if first else "-"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}x" if ratio >= 0.01 else f"{ratio:.1g}x"
 
 
 @render.register
@@ -47,7 +56,7 @@ def _(result: commands.BenchResult) -> RenderableType:
             if (latency := known.get(title)) is None:
                 cells.append("-")
                 continue
-            ratio = "-" if latency.ratio is None else f"{latency.ratio:.2f}x"
+            ratio = "-" if latency.ratio is None else _times(latency.ratio)
             cells.append(f"{_spread(latency.seconds)} {ratio}")
         runs.add_row(row.path.name, *cells)
     turns = f"{counted(result.rounds, 'round')} and {counted(result.processes, 'process', 'es')}"
