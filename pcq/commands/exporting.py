@@ -240,7 +240,11 @@ def _samples(
     shapes = [list(x.shape[1:]) for x in data.given([0])]
     if shapes != takes:
         said, wanted = (", ".join(map(str, some)) for some in (shapes, takes))
-        todo = "" if len(takes) == 1 else "Give an array for each input, named like it: npz:FILE"
+        todo = "Give an array for each input, named like it: npz:FILE"
+        if len(takes) == 1:
+            open_ = len(shapes) == 1 and not network.inputs  # else a program says what it takes
+            said_so = f", or export for that of the samples: --input {'x'.join(map(str, shapes[0]))}"
+            todo = "Give samples of that shape" + said_so * open_
         raise PcqError(f"its samples are {said}, the network takes {wanted}", where=where, todo=todo)
     if data.n < 2:
         raise PcqError("one sample cannot both calibrate and judge", where=where, allowed="2 or more samples")

@@ -7,6 +7,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from pcq import commands
+from pcq.commands.benching import counted
 from pcq.report.forms import render, shape, size, smaller, table, to_json
 
 if TYPE_CHECKING:
@@ -75,10 +76,13 @@ def _int8(result: commands.ExportResult, int8: "Int8Report") -> RenderableType:
         lines.append(f"With every layer in int8: {_said(int8.first_drop)}. So {len(int8.fallen_back)} went back to "
                      f"float, worst first: {', '.join(int8.fallen_back)}.")  # fmt: skip
     if int8.seven_bits:
-        lines.append(f"What enters {len(int8.seven_bits)} layers of 8-bit weights has 7 bits: so their sums saturate "
-                     "on no x86; --vnni gives them 8.")  # fmt: skip
+        layers = counted(len(int8.seven_bits), "layer")
+        lines.append(
+            f"What enters {layers} of 8-bit weights has 7 bits: so no sum saturates on an x86; --vnni gives 8."
+        )
     if int8.saturating:
-        lines.append(f"{len(int8.saturating)} layers of 8-bit weights can saturate on x86 without VNNI, so results "
+        layers = counted(len(int8.saturating), "layer")
+        lines.append(f"{layers} of 8-bit weights can saturate on x86 without VNNI, so results "
                      f"differ between processors: {', '.join(int8.saturating)}. There the session option "
                      "session.x64quantprecision=1 computes exactly, but slower.")  # fmt: skip
     lines.append("Leave the runtime's default optimisation on; do not run onnxsim or onnxslim on the file.")
