@@ -305,6 +305,23 @@ def test_an_old_operator_set_is_raised_and_said(tmp_path: Path) -> None:
     )
 
 
+def test_lines_of_source_code_are_left_out_and_said(tmp_path: Path) -> None:
+    """As torch.onnx.export(dynamo=True) writes them, often more bytes than packed weights; none are predicted."""
+    path = convolutions(tmp_path / "m.onnx")
+    model = onnx.load(path)
+    for node in model.graph.node:
+        trace = 200 * 'File "/home/me/net.py", line 3'
+        for key, value in {"pkg.torch.onnx.stack_trace": trace, "namespace": ": net.Net", "mine": "1"}.items():
+            node.metadata_props.add(key=key, value=value)
+    model.ir_version = 10
+    onnx.save(model, path)
+    result = quantize_onnx(path, "w8")
+    assert any("lines of source code" in note for note in result.planned.notes)
+    kept = [entry.key for node in onnx.load(result.path).graph.node for entry in node.metadata_props]
+    assert set(kept) == {"mine"}
+    assert result.proof.nbytes < path.stat().st_size - 6000
+
+
 def test_old_attributes_become_inputs(tmp_path: Path) -> None:
     """Clip is what there is to convert."""
     nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Clip", ["h"], ["y"], min=0.0, max=6.0)]

@@ -48,6 +48,11 @@ AGAIN = "Export the model again with operator set 13 or later"
 """What to do about a model that cannot be raised."""
 
 
+TRACES = ("pkg.torch.", "pkg.onnxscript.")
+NAMESPACE = "namespace"
+"""Keys of what torch's exporter says of nodes and values."""
+
+
 @dataclass(frozen=True)
 class Opened:
     """A graph that is ready to be worked on.
@@ -56,6 +61,7 @@ class Opened:
         path: the file.
         model: the graph; raised where it had to be.
         file_bytes: the file and its external data.
+        dropped: bytes of them that were left out on opening.
         opset, ir_version: what the file itself has.
         notes: what was done to it, one sentence each.
     """
@@ -66,6 +72,7 @@ class Opened:
     opset: int
     ir_version: int
     notes: tuple[str, ...]
+    dropped: int = 0
 
     @property
     def target_ort(self) -> str | None:
@@ -99,8 +106,22 @@ def open_graph(path: Path) -> Opened:
         for value in inputs:
             model.graph.inputs.remove(value)
         notes += unlisted(len(inputs))
+    if dropped := _untraced(model):
+        notes.append(f"Left out {dropped:,} bytes of torch's about where each node comes from: lines of source code.")
     _name_apart(model)
-    return Opened(path, model, size, opset, version, tuple(notes))
+    return Opened(path, model, size, opset, version, tuple(notes), dropped)
+
+
+def _untraced(model: ir.Model) -> int:
+    """Drop what torch's exporter says of each node and value for debugging, often more than packed weights take.
+
+    Returns how many bytes.
+    """
+    dropped = 0
+    for holder in (*nodes(model), *values(model)):
+        for key in [key for key in holder.metadata_props if key.startswith(TRACES) or key == NAMESPACE]:
+            dropped += len(key) + len(holder.metadata_props.pop(key).encode()) + 8
+    return dropped
 
 
 def unlisted(count: int) -> list[str]:

@@ -237,7 +237,7 @@ def _drop(model: ir.Model, operand: Operand) -> None:
 
 def predict(opened: Opened, inventory: Inventory, quantized: Mapping[str, QuantizedTensor]) -> int:
     """The size of the file: the input's, without the tensors and nodes that go, with what comes."""
-    size, functions = opened.file_bytes, {}
+    size, functions = opened.file_bytes - opened.dropped, {}
     for name, weight in quantized.items():
         operands = inventory.weights[name].operands
         roots = {id(operand.chain.root): operand.chain.tensor for operand in operands}
