@@ -193,6 +193,30 @@ def test_matrices_of_tokens_are_rounded_anew_in_each_call(tmp_path: Path) -> Non
     assert not np.array_equal(network(x[:1]).detach().numpy()[0], ours[0])  # a sample depends on its batch
 
 
+def test_what_a_convolution_and_a_matrix_read_is_rounded_for_each(tmp_path: Path) -> None:
+    """Static for one and dynamic for the other, as in LeViT."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv1d(3, 8, 3, padding=1), nn.Conv1d(8, 8, 3, padding=1), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x).tanh()
+            return self.b(y) + self.c(y)  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    network = Both().eval()
+    weights = quantized(network)
+    x, exact = torch.randn(4, 3, 16), tmp_path / "exact.onnx"
+    write_onnx(network, weights, (torch.zeros(1, 3, 16),), exact, fold=False)
+    report = write_int8(exact, tmp_path / "int8.onnx", lambda: [(x,)])
+    assert {layer.weight: layer.activations for layer in report.layers}["b.weight"] == "static"
+    assert {layer.weight: layer.activations for layer in report.layers}["c.weight"] == "dynamic"
+    y, aim = run(tmp_path / "int8.onnx", x), network(x).detach().numpy()
+    assert np.abs(y - aim).max() < 0.05 * np.abs(aim).max()
+
+
 def test_control_flow_and_a_branch_that_was_never_seen() -> None:
     class Branches(nn.Module):
         def __init__(self) -> None:
