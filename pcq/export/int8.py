@@ -310,9 +310,9 @@ def _multiply_dynamic(
     node, x = site.node, site.node.inputs[0]
     assert x is not None
     if x not in known:
-        name = f"{x.name}/dynamic"  # others may read it by a range that was observed
-        outputs = [ir.Value(name=f"{name}/{part}") for part in ("codes", "scale", "zero")]
-        quantize = ir.Node("", "DynamicQuantizeLinear", [x], outputs=outputs, name=f"{name}/quantize")
+        prefix = f"{x.name}/dynamic"  # others may read it by a range that was observed
+        outputs = [ir.Value(name=f"{prefix}/{part}") for part in ("codes", "scale", "zero")]
+        quantize = ir.Node("", "DynamicQuantizeLinear", [x], outputs=outputs, name=f"{prefix}/quantize")
         producer = x.producer()
         if producer is None:
             graph.insert_before(graph[0], quantize)

@@ -118,9 +118,9 @@ def _untraced(model: ir.Model) -> int:
     Returns how many bytes.
     """
     dropped = 0
-    for holder in (*nodes(model), *values(model)):
-        for key in [key for key in holder.metadata_props if key.startswith(TRACES) or key == NAMESPACE]:
-            dropped += len(key) + len(holder.metadata_props.pop(key).encode()) + 8
+    for said in (*(node.metadata_props for node in nodes(model)), *(value.metadata_props for value in values(model))):
+        for key in [key for key in said if key.startswith(TRACES) or key == NAMESPACE]:
+            dropped += len(key) + len(said.pop(key).encode()) + 8
     return dropped
 
 
