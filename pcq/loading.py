@@ -35,6 +35,18 @@ class Mismatch:
     def __bool__(self) -> bool:
         return bool(self.missing or self.unexpected or self.differ)
 
+    @property
+    def parts(self) -> list[str]:
+        """Prefixes under which the state dict has all of the network's tensors, and no others."""
+        first = next((name for name in self.ours if not name.endswith(COUNTER)), "")
+        found = []
+        for prefix in (name.removesuffix(first) for name in self.theirs if first and name.endswith(f".{first}")):
+            under = {n.removeprefix(prefix): tuple(shape) for n, shape in self.theirs.items() if n.startswith(prefix)}
+            missing = self.ours.keys() - under.keys()
+            if under.items() <= self.ours.items() and all(name.endswith(COUNTER) for name in missing):
+                found.append(prefix)
+        return found
+
     def error(self, arch: str = "") -> PcqError:
         """The first of each, and the likely cause."""
         shapes = [f"{n} {_size(self.theirs[n])} where the network has {_size(self.ours[n])}" for n in self.differ]
@@ -61,9 +73,10 @@ class Mismatch:
                     known = arch.startswith(("torchvision:", "timm:"))
                     how = f"add {key}={theirs} to --arch" if known else f"let --arch say so, such as ?{key}={theirs}"
                     return f"The checkpoint is for {theirs} {what} and the network for {ours}: {how}"
-        prefix = next(iter(self.theirs), "").partition(".")[0] + "."
-        if self.theirs and all(n.startswith(prefix) and n.removeprefix(prefix) in self.ours for n in self.theirs):
-            return f"All names begin with '{prefix}', which the network's do not; save the state dict without it"
+        if parts := self.parts:
+            those = " and those under ".join(f"'{prefix}'" for prefix in parts)
+            one = "one of them, such as " * (len(parts) > 1)
+            return f"The tensors under {those} are the network's: open the checkpoint with {one}--key {parts[0][:-1]}"
         try:
             found = recognise(self.theirs)
         except Ambiguous as error:

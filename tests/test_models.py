@@ -453,6 +453,30 @@ def test_a_prefix_of_the_network_itself_is_put_back(wraps: int, wrapper: str, tm
     assert not torch.equal(ours(x), net(x))
 
 
+def test_the_part_of_a_checkpoint_that_is_the_network(tmp_path: Path) -> None:
+    """Lightning's state dict holds all of its module: the network, a loss's weights, an average of the network."""
+    (tmp_path / "own.py").write_text(
+        "from torch import nn\n"
+        "def net(): return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))\n"
+    )
+    arch = f"{tmp_path}/own.py:net"
+    net, average = models.build(arch).eval(), models.build(arch)
+    state = {f"model.{name}": value for name, value in net.state_dict().items()} | {"loss.weight": torch.ones(2)}
+    one, both = tmp_path / "one.ckpt", tmp_path / "both.ckpt"
+    torch.save({"state_dict": state, "epoch": 1}, one)
+    planned = plan(one, "w8", arch=arch)
+    assert planned.source.names == list(net.state_dict())
+    assert "Took the 9 tensors under 'model.'; beside them: loss.weight." in planned.source.notes
+    x = torch.randn(2, 1, 3, 3)
+    assert torch.equal(pcq.open_network(one, arch).module(x), net(x))
+    torch.save({"state_dict": state | {f"ema.{name}": value for name, value in average.state_dict().items()}}, both)
+    with pytest.raises(PcqError, match=r"'model.' and those under 'ema.' are the network's: open .* --key model"):
+        plan(both, "w8", arch=arch)
+    assert torch.equal(pcq.open_network(both, arch, key="ema").module(x), average.eval()(x))
+    with pytest.raises(PcqError, match=r"there is no state dict 'mod' in it. Allowed: state_dict"):
+        plan(both, "w8", arch=arch, key="mod")
+
+
 @pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
 def test_names_that_transformers_changes_on_loading(tmp_path: Path) -> None:
     """It saves a ViT under other names than its network has; an old BERT's are `gamma` and `beta`, beside heads."""
@@ -593,7 +617,10 @@ def test_parts_of_a_weight_are_left_float_and_say_what_to_do() -> None:
         (lambda s: s | {"0.weight": torch.zeros(5, 1, 3, 3)}, "for 1 input channels and the network for 3.*in_chans=1"),
         (lambda s: {n: t for n, t in s.items() if n != "3.bias"}, r"1 tensor is missing \(3\.bias\)"),
         (lambda s: s | {"4.bias": torch.zeros(2)}, r"1 tensor is not in the network \(4\.bias\)"),
-        (lambda s: {f"net.{n}": t for n, t in s.items()}, "All names begin with 'net.'"),
+        (
+            lambda s: {f"net.{n}": t for n, t in s.items()},
+            "under 'net.' are the network's: open the checkpoint with --key net",
+        ),
         (lambda s: {"w": torch.zeros(3)}, "8 tensors are missing.*Only 0 of the checkpoint's 1 names"),
         (lambda s: small(7)[:2].state_dict(), "A variant of the architecture"),
         (lambda s: {n if n < "1" else f"w{n}": t for n, t in s.items()}, "Only 2 of the checkpoint's 8 names"),

@@ -34,7 +34,10 @@ Set = Annotated[
 
 Key = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Which state dict to open, where a checkpoint holds several, such as ema."),
+    typer.Option(
+        metavar="NAME",
+        help="Which state dict to open, where a checkpoint holds several, such as ema; or which part of one.",
+    ),
 ]
 
 AllowGlobal = Annotated[

@@ -225,13 +225,17 @@ def architecture(source: sources.Source, arch: str | None) -> tuple[sources.Sour
 
 
 def fitting(source: sources.Source, module: nn.Module, spec: str) -> sources.Source:
-    """``source`` under the names of ``module``: with a prefix that belongs to it, or as transformers loads its folders.
+    """``source`` under the names of ``module``: the one part of it that is this network, such as what Lightning has
+    under ``model.`` beside a loss's weights; with a prefix that belongs to it; or as transformers loads its folders.
 
-    As it is where it fits, or where neither helps.
+    As it is where it fits, or where nothing helps.
     """
     shapes = {name: source.shape(name) for name in source.names}
-    if not models.mismatch(module, shapes):
+    check = models.mismatch(module, shapes)
+    if not check:
         return source
+    if len(check.parts) == 1:
+        return sources.part(source, check.parts[0])
     if prefix := models.prefix_of(module, shapes):
         return sources.with_prefix(source, prefix)
     loaded = models.as_transformers_loads(spec, source.state_dict()) if spec.startswith("hf:") else None

@@ -12,7 +12,7 @@ from pcq.sources import pickles, pt2, safetensors
 from pcq.sources.archive import members
 from pcq.sources.arrays import npz_entries
 from pcq.sources.pickles import Asked
-from pcq.sources.source import Source, put_together, strip_prefixes, unreadable
+from pcq.sources.source import Source, part, put_together, strip_prefixes, unreadable
 from pcq.sources.torchscript import torchscript_entries
 from pcq.sources.wrappers import NoSuchState
 
@@ -50,7 +50,8 @@ def open_source(
         path: a checkpoint file, an index of shards, or a folder that holds one of them.
         allow_globals: ``package.Class`` names that a pickle may load.
         unsafe_pickle: load a pickle that can execute code. Only for files you trust.
-        key: which state dict to open where a checkpoint holds several, such as ``model_ema``.
+        key: which state dict to open where a checkpoint holds several, such as ``model_ema``; or, where it holds one,
+            the part of it whose names begin so, such as ``ema_model``.
 
     Raises:
         PcqError: it is not a checkpoint that can be quantized; the message says what it is and what to do.
@@ -58,7 +59,10 @@ def open_source(
     """
     path, asked = Path(path), Asked(tuple(allow_globals), unsafe_pickle, key)
     try:
-        source = open_folder(path, asked) if path.is_dir() else open_file(path, asked)
+        try:
+            source = open_any(path, asked)
+        except NoSuchState as error:
+            source = part_of(path, asked, error)
     except OSError as error:
         raise unreadable(path, error) from error
     entries, notes = source.entries, list(source.notes)
@@ -70,6 +74,24 @@ def open_source(
         raise PcqError("it holds no tensors", where=str(path), todo="Give a checkpoint with the network's weights")
     files = source.files or (source.path,)
     return replace(source, path=path, entries=entries, notes=tuple(notes), files=files)
+
+
+def open_any(path: Path, asked: Asked) -> Source:
+    return open_folder(path, asked) if path.is_dir() else open_file(path, asked)
+
+
+def part_of(path: Path, asked: Asked, error: NoSuchState) -> Source:
+    """Where a checkpoint has one state dict, the part of it that ``asked.key`` names.
+
+    Raises:
+        NoSuchState: it has several, or no names begin so.
+    """
+    if not error.several:
+        source = open_any(path, replace(asked, key=None))
+        found = part(source, f"{asked.key}.")
+        if found.entries and source.make_module is None:
+            return found
+    raise error
 
 
 def open_folder(folder: Path, asked: Asked) -> Source:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pcq import weight_norm
 from pcq.errors import PcqError, did_you_mean
+from pcq.sources.wrappers import listed
 
 PREFIXES = ("module.", "_orig_mod.", "model.")
 """What DistributedDataParallel, torch.compile and Lightning put before every name."""
@@ -149,6 +150,15 @@ def with_prefix(source: Source, prefix: str) -> Source:
     """``source`` with ``prefix`` before every name: it belongs to the network, and not to what had wrapped it."""
     note = f"Put the prefix '{prefix}' back: the network's own names have it."
     entries = {prefix + name: entry for name, entry in source.entries.items()}
+    return replace(source.noted(note), entries=entries)
+
+
+def part(source: Source, prefix: str) -> Source:
+    """Those of ``source``'s tensors whose names begin with ``prefix``, without it."""
+    entries = {name.removeprefix(prefix): e for name, e in source.entries.items() if name.startswith(prefix)}
+    others = [name for name in source.entries if not name.startswith(prefix)]
+    beside = f"; beside them: {listed(others, 4)}" if others else ""
+    note = f"Took the {len(entries)} tensors under '{prefix}'{beside}."
     return replace(source.noted(note), entries=entries)
 
 
