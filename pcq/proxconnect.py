@@ -30,6 +30,9 @@ from pcq.rows import Rows
 from pcq.schedules import Linear, Schedule, Theory
 
 FORMAT = 2
+STATE = ("run", "step", "hardened", "asked", "weights")
+WEIGHT = ("latent", "mu", "grid", "codes", "quantizer", "rows")
+"""What a saved state holds beside its format, and of each weight."""
 
 
 @dataclass(frozen=True)
@@ -595,11 +598,11 @@ class ProxConnect:
         """Go on, bit by bit, from where :meth:`state_dict` was taken; the parameters are set too.
 
         Raises:
-            PcqError: it is of another version, of other settings, or of other weights.
+            PcqError: it is no such state, or not all of one; or of another version, other settings or other weights.
+                Nothing is changed then.
         """
         self._refuse_rounded("load_state_dict()")
-        if state.get("format") != FORMAT:
-            raise PcqError(f"the ProxConnect state has format {state.get('format')!r}", allowed=f"format {FORMAT}")
+        _refuse_partial(state)
         problems = [
             PcqError(f"the saved run had {key} {state['run'].get(key)}, this one has {mine}", where="ProxConnect state")
             for key, mine in self._run().items()
@@ -634,6 +637,26 @@ class ProxConnect:
             "steps": str(self.steps),
             "refit": str(self.refit),
         }
+
+
+def _refuse_partial(state: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        PcqError: of another version, or not all that :meth:`ProxConnect.state_dict` gives.
+    """
+    allowed = "what ProxConnect.state_dict() gave"
+    if not isinstance(state, Mapping) or "format" not in state:
+        held = f": its keys are {', '.join(map(str, list(state)[:3]))}" if isinstance(state, Mapping) and state else ""
+        raise PcqError(f"this is no state of a ProxConnect{held}", where="ProxConnect state", allowed=allowed)
+    if state["format"] != FORMAT:
+        raise PcqError(f"the ProxConnect state has format {state['format']!r}", allowed=f"format {FORMAT}")
+    missing = [key for key in STATE if key not in state]
+    missing += [
+        f"{key} of {name}" for name, saved in state.get("weights", {}).items() for key in WEIGHT if key not in saved
+    ]
+    if missing:
+        what = f"it is not whole: {', '.join(missing[:3])}{', ...' * (len(missing) > 3)} missing"
+        raise PcqError(what, where="ProxConnect state", allowed=allowed)
 
 
 def _refuse_averages(optimizer: torch.optim.Optimizer) -> None:

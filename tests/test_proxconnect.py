@@ -868,6 +868,16 @@ def test_a_state_of_another_run_is_refused_with_all_differences() -> None:
         assert words in str(raised.value)
     with pytest.raises(PcqError, match="format 7"):
         other.load_state_dict({**state, "format": 7})
+    with pytest.raises(PcqError, match=r"no state of a ProxConnect: its keys are state, param_groups\. Allowed: what"):
+        other.load_state_dict(other.optimizer.state_dict())
+    for key in ("run", "step", "weights"):
+        with pytest.raises(PcqError, match=f"ProxConnect state: it is not whole: {key} missing"):
+            other.load_state_dict({name: value for name, value in state.items() if name != key})
+    name, saved = next(iter(state["weights"].items()))
+    for key in saved:
+        cut = {**state["weights"], name: {k: value for k, value in saved.items() if k != key}}
+        with pytest.raises(PcqError, match=f"it is not whole: {key} of {name} missing"):
+            other.load_state_dict({**state, "weights": cut})
 
 
 @pytest.mark.parametrize(
