@@ -15,6 +15,7 @@ from PIL import Image
 from pcq.data import Data, from_arrays, open_data
 from pcq.data import sets as small_sets
 from pcq.data.folder import find_images
+from pcq.data.inputs import refusing, tensor
 from pcq.errors import CheckFailed, PcqError
 from pcq.torchvision_compat import import_torchvision
 
@@ -610,7 +611,10 @@ def test_own_functions_get_split_and_options(own: str) -> None:
         ("pil", "samples are not tensors but Image"),
         ("threes", r"it yields 3 values at a time\. Allowed: x alone, or \(x, y\)"),
         ("triples", r"it yields 3 values at a time\. Allowed: x alone, or \(x, y\)"),
-        ("words", r"an array is not made of numbers: .*Allowed: arrays or tensors of numbers"),
+        (
+            "words",
+            r"not made of numbers: it is of text\. Allowed: arrays or tensors .*Labels are class numbers",
+        ),
         ("sparse", r"a tensor is sparse\. Allowed: dense tensors.*to_dense"),
         ("sparse_samples", "a tensor is sparse"),
         ("halves", "the labels are not whole numbers"),
@@ -622,6 +626,28 @@ def test_own_functions_get_split_and_options(own: str) -> None:
 def test_own_functions_that_are_wrong(own: str, function: str, told: str) -> None:
     with pytest.raises(PcqError, match=told):
         open_data(f"{own}:{function}")
+
+
+def test_arrays_that_are_only_read_are_taken_without_a_word(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """Torch warns of memory that may not be written, as a mapped file's; a read-only array is alike."""
+    x = np.arange(12, dtype=np.float32).reshape(4, 3)
+    x.flags.writeable = False
+    assert torch.equal(tensor(x, "x"), torch.arange(12.0).reshape(4, 3))
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("layer", "given", "told"),
+    [
+        (torch.nn.Conv2d(1, 2, 1), torch.int64, r"samples of 1x8x8 in int64: .*Give numbers in float32, or images"),
+        (torch.nn.Linear(8, 2), torch.bool, r"samples of 1x8x8 in bool: .*Give numbers in float32"),
+        (torch.nn.Conv2d(3, 2, 1), torch.float32, r"samples of 1x8x8: the .*1 channels instead\.$"),
+    ],
+)
+def test_numbers_of_a_type_that_layers_do_not_take(layer: torch.nn.Module, given: torch.dtype, told: str) -> None:
+    x = torch.zeros(2, 1, 8, 8, dtype=given)
+    with pytest.raises(PcqError, match=told), refusing([x]):
+        layer(x)
 
 
 @pytest.mark.parametrize(

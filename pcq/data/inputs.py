@@ -2,6 +2,8 @@
 
 import inspect
 import math
+import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +29,9 @@ MASK = "attention_mask"
 
 LARGEST = 2**31
 """Numbers in one sample, at most."""
+
+OTHER_TYPE = re.compile(r"scalar type|input type|dtype", re.I)
+"""In torch's words about numbers of another type than a layer's."""
 
 
 def sample_shape(shape: Sequence[int] | None) -> tuple[int, ...] | None:
@@ -188,7 +193,11 @@ def refusing(inputs: Sequence[Tensor], todo: str = "") -> Iterator[None]:
         yield
     except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
         where = f"samples of {' and '.join('x'.join(map(str, x.shape[1:])) for x in inputs)}"
-        raise PcqError(f"the network does not take them: {first_line(error)}", where=where, todo=todo) from error
+        said, whole = first_line(error), [x.dtype for x in inputs if not x.is_floating_point()]
+        if whole and OTHER_TYPE.search(said):
+            where += f" in {str(whole[0]).removeprefix('torch.')}"
+            todo = "Give numbers in float32, or images in uint8"
+        raise PcqError(f"the network does not take them: {said}", where=where, todo=todo) from error
 
 
 def per_channel(value: Any, option: str, where: str, *, positive: bool = False) -> tuple[float, ...]:
@@ -259,7 +268,13 @@ def tensor(array: Any, where: str) -> Tensor:
     else:
         try:
             held = np.asarray(array)
-            found = torch.from_numpy(held.astype(held.dtype.newbyteorder("="), order="C", copy=False))
+            if held.dtype.kind in "US":
+                what, allowed = "an array is not made of numbers: it is of text", "arrays or tensors of numbers"
+                todo = "Labels are class numbers: numpy.unique(labels, return_inverse=True)[1]"
+                raise PcqError(what, where=where, allowed=allowed, todo=todo)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of memory that is only read, as np.memmap's: so it is here
+                found = torch.from_numpy(held.astype(held.dtype.newbyteorder("="), order="C", copy=False))
         except (TypeError, ValueError, RuntimeError) as error:
             allowed = "arrays or tensors of numbers"
             raise PcqError(f"an array is not made of numbers: {error}", where=where, allowed=allowed) from error
