@@ -670,6 +670,42 @@ def test_a_full_disk_is_told_by_the_file_that_it_is_full_for() -> None:
     measured.close()
 
 
+def test_a_full_disk_leaves_the_last_save(
+    straight: pcq.commands.FinetuneResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, save, states = tmp_path / "x.safetensors", saving.save, list[object]()
+
+    def filling(*given: Any) -> None:
+        states.append(given)
+        if len(states) > 1:
+            raise PcqError("no room left to write it", where="x", todo="Free some space, or choose another disk")
+        save(*given)
+
+    monkeypatch.setattr(saving, "save", filling)
+    with pytest.raises(PcqError, match="another disk; then the same command with --resume goes on from the last save"):
+        tune(path, save_every=4)
+    monkeypatch.undo()
+    again = tune(path, resume=True)
+    assert again.resumed_at == 4
+    assert again.path.read_bytes() == straight.path.read_bytes()
+
+
+def vectors(features: int = 5) -> nn.Module:
+    return nn.Sequential(nn.Linear(features, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def test_what_to_do_where_a_batch_of_one_has_no_statistics(tmp_path: Path) -> None:
+    torch.save(vectors().state_dict(), tmp_path / "m.pt")
+    np.savez(
+        tmp_path / "d.npz", x=np.random.default_rng(0).normal(size=(20, 5)).astype(np.float32), y=np.arange(20) % 3
+    )
+    asked: dict[str, Any] = {"data": f"npz:{tmp_path / 'd.npz'}", "arch": f"{__name__}:vectors", "steps": 2}
+    with pytest.raises(PcqError, match=r"give a larger one \(finetune.batch\), or finetune.mode: eval"):
+        pcq.finetune(tmp_path / "m.pt", "ternary-all", overrides=["finetune.batch=1"], **asked)
+    alone = ["finetune.batch=1", "finetune.mode=eval"]
+    assert pcq.finetune(tmp_path / "m.pt", "ternary-all", overrides=alone, **asked).path.is_file()
+
+
 def test_a_run_that_cannot_begin_leaves_the_last_ones_measurements(tmp_path: Path) -> None:
     out, metrics = tmp_path / "x.safetensors", tmp_path / "x.metrics.jsonl"
     np.savez(tmp_path / "d.npz", x=np.zeros((20, 3, 9, 9), np.float32), y=np.zeros(20, np.int64))

@@ -56,6 +56,10 @@ LOOKS_AT_END = 3
 LOOK_BATCHES = 10
 """For the BatchNorm statistics of an epoch's score."""
 
+ALONE_IN_BATCH = (
+    "BatchNorm normalises by the batch in training: give a larger one (finetune.batch), or finetune.mode: eval"
+)
+
 
 @dataclass(frozen=True)
 class Job:
@@ -310,7 +314,8 @@ def _loss(job: Job, module: nn.Module, x: Inputs, y: Tensor | None) -> Tensor:
         if job.teacher is not None:
             with torch.no_grad():
                 wanted = logits(job.teacher(*x), y is not None)
-        with refusing(x):
+        lone = ALONE_IN_BATCH if len(x[0]) == 1 and module.training and batchnorm.layers(module) else ""
+        with refusing(x, lone):
             out = logits(module(*x), y is not None)
     if not out.requires_grad:
         whole = "" if out.is_floating_point() else ": it is of whole numbers"
@@ -483,7 +488,13 @@ def _save(job: Job, run: _Run, measured: saving.Metrics) -> None:
         "metrics": measured.flushed(),
         "activations": None if run.simulation is None else run.simulation.state_dict(),
     }
-    saving.save(job.saved, state, job.fingerprint)
+    try:
+        saving.save(job.saved, state, job.fingerprint)
+    except PcqError as error:
+        if not job.saved.is_file():
+            raise
+        todo = f"{error.todo}; then the same command with --resume goes on from the last save, which stays"
+        raise PcqError(error.what, where=error.where, todo=todo) from error
 
 
 def _restore(run: _Run, saved: Mapping[str, Any]) -> None:
