@@ -233,6 +233,17 @@ def test_one_of_several_state_dicts(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert answer(capsys, "eval", both, "--key", "ema", *on)["top1"] == alone
 
 
+def test_nan_in_what_stays_float_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A mask of -infinity among the buffers is none."""
+    state = torch.nn.Linear(8, 4).state_dict() | {"mask": torch.full((4, 4), -torch.inf), "step": torch.tensor(3)}
+    torch.save(state, tmp_path / "sound.pt")
+    torch.save(state | {"bias": torch.tensor([0, torch.nan, 0, 0])}, tmp_path / "m.pt")
+    assert "NaN in" not in run(capsys, "quantize", tmp_path / "sound.pt", "-r", "w8")[0]
+    said = " ".join(run(capsys, "quantize", tmp_path / "m.pt", "-r", "w8")[0].split())
+    assert "NaN in what stays as it is, which the outputs may become too: bias. Repair the checkpoint." in said
+    assert answer(capsys, "quantize", tmp_path / "m.pt", "-r", "w8")["nan"] == ["bias"]
+
+
 def test_a_state_dict_is_chosen_where_there_are_several(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of several files, those of a single one need no choice; a choice that serves none is refused."""
     state = load_file(DIGITS)

@@ -76,6 +76,7 @@ class QuantizeResult:
         seconds: compute and writing, without imports.
         calibrated: what calibration found; None without.
         allocation: how the levels were chosen; None where there was no budget.
+        nan: tensors kept as they are that hold NaN.
     """
 
     path: Path
@@ -88,6 +89,7 @@ class QuantizeResult:
     seconds: float
     calibrated: Calibrated | None = None
     allocation: Allocation | None = None
+    nan: tuple[str, ...] = ()
 
 
 def plan(
@@ -190,12 +192,15 @@ def run(
     )
     predicted = checkpoint.predicted_size(header)
     ledger: list[LedgerRow] = []
+    nan: list[str] = []
 
     def tensors() -> Iterator[tuple[str, QuantizedTensor | Tensor]]:
         ready = checkpoint.quantize_source(source, planned.plan, progress) if made is None else stored(planned, made)
         for done in ready:
             if isinstance(done.entry, Quantized):
                 ledger.append(ledger_row(done))
+            elif isinstance(done.value, Tensor) and bool(done.value.isnan().any()):
+                nan.append(done.name)
             yield done.name, done.value
 
     if allocation is not None and allocation.exceeded_by(predicted):
@@ -204,7 +209,9 @@ def run(
     weights = sum(math.prod(row.shape) for row in ledger)
     bits = 8 * sum(row.nbytes for row in ledger) / weights if weights else 0.0
     seconds = time.perf_counter() - start
-    return QuantizeResult(path, planned, tuple(ledger), source.nbytes, size, predicted, bits, seconds, made, allocation)
+    return QuantizeResult(
+        path, planned, tuple(ledger), source.nbytes, size, predicted, bits, seconds, made, allocation, tuple(nan)
+    )
 
 
 def ledger_row(done: checkpoint.Done) -> LedgerRow:

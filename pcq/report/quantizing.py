@@ -91,6 +91,9 @@ def _(result: commands.QuantizeResult) -> RenderableType:
         f"scales and tables; size as predicted to the byte; {result.seconds:.1f} s."
     )
     parts = [render(part) for part in (result.allocation, result.calibrated) if part is not None]
+    if result.nan:
+        names = ", ".join(result.nan[:3]) + ", ..." * (len(result.nan) > 3)
+        total += f"\nNaN in what stays as it is, which the outputs may become too: {names}. Repair the checkpoint."
     return Group(made, *parts, Text(total + (ROUNDED if _rounded_blindly(result) else "")))
 
 
@@ -183,5 +186,6 @@ def _(result: commands.QuantizeResult) -> dict[str, Any]:
         "bits": result.bits,
         "seconds": result.seconds,
         "allocation": None if result.allocation is None else to_json(result.allocation),
+        "nan": list(result.nan),
         "calibration": None if result.calibrated is None else to_json(result.calibrated),
     }
