@@ -93,8 +93,10 @@ def room(folder: Path) -> Iterator[None]:
         raise
     except Exception as error:
         ours = isinstance(error, PcqError) and error.__cause__ is None
-        rust = re.search(r"\(os error (\d+)\)", str(error))  # a quota, or the largest file: the disk has room
-        full = rust is not None and int(rust[1]) in FULL
+        # A quota, or the largest file: the disk has room. torch raises its own error after the system's.
+        rust = re.search(r"\(os error (\d+)\)", str(error))
+        numbers = (int(rust[1]) if rust is not None else None, getattr(error.__context__, "errno", None))
+        full = any(number in FULL for number in numbers)
         if not ours and (full or shutil.disk_usage(folder).free < LEFT):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
         raise

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import signal
 import time
 from dataclasses import replace
@@ -668,6 +669,23 @@ def test_a_full_disk_is_told_by_the_file_that_it_is_full_for() -> None:
     with pytest.raises(PcqError, match="/dev/full: no room left to write it"):
         measured.write({"a": 1})
     measured.close()
+
+
+def test_a_quota_is_no_room_either(tmp_path: Path) -> None:
+    """RLIMIT_FSIZE stands for one: torch's own error does not say that it was that, and the disk has room."""
+    path, state = tmp_path / "x.resume", {"a": torch.zeros(50_000)}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(PcqError, match="x.resume: no room left to write it. Free some space"):
+            saving.save(path, state, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list(tmp_path.iterdir()) == []
+    saving.save(path, state, {})
+    assert torch.equal(saving.load(path, {})["a"], state["a"])
 
 
 def test_a_full_disk_leaves_the_last_save(

@@ -19,8 +19,9 @@ FORMAT = 1
 
 def save(path: Path, state: Mapping[str, Any], fingerprint: Mapping[str, str]) -> None:
     """Write ``state`` (tensors and plain values) beside ``path``, flush, rename."""
-    with atomic(path) as draft:
-        torch.save({"pcq_run": FORMAT, "fingerprint": dict(fingerprint), "state": dict(state)}, draft)
+    # Through an open file torch says why a write failed; by its name it does not.
+    with atomic(path) as draft, open(draft, "wb") as file:
+        torch.save({"pcq_run": FORMAT, "fingerprint": dict(fingerprint), "state": dict(state)}, file)
 
 
 def load(path: Path, fingerprint: Mapping[str, str]) -> dict[str, Any]:
