@@ -1275,6 +1275,11 @@ def test_warnings_in_words(changes: dict[str, Any], says: str | None) -> None:
     assert says is None or says in found[0]
 
 
+def test_weights_that_are_rounded_in_the_end_need_not_settle_before() -> None:
+    restless = (Telemetry(70, 0.95, 0.9, 0.0, 0.1), Telemetry(100, 1.0, 1.0, 0.01, 0.1))
+    assert not report.warnings(trained(telemetry=restless, unquantized=92.0), Finetune(method="posttraining"))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_graphs_need_a_gpu(tmp_path: Path) -> None:
     with pytest.raises(PcqError, match="NVIDIA GPU only") as caught:

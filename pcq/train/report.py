@@ -42,7 +42,7 @@ def warnings(trained: Trained, settings: Finetune) -> tuple[str, ...]:
             f"The anneal ended only {hard:,} step{'s' * (hard > 1)} before the end: the weights had little time to "
             "settle on their levels. Lower finetune.anneal_end."
         )
-    if last.flips > RESTLESS:
+    if last.flips > RESTLESS and not posttraining:
         found.append(
             f"At the end {100 * last.flips:.3f} % of the weights still changed their level at every step: lower the "
             "learning rate towards the end (finetune.rate: onecycle or cosine), or train longer."
