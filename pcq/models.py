@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import shlex
 from collections.abc import Callable, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +190,8 @@ def _configured(spec: Spec) -> tuple[Any, Any]:
     source: str | Path = folder if folder.is_dir() else spec.name
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise PcqError("the folder has no config.json", where=str(folder), allowed="a folder saved by save_pretrained")
-    options = {"use_cache": False, **spec.options}  # whole samples are run, and torch.export takes no cache
+    # Whole samples are run, torch.export takes no cache, and all is computed in float32, whatever the file holds.
+    options = {"use_cache": False, "dtype": "float32", **spec.options}
     try:
         config = transformers.AutoConfig.from_pretrained(source, local_files_only=True, **options)
     except (OSError, ValueError) as error:
@@ -208,8 +210,8 @@ def _configured(spec: Spec) -> tuple[Any, Any]:
 def as_transformers_loads(arch: str, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]] | None:
     """``state`` under the names of the network ``hf:FOLDER``, and what transformers leaves out of it.
 
-    Older names, a network within a larger one's file and parts that became one tensor are its business. None where it
-    cannot load ``state`` at all.
+    Older names, a network within a larger one's file and parts that became one tensor are its business; the floats stay
+    in the dtype of ``state``, of several in one that holds them all. None where it cannot load ``state`` at all.
 
     Raises:
         PcqError: the network has weights that it does not find there; it would have made them up.
@@ -219,8 +221,12 @@ def as_transformers_loads(arch: str, state: Mapping[str, Tensor]) -> tuple[dict[
     verbosity, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
     logs.set_verbosity_error()
     logs.disable_progress_bar()
+    floats = (tensor.dtype for tensor in state.values() if tensor.is_floating_point())
     try:
-        module, told = made.from_pretrained(None, config=config, state_dict=dict(state), output_loading_info=True)
+        dtype = reduce(torch.promote_types, floats, next(floats, torch.float32))
+        module, told = made.from_pretrained(
+            None, config=config, dtype=dtype, state_dict=dict(state), output_loading_info=True
+        )
     except Exception:
         return None  # the comparison of the names says more
     finally:

@@ -521,6 +521,26 @@ def test_names_that_transformers_changes_on_loading(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
+@pytest.mark.parametrize("says", ["dtype", "torch_dtype"])
+def test_hugging_face_networks_compute_in_float32_and_files_keep_their_dtype(says: str, tmp_path: Path) -> None:
+    """Most folders say bfloat16: such a network could be neither calibrated nor exported."""
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = {"model_type": "vit", "architectures": ["ViTForImageClassification"], "image_size": 16, "patch_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config | small | {says: "bfloat16"}))
+    arch = f"hf:{tmp_path}"
+    built = models.build(f"{arch}?dtype=bfloat16")
+    assert {value.dtype for value in built.state_dict().values()} == {torch.bfloat16}
+    built.save_pretrained(tmp_path)  # type: ignore[operator]
+    source = plan(tmp_path, "w8", arch=arch).source  # under other names than in the file
+    assert {source.tensor(name).dtype for name in source.names} == {torch.bfloat16}
+    made = pcq.quantize(tmp_path, "w8", out=tmp_path / "vit.safetensors", arch=arch)
+    for path in (tmp_path, made.path):
+        module = pcq.open_network(path, arch).module
+        assert {value.dtype for value in module.state_dict().values()} == {torch.float32}
+        assert module(torch.randn(1, 3, 16, 16)).logits.isfinite().all()
+
+
+@pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
 def test_hugging_face_folders(tmp_path: Path) -> None:
     config = {"architectures": ["BertForSequenceClassification"], "model_type": "bert", "hidden_size": 8}
     config |= {"num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8, "vocab_size": 11}
