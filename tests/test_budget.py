@@ -203,6 +203,14 @@ def test_with_samples_the_better_on_those_held_out_is_taken(tmp_path):
     assert sum(row.nbytes for row in result.ledger) <= found.limit
 
 
+def test_fewer_samples_than_usual_are_enough(tmp_path):
+    """Each of the two halves of the work takes what there is."""
+    np.savez(tmp_path / "few.npz", x=np.random.default_rng(0).normal(size=(20, 1, 8, 8)).astype(np.float32))
+    result = pcq.quantize(DIGITS, arch=ARCH, budget="2.2bits", out=tmp_path / "x.safetensors",
+                          calibration=Calibration(f"npz:{tmp_path}/few.npz", method="nearest", refine=0))  # fmt: skip
+    assert result.calibrated.outcome.samples == 16
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

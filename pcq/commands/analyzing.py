@@ -162,9 +162,14 @@ def analyze(
 
 
 def open_bench(
-    planned: Planned, calib: str, samples: int | None, seed: int, shape: tuple[int, ...] | None
+    planned: Planned,
+    calib: str,
+    samples: int | None,
+    seed: int,
+    shape: tuple[int, ...] | None,
+    usual: int | None = None,
 ) -> "tuple[Bench, str]":
-    """The float network on its samples, and those in words.
+    """The float network on its samples, and those in words; ``usual``: how many, where nothing else is asked for.
 
     Raises:
         PcqError: the network is not known or does not take the samples, or there are too few of them.
@@ -177,10 +182,10 @@ def open_bench(
         raise PcqError(f"{samples} samples are too few", where="--samples", allowed=f"{FEWEST} or more")
     if calib == RANDOM:
         shape = painted(planned, network, shape)
-        x, teacher = invented(network, shape, samples, seed)
+        x, teacher = invented(network, shape, samples or usual, seed)
         said = f"{len(x)} invented samples of {'x'.join(map(str, shape))}: no real data was seen"
         return Bench.of(network, (x,), teacher), said
-    drawn, _, said = draw_inputs(Calibration(calib, samples, seed=seed), network, SAMPLES)
+    drawn, _, said = draw_inputs(Calibration(calib, samples, seed=seed), network, usual or SAMPLES)
     return Bench.of(network, drawn), said.partition(", and ")[0] + "; labels unused"
 
 

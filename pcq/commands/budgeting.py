@@ -287,8 +287,8 @@ class Problem:
         from pcq.commands.analyzing import open_bench
 
         asked = self.calibration
-        count = min(SAMPLES, asked.samples or SAMPLES)
-        bench, _ = open_bench(self.planned, asked.data, count, asked.seed, asked.input_shape)
+        few = None if asked.samples is None else min(SAMPLES, asked.samples)
+        bench, _ = open_bench(self.planned, asked.data, few, asked.seed, asked.input_shape, SAMPLES)
         known = {name for name in probes if name in bench.tensors}
         local = bench.local({name: [q.dequantize for q in rounded[name]] for name in known}, progress)
         alone = bench.one_by_one({}, {name: probes[name] for name in known}, "sensitivity", progress)
