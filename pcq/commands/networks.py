@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pcq import checkpoint, models, sources
-from pcq.data.inputs import needed
+from pcq.data.inputs import MASK, names, needed
 from pcq.errors import PcqError
 from pcq.sources.pt2 import Inputs, example_inputs
 
@@ -90,7 +90,14 @@ class Network:
 
     @staticmethod
     def of_program(module: nn.Module, said: str, inputs: Inputs) -> "Network":
-        """An exported program's; what it was made with tells the shape of a sample, where it takes one by position."""
+        """An exported program's; what it was made with tells the shape of a sample, where it takes one by position.
+
+        Masks of tokens among its inputs hide none: where all are hidden, any output is as right as another.
+        """
+        named = inputs if isinstance(inputs, dict) else dict(zip(names(module), inputs, strict=bool(inputs)))
+        for name, x in named.items():
+            if name.endswith(MASK) and not x.is_floating_point():
+                x.fill_(1)
         shape = tuple(inputs[0].shape[1:]) if isinstance(inputs, tuple) and len(inputs) == 1 else None
         return Network(module, said, shape, inputs)
 
