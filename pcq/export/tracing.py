@@ -151,12 +151,15 @@ def tensors_of(network: nn.Module | ExportedProgram) -> dict[str, Tensor]:
 
 
 def _export(network: nn.Module, inputs: dict[str, Tensor] | tuple[Tensor, ...], opset: int) -> torch.onnx.ONNXProgram:
-    """With a dynamic batch; the module of an exported program that was made for one batch size keeps that."""
+    """With a dynamic batch; the module of an exported program with the sizes that it leaves open, if any."""
     leaves = list(inputs.values()) if isinstance(inputs, dict) else list(inputs)
     batch = leaves[0].shape[0] if leaves[0].ndim else 0
     moving = [leaf.ndim > 0 and leaf.shape[0] == batch for leaf in leaves]
     several = [_several(leaf) if moves else leaf for leaf, moves in zip(leaves, moving, strict=True)]
     shapes: list[dict[int, str]] = [{0: "batch"} if moves else {} for moves in moving]
+    if isinstance(network, torch.fx.GraphModule):
+        named = inputs if isinstance(inputs, dict) else dict(enumerate(inputs))
+        shapes = [shape | more for shape, more in zip(shapes, _lengths(network, named), strict=True)]
 
     def export(values: list[Tensor], shapes: list[dict[int, str]] | None) -> torch.onnx.ONNXProgram:
         if not isinstance(inputs, dict):
@@ -170,6 +173,20 @@ def _export(network: nn.Module, inputs: dict[str, Tensor] | tuple[Tensor, ...], 
         if not isinstance(network, torch.fx.GraphModule):
             raise
         return export(leaves, None)
+
+
+def _lengths(program: torch.fx.GraphModule, inputs: Mapping[Any, Tensor]) -> list[dict[int, str]]:
+    """Of each input, by name or position, the axes but the first whose size the program leaves open, and its name."""
+    nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
+    held = {key: node.meta.get("val") for at, node in enumerate(nodes) for key in (at, node.name)}
+    found = []
+    for key, leaf in inputs.items():
+        value = held.get(key)
+        sizes = [] if not isinstance(value, Tensor) else [str(size) for size in value.shape]
+        found.append({
+            at: size for at, size in enumerate(sizes) if at and size.isidentifier() and leaf.shape[at] > 1
+        })  # fmt: skip
+    return found
 
 
 def _several(leaf: Tensor) -> Tensor:
