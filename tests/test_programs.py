@@ -4,13 +4,15 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import pcq
 from pcq import cli
-from pcq.commands import analyze
+from pcq.commands import analyze, export_pt2
 
 
 class Two(nn.Module):
@@ -66,6 +68,61 @@ def test_they_are_scored_analyzed_and_calibrated(name: str, folder: Path, tmp_pa
     assert found.whole is not None
     assert found.whole.agreement is not None
     assert found.whole.agreement > 90
+
+
+class Outputs(dict[str, Tensor]):
+    """As Hugging Face's: a dictionary of a class of its own, which a program refers to."""
+
+
+pytree.register_pytree_node(
+    Outputs,
+    lambda outputs: (list(outputs.values()), list(outputs)),
+    lambda values, names: Outputs(zip(names, values, strict=True)),
+    serialized_type_name="tests.Outputs",
+)
+
+
+class Attends(nn.Module):
+    """Tokens that look at those that are not masked; where all are, at none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(40, 16), nn.Linear(16, 3)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Outputs:
+        x = self.words(input_ids)
+        looks = (x @ x.mT).masked_fill(attention_mask[:, None] == 0, -torch.inf).softmax(-1)
+        return Outputs(hidden=x, logits=self.head(looks @ x))
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_outputs_of_a_class_of_their_own_are_dictionaries(by_name: bool, tmp_path: Path) -> None:
+    """A mask of tokens is not tried with all tokens hidden, and the number of tokens stays open."""
+    given = {"input_ids": torch.ones(2, 6, dtype=torch.int64), "attention_mask": torch.ones(2, 6, dtype=torch.int64)}
+    open_ = {0: torch.export.Dim("n"), 1: torch.export.Dim("t", min=2, max=64)}
+    sizes = dict.fromkeys(given, open_)
+    args, named = ((), given) if by_name else (tuple(given.values()), {})
+    program = torch.export.export(Attends().eval(), args, named, dynamic_shapes=sizes)
+    torch.export.save(program, tmp_path / "net.pt2")
+    made = pcq.quantize(tmp_path / "net.pt2", "w8", out=tmp_path / "q.safetensors").path
+    back = torch.export.load(export_pt2(made, tmp_path / "back.pt2").path).module()
+    exported = pcq.export_onnx(made, tmp_path / "q.onnx").path
+    session = ort.InferenceSession(exported)
+    ids, mask = torch.randint(40, (3, 9)), (torch.arange(9) < torch.tensor([[9], [4], [1]])).long()
+    values = (ids, mask) if not by_name else ()
+    wanted = back(*values, **({"input_ids": ids, "attention_mask": mask} if by_name else {}))
+    assert type(wanted) is dict
+    (got,) = session.run(["logits"], {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+    np.testing.assert_allclose(got, wanted["logits"].detach().numpy(), atol=1e-4)
+
+
+def test_a_traced_program_needs_no_class_of_its_outputs(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text("from tests.test_programs import Attends\n")
+    torch.save(Attends().state_dict(), tmp_path / "net.pt")
+    np.savez(tmp_path / "x.npz", input_ids=np.ones((2, 6), int), attention_mask=np.ones((2, 6), int))
+    made = pcq.quantize(tmp_path / "net.pt", "w8", arch=f"{tmp_path}/net.py:Attends", out=tmp_path / "q.safetensors")
+    path = export_pt2(made.path, tmp_path / "q.pt2", example=f"npz:{tmp_path}/x.npz").path
+    assert type(torch.export.load(path).module()(*[torch.ones(3, 6, dtype=torch.int64)] * 2)) is dict
 
 
 def test_fixed_ones_on_invented_samples(folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from pcq.commands.doors import DoorResult, opened
 from pcq.commands.exporting import first
 from pcq.commands.networks import Network, load_network
 from pcq.errors import CheckFailed, PcqError, first_line
-from pcq.sources.pt2 import counting
+from pcq.sources.pt2 import are_names, counting
 
 TOLERANCE = 1e-5
 """Largest difference of a program's outputs, relative to their scale; nearly all have none."""
@@ -32,6 +33,8 @@ def export_pt2(
     force: bool = False,
 ) -> DoorResult:
     """Write the dequantized network as an exported program: ``torch.export.load`` runs it without its source code.
+
+    Outputs of a class that is a dictionary of names, such as Hugging Face's, are plain dictionaries of them.
 
     An artifact made from such a program gives that program back, with its inputs and the sizes that it leaves open.
 
@@ -111,7 +114,18 @@ def _of_network(
         return tuple(torch.cat([x] * batch)[:batch] for x in given)
 
     program, batches = _exported(network.module, samples, str(source))
+    signature = program.module_call_graph[0].signature
+    assert signature is not None
+    signature.out_spec = _named(signature.out_spec)
     return _Program(program, network.module, {batch: (samples(batch), {}) for batch in batches})
+
+
+def _named(spec: pytree.TreeSpec) -> pytree.TreeSpec:
+    """``spec`` with dictionaries in place of classes that are such of names: a program of these needs their code."""
+    if spec.is_leaf():
+        return spec
+    own = spec.type not in (tuple, list, dict, OrderedDict) and are_names(spec.context, spec.num_children)
+    return pytree.TreeSpec(dict if own else spec.type, spec.context, [_named(child) for child in spec.children()])
 
 
 def _of_program(program: torch.export.ExportedProgram, source: Path) -> _Program:

@@ -146,6 +146,7 @@ def strip(archive: zipfile.ZipFile) -> bytes:
     model = json.loads(archive.read(records[MODEL]))
     model["guards_code"] = []
     forget(model)
+    name_outputs(model)
     screen(model)
     kept: dict[str, str | bytes] = {
         CONFIG: json.dumps({"config": weights}),
@@ -176,6 +177,22 @@ def forget(model: Any) -> None:
     for found in dicts(model):
         if isinstance(found.get("metadata"), dict) and "target" in found:
             found["metadata"] = {k: v for k, v in found["metadata"].items() if k == "nn_module_stack"}
+
+
+def name_outputs(model: Any) -> None:
+    """Make outputs of a class that is a dictionary of names, such as Hugging Face's, dictionaries of those names."""
+    for found in dicts(model):
+        if found.get("out_spec"):
+            spec = json.loads(found["out_spec"])
+            for tree in dicts(spec):
+                if tree.get("type") not in TREES and are_names(json.loads(tree["context"]), len(tree["children_spec"])):
+                    tree["type"] = "builtins.dict"
+            found["out_spec"] = json.dumps(spec)
+
+
+def are_names(context: object, count: int) -> bool:
+    """Whether what is known of a node of a tree are names of its ``count`` children."""
+    return isinstance(context, list) and len(context) == count and all(isinstance(name, str) for name in context)
 
 
 def zero_inputs(data: bytes) -> bytes:
