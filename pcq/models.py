@@ -45,11 +45,12 @@ __all__ = [
     "with_input_channels",
 ]
 
+HALVES = (torch.float16, torch.bfloat16)
 KINDS = "torchvision:NAME, timm:NAME, hf:FOLDER, file.py:function or package.module:function"
 
 
 def build(arch: str, shapes: Shapes | None = None) -> nn.Module:
-    """The network that ``arch`` names, in training mode, randomly initialised, without weight_norm.
+    """The network that ``arch`` names, in training mode, randomly initialised, without weight_norm, in float32.
 
     Args:
         arch: the spec. A ``file.py`` or ``package.module`` in it is imported and called: that runs its code. Under
@@ -265,6 +266,8 @@ def _own(spec: Spec) -> nn.Module:
         what = f"its state holds something that is no tensor ({odd[0]}), which no file of pcq keeps"
         raise PcqError(what, where=str(spec), todo="Leave get_extra_state out, or let it return a tensor")
     weight_norm.remove(found)  # its weights are no leaves, which cannot be copied
+    if any(value.dtype in HALVES for value in (*found.parameters(), *found.buffers())):
+        found.float()
     if any(parameter in _given for parameter in found.parameters()):
         try:
             found = copy.deepcopy(found)

@@ -10,6 +10,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pcq
 from pcq import models, scores
-from pcq.commands import plan
+from pcq.commands import analyze, plan
 from pcq.errors import PcqError
 from pcq.inventory import PART, inventory
 from pcq.recognition import Slot, read_index, recognise, signature, tree_hash
@@ -556,6 +557,18 @@ def test_hugging_face_folders(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(PcqError, match=r"no config\.json"):
         models.build(f"hf:{tmp_path / 'empty'}")
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16"])
+def test_own_networks_compute_in_float32(cast: str, own: str, tmp_path: Path) -> None:
+    """In half precision they could be neither analyzed nor exported, and calibration blamed the data."""
+    with open(own, "a") as file:
+        file.write(f"def small(): return nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 4)).{cast}()\n")
+    arch = f"{own}:small"
+    torch.save({n: v.to(torch.float16) for n, v in models.build(arch).state_dict().items()}, tmp_path / "n.pt")
+    np.savez(tmp_path / "x.npz", x=np.arange(60).reshape(12, 5) % 9)
+    assert analyze(tmp_path / "n.pt", "w4", arch=arch, calib=f"npz:{tmp_path}/x.npz").whole is not None
+    assert {value.dtype for value in models.build(arch).state_dict().values()} == {torch.float32}
 
 
 def test_a_constructor_that_reads_values_is_built_with_them(own: str) -> None:
