@@ -46,6 +46,17 @@ class Reader(nn.Module):
         return out
 
 
+class Placed(Reader):
+    """With a layer that sees a table of its own only, as those of DeBERTa's relative positions do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.place = nn.Embedding(7, 8), nn.Linear(8, 8)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return super().forward(input_ids, attention_mask) + self.place(self.norm(self.table.weight))
+
+
 def _texts(width: int, n: int = 40) -> tuple[Tensor, Tensor]:
     """Texts of 3 to 7 tokens, the rest to ``width`` filled with token 0: the same ones for every width."""
     g = torch.Generator().manual_seed(3)
@@ -100,6 +111,16 @@ def test_moments_are_those_of_the_texts_one_by_one_without_padding() -> None:
             cov = torch.cov(twin.T, correction=0, aweights=share)
             torch.testing.assert_close(found.cov[0], cov, rtol=1e-3, atol=1e-5)
     assert not twins
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_layer_that_sees_nothing_of_the_samples_is_only_rounded(padded: bool) -> None:
+    module, (ids, mask) = Placed().eval(), _texts(7)
+    texts = (ids, mask if padded else torch.ones_like(mask))
+    plan = {name: each for name, each in _plan(module).items() if name != "table.weight"}
+    made = calibrate_measured(module, plan, texts, tuple(x[:12] for x in texts), Settings(batch=20, refine=2))
+    assert made.plain == {"place.weight": "what enters it is the same for all samples"}
+    assert Bench.of(module, texts).local({name: [] for name in plan}).keys() == plan.keys() - made.plain.keys()
 
 
 @pytest.mark.parametrize("refined", [0, 6])

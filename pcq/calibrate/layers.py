@@ -173,6 +173,8 @@ def find(tape: Tape, weights: dict[str, tuple[int, ...]]) -> tuple[list[Layer], 
                 made = _linear(tape, index, op, name, turned=not turns)
             if made is None:
                 refused[name] = f"it is used by '{op.name}', which calibration does not know"
+            elif index in tape.still:
+                refused[name] = "what enters it is the same for all samples"
             elif name in layers:
                 refused[name] = "it is used more than once"
             else:
