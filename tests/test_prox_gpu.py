@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pcq import prox_gpu, proxconnect, refit_gpu
+from pcq import prox_gpu, refit_gpu
 from pcq.grids import Affine, Codebook, Grid
 from pcq.methods import METHODS
 from pcq.prox import BinaryRelax, Hard, L, Parq, Prox, ProxQuant, Shifts, proximal
@@ -98,7 +98,7 @@ def test_a_network_in_one_launch_trains_as_weight_by_weight(host: dict[str, ctyp
 
     plain, state, none = trained()
     with by_source(host), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(proxconnect, "swaps", lambda parameter: False)
+        patch.setattr("pcq.proxconnect.weights.swaps", lambda parameter: False)
         patch.setattr(refit_gpu, "fits", lambda rows, count: False)  # which sums in another order
         together, same, alone = trained()
     assert (none, alone) == (-1, 1)

@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pcq import proxconnect, qtensor
+from pcq import qtensor
 from pcq.errors import CheckFailed, PcqError
 from pcq.grids import Affine, Codebook, Grid
 from pcq.methods import METHODS, Inside, Method, SignSwish
 from pcq.prox import Hard, L, Parq, ProxQuant, Shifts, proximal
-from pcq.proxconnect import ProxConnect, Target
+from pcq.proxconnect import ProxConnect, Target, targets
+from pcq.proxconnect.state import grid_from, grid_state
 from pcq.quantizers import AdditivePowersOfTwo, Binary, Fixed, KMeans, LeastSquaresBinary, Quantizer, Ternary, Uniform
 from pcq.refit import refit_weight
 from pcq.rows import Rows
@@ -138,7 +139,7 @@ def reference(
 def test_bit_equal_to_the_explicit_loop_on_every_optimizer(
     kind: str, name: str, swapped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proxconnect, "swaps", lambda _: swapped)
+    monkeypatch.setattr("pcq.proxconnect.weights.swaps", lambda _: swapped)
     model, other = network(), network()
     optimizer = OPTIMIZERS[kind](list(model.parameters()))
     prox = ProxConnect(optimizer, weights(model), METHODS[name], Linear(), steps=STEPS, refit=5)
@@ -902,7 +903,7 @@ def test_a_state_of_other_levels_or_rows_is_refused(axis: Literal[0] | None, qua
 @pytest.mark.parametrize("name", METHODS)
 def test_parameters_in_other_memory_are_followed(name: str, swapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As ``model.double().float()`` and helpers leave them that put averages into ``p.data`` for a while."""
-    monkeypatch.setattr(proxconnect, "swaps", lambda _: swapped)
+    monkeypatch.setattr("pcq.proxconnect.weights.swaps", lambda _: swapped)
     ends = []
     for moves in (False, True):
         model = network()
@@ -924,7 +925,7 @@ def test_parameters_in_other_memory_are_followed(name: str, swapped: bool, monke
 @pytest.mark.parametrize("swapped", [True, False])
 @pytest.mark.parametrize("name", METHODS)
 def test_channels_put_last_later_stay_there(name: str, swapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proxconnect, "swaps", lambda _: swapped)
+    monkeypatch.setattr("pcq.proxconnect.weights.swaps", lambda _: swapped)
     ends = []
     for moves in (False, True):
         model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False))
@@ -958,7 +959,7 @@ def test_parameters_of_another_type_are_refused_at_the_next_step() -> None:
 def test_a_step_that_fails_does_not_leave_latents_in_the_model(
     name: str, swapped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proxconnect, "swaps", lambda _: swapped)
+    monkeypatch.setattr("pcq.proxconnect.weights.swaps", lambda _: swapped)
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     prox = ProxConnect(optimizer, weights(model), METHODS[name], steps=STEPS)
@@ -1034,22 +1035,22 @@ def test_targets_come_from_a_plan() -> None:
         return Quantized(parameter, Rows(shape, 0), Ternary(), 0)
 
     plan = Plan((entry("0.weight", (8, 6)), entry("tied", (8, 6), "0.weight"), entry("2.weight", (5, 8))))
-    found = proxconnect.targets(plan, dict(model.named_parameters()))
+    found = targets(plan, dict(model.named_parameters()))
     assert list(found) == ["0.weight", "2.weight"]
     assert found["0.weight"] == Target(matrix(model), Rows((8, 6), 0), Ternary())
     bad = Plan((entry("0.weight", (8, 7)), entry("9.weight", (1, 1))))
     with pytest.raises(PcqError) as raised:
-        proxconnect.targets(bad, dict(model.named_parameters()))
+        targets(bad, dict(model.named_parameters()))
     assert "0.weight: planned with shape (8, 7), but the model's is (8, 6)" in str(raised.value)
     assert "9.weight: planned, but the model has no parameter of that name" in str(raised.value)
     wrapped = {f"_orig_mod.{name}": parameter for name, parameter in model.named_parameters()}
     with pytest.raises(PcqError, match=r"The model calls it _orig_mod\.2\.weight: give the names of the module inside"):
-        proxconnect.targets(plan, wrapped)
+        targets(plan, wrapped)
     names = {**dict(model.named_parameters()), "alias": matrix(model)}
-    assert proxconnect.targets(Plan((entry("alias", (8, 6)),)), names)["alias"].parameter is matrix(model)
+    assert targets(Plan((entry("alias", (8, 6)),)), names)["alias"].parameter is matrix(model)
     twice = Plan((entry("0.weight", (8, 6)), entry("alias", (8, 6))))
     with pytest.raises(PcqError, match=r"alias: is one with 0\.weight in the model, but two in the checkpoint"):
-        proxconnect.targets(twice, names)
+        targets(twice, names)
 
 
 def test_grids_survive_a_save() -> None:
@@ -1059,7 +1060,7 @@ def test_grids_survive_a_save() -> None:
         Codebook(torch.rand(1, 4).sort().values),
         Codebook(torch.rand(1, 4).sort().values, torch.rand(3)),
     ):
-        back = proxconnect._grid_from(proxconnect._grid_state(grid), torch.device("cpu"))
+        back = grid_from(grid_state(grid), torch.device("cpu"))
         same(vars(back), vars(grid))
         assert type(back) is type(grid)
 

@@ -431,7 +431,7 @@ def _memory() -> list[int]:
         sum(shards.local(p).numel() for p in module.parameters()),
         sum(shards.local(p.grad).numel() for p in module.parameters() if p.grad is not None),
         sum(shards.local(v).numel() for s in optimizer.state.values() for v in s.values() if v.ndim),
-        sum(w.hidden.numel() for w in prox._weights.values() if w.hidden is not None),
+        sum(w.hidden.numel() for w in prox.weights.values() if w.hidden is not None),
     ]
     whole = sum(p.numel() for p in module.parameters())
     return [*held, whole, sum(p.numel() for p in rows.values())]

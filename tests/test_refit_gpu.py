@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pcq import proxconnect, refit, refit_gpu
+from pcq import refit, refit_gpu
 from pcq.grids import Codebook, Grid
 from pcq.methods import METHODS
 from pcq.proxconnect import ProxConnect, Target
@@ -147,13 +147,13 @@ def test_a_network_trains_as_weight_by_weight(host: dict[str, ctypes.CDLL], quan
             optimizer.zero_grad()
             net(torch.randn(4, 3, 8, 8)).square().mean().backward()
             optimizer.step()
-        grids = [weight.grid.levels() for weight in hooked._weights.values()]
+        grids = [weight.grid.levels() for weight in hooked.weights.values()]
         return [p.detach().clone() for p in net.parameters()], grids
 
     calls: list[int] = []
     plain, levels = trained()
     with by_source(host), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(proxconnect, "swaps", lambda parameter: False)
+        patch.setattr("pcq.proxconnect.weights.swaps", lambda parameter: False)
         cells_ = refit_gpu.cells
 
         def counted(weights: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

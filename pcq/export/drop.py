@@ -58,8 +58,8 @@ class Drop:
 
 def compare(exact: Outputs, int8: Outputs, labels: Sequence[Tensor | None], mask: Tensor | None = None) -> Drop:
     """Both files' outputs, and the labels batch by batch; of outputs of tokens those that ``mask`` [n, t] leaves."""
-    at = None if mask is None else 0
-    seen = [[of_tokens(torch.from_numpy(y), (mask,), at).numpy() for y in each] for each in (int8, exact)]
+    inputs, at = ((), None) if mask is None else ((mask,), 0)
+    seen = [[of_tokens(torch.from_numpy(y), inputs, at).numpy() for y in each] for each in (int8, exact)]
     distance = max(_distance(a, b) for a, b in zip(*seen, strict=True))
     known = [y for y in labels if y is not None]
     ours, theirs = (flat(each[0], bool(known)) for each in (int8, exact))

@@ -6,9 +6,7 @@ Adam's moments and weight decay so belong to what is updated. Nothing is kept in
 to the parameter's dtype, and breaks Adam's lazy start), and nothing of the model is traced.
 """
 
-import gc
-import inspect
-import weakref
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,69 +18,15 @@ from torch.utils.hooks import RemovableHandle
 
 from pcq import prox_gpu, qtensor, shards
 from pcq.errors import CheckFailed, PcqError, raise_all
-from pcq.grids import Affine, Codebook, Grid
+from pcq.grids import Grid
 from pcq.methods import METHODS, Method, SignSwish
-from pcq.plan import Plan
 from pcq.prox import Hard, Prox, proximal
+from pcq.proxconnect.checks import ATTACHED, check, refuse_averages
+from pcq.proxconnect.state import FORMAT, grid_from, grid_state, refuse_partial
+from pcq.proxconnect.weights import Target, Tracked
 from pcq.qtensor import QuantizedTensor
-from pcq.refit import Refitted, following, refit_together, refit_weight, settles
-from pcq.rows import Rows
+from pcq.refit import Refitted, refit_together, refit_weight
 from pcq.schedules import Linear, Schedule, Theory
-
-FORMAT = 2
-STATE = ("run", "step", "hardened", "asked", "weights")
-WEIGHT = ("latent", "mu", "grid", "codes", "quantizer", "rows")
-"""What a saved state holds beside its format, and of each weight."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """A parameter to quantize, how it is cut into rows, what chooses its levels, and those to start from if known.
-
-    Levels to start from are followed by least squares, where the quantizer does not name another rule. Others are
-    chosen by its rule for weights that train (:func:`pcq.refit.following`), but where they are never refitted: then
-    they are chosen once, for weights at rest. So they are for methods that keep no latent: the mean magnitude of
-    weights that lie on their levels is not that of weights around them, and levels would follow it down to 0, or up.
-    There a rule by it (``scale="mean"``) chooses the levels once, and they are never refitted.
-    """
-
-    parameter: Tensor
-    rows: Rows
-    quantizer: qtensor.Quantizer
-    grid: Grid | None = None
-
-
-def targets(plan: Plan, parameters: Mapping[str, Tensor]) -> dict[str, Target]:
-    """What ``plan`` quantizes among ``parameters``; a tied one once.
-
-    Args:
-        plan: what gets levels.
-        parameters: ``dict(model.named_parameters())``; with ``remove_duplicate=False`` also where the checkpoint calls
-            a tied weight by another of its names than the model's first.
-
-    Raises:
-        PcqError: one line for every planned name that is not among the parameters, has another shape, or is the same
-            parameter as one before it.
-    """
-    problems, found = [], dict[str, Target]()
-    names: dict[int, str] = {}
-    for entry in plan.quantized:
-        name, shape = entry.parameter.name, tuple(entry.parameter.shape)
-        if entry.parameter.tied_to is not None:
-            continue
-        if name not in parameters:
-            longer = next((other for other in parameters if other.endswith(f".{name}")), "")
-            todo = f"The model calls it {longer}: give the names of the module inside of it" if longer else ""
-            problems.append(PcqError("planned, but the model has no parameter of that name", where=name, todo=todo))
-        elif tuple(parameters[name].shape) != shape:
-            got = tuple(parameters[name].shape)
-            problems.append(PcqError(f"planned with shape {shape}, but the model's is {got}", where=name))
-        elif (before := names.setdefault(id(parameters[name]), name)) != name:
-            problems.append(PcqError(f"is one with {before} in the model, but two in the checkpoint", where=name))
-        else:
-            found[name] = Target(parameters[name], entry.rows, entry.quantizer)
-    raise_all(problems)
-    return found
 
 
 @dataclass(frozen=True)
@@ -102,63 +46,6 @@ class Telemetry:
     on_levels: float
     flips: float
     distance: float
-
-
-class _Tracked:
-    """One parameter under way: ``shown`` is what the model sees between steps, ``hidden`` the other value, if any."""
-
-    def __init__(self, target: Target, method: Method, refitted: bool) -> None:
-        self.parameter, self.rows = target.parameter, target.rows
-        follows = refitted and target.grid is None and method.updates == "latent" and not method.posttraining
-        self.quantizer = following(target.quantizer) if follows else target.quantizer
-        self.refits = method.updates == "latent" or settles(self.quantizer)
-        self.swaps = swaps(target.parameter)
-        self.shown = shards.local(target.parameter.data)
-        self.hidden = self.shown.clone() if method.gradient_at != method.updates else None
-        self.grid: Grid = target.grid or qtensor.fit(self.quantizer, self.whole(self.shown), self.rows)
-        self.mu = 1.0
-        self.codes: Tensor | None = None
-
-    def moved(self) -> bool:
-        """Whether the parameter has other memory than when it was last looked at."""
-        held = self.parameter if self.swaps or not shards.sharded(self.parameter.data) else shards.local(self.parameter)
-        return held.data_ptr() != self.shown.data_ptr()
-
-    def whole(self, part: Tensor) -> Tensor:
-        """All of a value of which ``part`` is held here: the same tensor, unless the parameter is sharded."""
-        return shards.joined(part, self.parameter.data)
-
-    def saved(self, part: Tensor) -> Tensor:
-        """As :meth:`whole`, of a sharded parameter in main memory."""
-        return self.whole(part).cpu() if shards.sharded(self.parameter.data) else part
-
-    def own(self, whole: Tensor) -> Tensor:
-        """What is held here of a value."""
-        return shards.own(whole, self.parameter.data)
-
-    def arrange(self, like: Tensor) -> None:
-        """Lay both values out in memory as ``like`` is, such as with the channels last."""
-        self.shown = torch.empty_like(like).copy_(self.shown)
-        self.hidden = None if self.hidden is None else torch.empty_like(like).copy_(self.hidden)
-
-    def view(self, part: Tensor) -> Tensor | None:
-        """The rows of what is held here, in place; None: they do not lie in it as they are."""
-        if shards.sharded(self.parameter.data):
-            return None
-        rows = self.rows.split(part)
-        return rows if rows.data_ptr() == part.data_ptr() and rows.is_contiguous() else None
-
-    def nearest(self, weight: Tensor) -> Tensor:
-        """``weight``, whole, on its levels."""
-        return self.rows.merge(proximal(self.rows.split(weight), self.grid, Hard().shifts(1.0)))
-
-
-_attached: "weakref.WeakSet[ProxConnect]" = weakref.WeakSet()
-
-
-def swaps(parameter: Tensor) -> bool:
-    """Whether the two values change places by pointer: on a CPU. Elsewhere they are copied, as CUDA graphs need."""
-    return parameter.device.type == "cpu" and not shards.sharded(parameter.data)
 
 
 class ProxConnect:
@@ -211,7 +98,7 @@ class ProxConnect:
         steps: int,
         refit: int | None = 20,
     ) -> None:
-        _check(optimizer, weights, method, steps, refit)
+        check(optimizer, weights, method, steps, refit)
         if isinstance(schedule, Theory) and any(group.get("lr") is None for group in optimizer.param_groups):
             what = "the optimizer has no learning rate, by whose sum the schedule Theory grows"
             raise PcqError(what, todo="Give it one, or choose another schedule")
@@ -222,10 +109,10 @@ class ProxConnect:
         self._asked = 0
         self._exchanged = False
         self._rounded = False
-        self._batch: tuple[list[Grid], prox_gpu.Batch | None, list[_Tracked]] | None = None
-        self._weights = {name: _Tracked(target, method, refit is not None) for name, target in weights.items()}
+        self._batch: tuple[list[Grid], prox_gpu.Batch | None, list[Tracked]] | None = None
+        self.weights = {name: Tracked(target, method, refit is not None) for name, target in weights.items()}
         self._groups = self._grouped()
-        for weight in self._weights.values():
+        for weight in self.weights.values():
             self._map_hidden(weight)
         self._hooks: tuple[RemovableHandle, ...] = ()
         self._attach()
@@ -235,7 +122,7 @@ class ProxConnect:
             self.optimizer.register_step_pre_hook(self._before),
             self.optimizer.register_step_post_hook(self._after),
         )
-        _attached.add(self)
+        ATTACHED.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy brings its optimizer's copy, which torch makes without hooks, and is attached to that if this is."""
@@ -270,11 +157,11 @@ class ProxConnect:
                 "the optimizer's last step failed and left the latents in the model, and this gradient was taken there",
                 todo="The model has its weights again: take the gradient once more, then step",
             )
-        for name, weight in self._weights.items():
-            if weight.moved():
-                self._follow(name, weight)
+        for name, weight in self.weights.items():
+            if weight.moved() and weight.follow(name):
+                self._batch = None
             if self.method.backward is not None and weight.parameter.grad is not None:
-                latent = weight.rows.split(weight.whole(self._latent(weight)))
+                latent = weight.rows.split(weight.whole(weight.latent))
                 factor = self.method.backward.slope(latent, weight.grid.levels())
                 shards.local(weight.parameter.grad).mul_(weight.own(weight.rows.merge(factor)))
         self._exchange(to_model=True)
@@ -297,35 +184,12 @@ class ProxConnect:
             self._refit_all()
         self._map_all()
 
-    def _grouped(self) -> tuple[list[dict[str, Any]], list[tuple[_Tracked, dict[str, Any]]]]:
+    def _grouped(self) -> tuple[list[dict[str, Any]], list[tuple[Tracked, dict[str, Any]]]]:
         """The optimizer's groups, and that of each weight."""
         groups = self.optimizer.param_groups
         of = {id(parameter): group for group in groups for parameter in group["params"]}
-        weights = [weight for weight in self._weights.values() if id(weight.parameter) in of]
+        weights = [weight for weight in self.weights.values() if id(weight.parameter) in of]
         return groups, [(weight, of[id(weight.parameter)]) for weight in weights]
-
-    def _follow(self, name: str, weight: _Tracked) -> None:
-        """The parameter has been given other memory: take it up, or give it its own, laid out alike, where that is
-        swapped anyway.
-
-        Raises:
-            PcqError: it is on another device, or of another type or shape.
-        """
-        data, shown = weight.parameter.data, weight.shown
-        part = shards.local(data)
-        if (part.device, part.dtype, part.shape) != (shown.device, shown.dtype, shown.shape):
-            was, now = (f"{str(t.dtype).removeprefix('torch.')} on {t.device}" for t in (shown, part))
-            raise PcqError(
-                f"was {was} when ProxConnect was attached, and is {now} of shape {tuple(part.shape)} now",
-                where=name,
-                todo="Attach when the model is on its device, in float32",
-            )
-        if self.method.updates == "latent" and weight.swaps:
-            if part.stride() != shown.stride():
-                weight.arrange(part)
-            weight.parameter.data = weight.shown
-        else:
-            weight.shown, self._batch = part, None
 
     def _refuse_rounded(self, what: str) -> None:
         """Of what would be lost, or would take the rounded weights for those in training."""
@@ -340,24 +204,24 @@ class ProxConnect:
                 self._exchange(to_model=False)
             self._exchanged = False
             self._map_all()
-        for name, weight in self._weights.items():
-            if weight.moved():
-                self._follow(name, weight)
+        for name, weight in self.weights.items():
+            if weight.moved() and weight.follow(name):
+                self._batch = None
 
     def _refit_all(self) -> None:
         """Refit every weight's levels to its latent; on a GPU, all at once that can be."""
-        alone = [weight for weight in self._weights.values() if weight.refits]
+        alone = [weight for weight in self.weights.values() if weight.refits]
         if alone and not alone[0].swaps:
             alone = self._refit_together(alone)
         for weight in alone:
-            latent = weight.whole(self._latent(weight))
+            latent = weight.whole(weight.latent)
             weight.grid = refit_weight(weight.quantizer, latent, weight.grid, weight.rows)
 
-    def _refit_together(self, weights: list[_Tracked]) -> list[_Tracked]:
+    def _refit_together(self, weights: list[Tracked]) -> list[Tracked]:
         """Refit those that two launches refit; the others are left, and given."""
-        together, rest = list[tuple[_Tracked, Refitted]](), []
+        together, rest = list[tuple[Tracked, Refitted]](), []
         for weight in weights:
-            rows = weight.view(self._latent(weight))
+            rows = weight.view(weight.latent)
             asked = None if rows is None else Refitted(weight.quantizer, rows, weight.grid)
             here = weight.parameter.device == weights[0].parameter.device and weight.rows.tail == weight.rows.width
             if asked is not None and here and asked.at_once:
@@ -372,7 +236,7 @@ class ProxConnect:
     def _exchange(self, to_model: bool) -> None:
         """The parameters get the hidden values for the optimizer to update, or their own again after that."""
         copied: list[tuple[Tensor, Tensor]] = []
-        for weight in self._weights.values():
+        for weight in self.weights.values():
             if weight.hidden is None:
                 continue
             if self.method.updates == "latent" and weight.swaps:
@@ -385,37 +249,27 @@ class ProxConnect:
 
     # -- the map ------------------------------------------------------------------------------------------------------
 
-    def _latent(self, weight: _Tracked) -> Tensor:
-        """The continuous value; for ProxQuant, which keeps none, the weight itself."""
-        hidden_latent = weight.hidden is not None and self.method.updates == "latent"
-        return weight.hidden if hidden_latent and weight.hidden is not None else weight.shown
-
     def strength(self, mu: float = 1.0) -> float:
         """Of the prox now; ``mu`` as in :mod:`pcq.schedules`."""
         return 1.0 if self.hardened else self.schedule.strength(min(1.0, self.step / self.steps), mu)
 
-    def _map_hidden(self, weight: _Tracked) -> None:
+    def _map_hidden(self, weight: Tracked) -> None:
         """Make the weight anew from the latent, whichever of the two is hidden."""
         if weight.hidden is not None:
-            self._map(weight, *self._move(weight))
-
-    def _move(self, weight: _Tracked) -> tuple[Tensor, Tensor]:
-        """What is mapped, and where its value goes."""
-        latent = self._latent(weight)
-        return latent, weight.hidden if weight.hidden is not None and latent is weight.shown else weight.shown
+            self._map(weight, weight.latent, weight.mapped)
 
     @torch.no_grad()
     def _map_all(self) -> None:
         """Make every weight anew from its latent; on a GPU, all at once."""
         if self.method.posttraining:
             return
-        weights = list(self._weights.values())
+        weights = list(self.weights.values())
         if not weights[0].swaps:
             weights = self._map_together(weights)
         for weight in weights:
-            self._map(weight, *self._move(weight))
+            self._map(weight, weight.latent, weight.mapped)
 
-    def _map_together(self, weights: list[_Tracked]) -> list[_Tracked]:
+    def _map_together(self, weights: list[Tracked]) -> list[Tracked]:
         """Map those that one launch can map; the others are left, and given."""
         strengths = {self.strength(mu) for mu in {weight.mu for weight in weights}}
         if len(strengths) > 1 or (isinstance(self.method.prox, SignSwish) and min(strengths) < 1):
@@ -427,7 +281,7 @@ class ProxConnect:
         if self._batch is None or any(a is not b for a, b in zip(self._batch[0], grids, strict=True)):
             together, rest = [], []
             for weight in weights:
-                rows, into = map(weight.view, self._move(weight))
+                rows, into = map(weight.view, (weight.latent, weight.mapped))
                 here = weight.parameter.device == weights[0].parameter.device
                 if here and rows is not None and into is not None and prox_gpu.fits(rows, into):
                     together.append((rows, weight.grid, into))
@@ -443,7 +297,7 @@ class ProxConnect:
         return Hard() if isinstance(self.method.prox, SignSwish) else self.method.prox
 
     @torch.no_grad()
-    def _map(self, weight: _Tracked, source: Tensor, out: Tensor) -> None:
+    def _map(self, weight: Tracked, source: Tensor, out: Tensor) -> None:
         strength = self.strength(weight.mu)
         rows = weight.rows.split(weight.whole(source))
         if isinstance(self.method.prox, SignSwish) and strength < 1:
@@ -464,19 +318,19 @@ class ProxConnect:
         Raises:
             PcqError: a schedule-free optimizer is in its eval mode.
         """
-        _refuse_averages(self.optimizer)
+        refuse_averages(self.optimizer)
         self._settle()
-        kept = [(weight.shown.clone(), weight.grid) for weight in self._weights.values()]
-        for weight in self._weights.values():
+        kept = [(weight.shown.clone(), weight.grid) for weight in self.weights.values()]
+        for weight in self.weights.values():
             if self.method.posttraining:
                 weight.grid = qtensor.fit(weight.quantizer, weight.whole(weight.shown), weight.rows)
-            weight.shown.copy_(weight.own(weight.nearest(weight.whole(self._latent(weight)))))
+            weight.shown.copy_(weight.own(weight.nearest(weight.whole(weight.latent))))
         before, self._rounded = self._rounded, True
         try:
-            yield {name: weight.grid for name, weight in self._weights.items()}
+            yield {name: weight.grid for name, weight in self.weights.items()}
         finally:
             self._rounded = before
-            for weight, (shown, grid) in zip(self._weights.values(), kept, strict=True):
+            for weight, (shown, grid) in zip(self.weights.values(), kept, strict=True):
                 weight.shown.copy_(shown)
                 weight.grid = grid
 
@@ -485,26 +339,10 @@ class ProxConnect:
         """Where training stands; about ten copies of the weights, so ask now and then."""
         self._refuse_rounded("telemetry()")
         self._settle()
-        total, strength = 0, 0.0
-        counts: list[Tensor] = []
-        for weight in self._weights.values():
-            latent = self._latent(weight)
-            value = weight.whole(
-                weight.hidden if weight.hidden is not None and latent is weight.shown else weight.shown
-            )
-            latent = weight.whole(latent)
-            near = weight.nearest(value)
-            near_rows = weight.rows.split(near)
-            slack = 4 * torch.finfo(near.dtype).eps * near_rows.abs().amax(1, keepdim=True)
-            slack = weight.rows.merge(slack.expand_as(near_rows))
-            codes = qtensor.encode(latent, weight.grid, weight.rows).codes
-            flipped = codes.new_zeros(()) if weight.codes is None else (codes != weight.codes).sum()
-            weight.codes = codes
-            within = ((value - near).abs() <= slack).sum()
-            apart = (latent - weight.nearest(latent)).square().sum()
-            counts.append(torch.stack([x.double() for x in (within, flipped, apart, latent.square().sum())]))
-            total += value.numel()
-            strength += self.strength(weight.mu) * value.numel()
+        weights = self.weights.values()
+        total = sum(math.prod(weight.rows.shape) for weight in weights)
+        strength = sum(self.strength(weight.mu) * math.prod(weight.rows.shape) for weight in weights)
+        counts = [weight.counts() for weight in weights]
         on, flips, rest, norm = (sum(column) for column in zip(*torch.stack(counts).tolist(), strict=True))
         since, self._asked = max(1, self.step - self._asked), self.step
         return Telemetry(
@@ -527,7 +365,7 @@ class ProxConnect:
             CheckFailed: training ended before its hard phase, or weights are off their levels.
         """
         self._refuse_rounded("finish()")
-        _refuse_averages(self.optimizer)
+        refuse_averages(self.optimizer)
         self._settle()
         if self.strength() < 1 and not self.method.posttraining:
             raise CheckFailed(
@@ -535,7 +373,7 @@ class ProxConnect:
                 todo="Train on, or call harden() to round the weights as they are",
             )
         done, problems = {}, []
-        for name, weight in self._weights.items():
+        for name, weight in self.weights.items():
             if self.method.posttraining:
                 shown = weight.whole(weight.shown)
                 weight.grid = qtensor.fit(weight.quantizer, shown, weight.rows)
@@ -565,7 +403,7 @@ class ProxConnect:
         for hook in self._hooks:
             hook.remove()
         self._hooks = ()
-        _attached.discard(self)
+        ATTACHED.discard(self)
 
     def state_dict(self) -> dict[str, Any]:
         """All there is to go on from, in tensors and plain values. As with an optimizer's, tensors are not copies.
@@ -573,7 +411,7 @@ class ProxConnect:
         Of sharded parameters the latents are whole, so that one process can go on from it, or several.
         """
         self._refuse_rounded("state_dict()")
-        _refuse_averages(self.optimizer)
+        refuse_averages(self.optimizer)
         self._settle()
         return {
             "format": FORMAT,
@@ -583,14 +421,14 @@ class ProxConnect:
             "asked": self._asked,
             "weights": {
                 name: {
-                    "latent": weight.saved(self._latent(weight)),
+                    "latent": weight.saved(weight.latent),
                     "mu": weight.mu,
-                    "grid": _grid_state(weight.grid),
+                    "grid": grid_state(weight.grid),
                     "codes": weight.codes,
                     "quantizer": str(weight.quantizer),
                     "rows": str(weight.rows),
                 }
-                for name, weight in self._weights.items()
+                for name, weight in self.weights.items()
             },
         }
 
@@ -602,17 +440,17 @@ class ProxConnect:
                 Nothing is changed then.
         """
         self._refuse_rounded("load_state_dict()")
-        _refuse_partial(state)
+        refuse_partial(state)
         problems = [
             PcqError(f"the saved run had {key} {state['run'].get(key)}, this one has {mine}", where="ProxConnect state")
             for key, mine in self._run().items()
             if state["run"].get(key) != mine
         ]
-        for name in sorted(self._weights.keys() ^ state["weights"].keys()):
+        for name in sorted(self.weights.keys() ^ state["weights"].keys()):
             side = "only in the saved state" if name in state["weights"] else "missing in the saved state"
             problems.append(PcqError(f"{side}", where=name))
-        for name in sorted(self._weights.keys() & state["weights"].keys()):
-            saved, weight = state["weights"][name], self._weights[name]
+        for name in sorted(self.weights.keys() & state["weights"].keys()):
+            saved, weight = state["weights"][name], self.weights[name]
             got, want = tuple(saved["latent"].shape), weight.rows.shape
             if got != want:
                 problems.append(PcqError(f"saved with shape {got}, here it has {want}", where=name))
@@ -623,11 +461,11 @@ class ProxConnect:
         raise_all(problems)
         self._settle()
         self.step, self.hardened, self._asked = state["step"], state["hardened"], state["asked"]
-        for name, weight in self._weights.items():
+        for name, weight in self.weights.items():
             saved = state["weights"][name]
-            weight.mu, weight.grid = saved["mu"], _grid_from(saved["grid"], weight.shown.device)
+            weight.mu, weight.grid = saved["mu"], grid_from(saved["grid"], weight.shown.device)
             weight.codes = None if saved["codes"] is None else saved["codes"].to(weight.shown.device)
-            self._latent(weight).copy_(weight.own(saved["latent"]))
+            weight.latent.copy_(weight.own(saved["latent"]))
             self._map_hidden(weight)
 
     def _run(self) -> dict[str, str]:
@@ -637,127 +475,3 @@ class ProxConnect:
             "steps": str(self.steps),
             "refit": str(self.refit),
         }
-
-
-def _refuse_partial(state: Mapping[str, Any]) -> None:
-    """
-    Raises:
-        PcqError: of another version, or not all that :meth:`ProxConnect.state_dict` gives.
-    """
-    allowed = "what ProxConnect.state_dict() gave"
-    if not isinstance(state, Mapping) or "format" not in state:
-        held = f": its keys are {', '.join(map(str, list(state)[:3]))}" if isinstance(state, Mapping) and state else ""
-        raise PcqError(f"this is no state of a ProxConnect{held}", where="ProxConnect state", allowed=allowed)
-    if state["format"] != FORMAT:
-        raise PcqError(f"the ProxConnect state has format {state['format']!r}", allowed=f"format {FORMAT}")
-    missing = [key for key in STATE if key not in state]
-    missing += [
-        f"{key} of {name}" for name, saved in state.get("weights", {}).items() for key in WEIGHT if key not in saved
-    ]
-    if missing:
-        what = f"it is not whole: {', '.join(missing[:3])}{', ...' * (len(missing) > 3)} missing"
-        raise PcqError(what, where="ProxConnect state", allowed=allowed)
-
-
-def _refuse_averages(optimizer: torch.optim.Optimizer) -> None:
-    """A schedule-free optimizer (arXiv 2405.15682) in its eval mode has put averages in place of the weights."""
-    if any(group.get("train_mode") is False for group in optimizer.param_groups) and optimizer.state:
-        raise PcqError(
-            "the optimizer is in its eval mode: the parameters hold averages, which are on no levels",
-            todo="Call its train() first; within quantized() the model is what it is going to be.",
-        )
-
-
-def _taken() -> set[int]:
-    """Identities of the parameters that a ProxConnect has which is attached."""
-    return {id(weight.parameter) for prox in _attached for weight in prox._weights.values()}
-
-
-def _check(
-    optimizer: torch.optim.Optimizer, weights: Mapping[str, Target], method: object, steps: int, refit: int | None
-) -> None:
-    try:
-        optimizer.register_step_pre_hook(lambda *_: None).remove()
-    except AttributeError:  # a wrapper, such as Accelerate's
-        what = f"a {type(optimizer).__name__} has no step hooks"
-        todo = "Attach to the optimizer in it." if hasattr(optimizer, "optimizer") else ""
-        raise PcqError(what, allowed="a torch.optim.Optimizer", todo=todo) from None
-    _refuse_averages(optimizer)
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        what = f"{type(optimizer).__name__} is not taken: its step needs a closure, which would see the wrong weights"
-        raise PcqError(what, allowed="an optimizer whose step() goes without, such as SGD, AdamW, Muon")
-    problems = []
-    todo = "Call its finish() or detach() first."
-    taken = _taken()
-    if weights and any(id(target.parameter) in taken for target in weights.values()):
-        gc.collect()  # what nobody holds any more, but by the hooks, does not count
-        taken = _taken()
-    if any(prox.optimizer is optimizer for prox in _attached):
-        problems.append(PcqError("this optimizer has a ProxConnect attached already", todo=todo))
-    else:
-        problems += [
-            PcqError("has a ProxConnect already, by another optimizer", where=name, todo=todo)
-            for name, target in weights.items()
-            if id(target.parameter) in taken
-        ]
-    if not isinstance(method, Method):
-        what, todo = f"the method is a {type(method).__name__}", 'Write METHODS["proxconnect"], or another of them'
-        problems.append(PcqError(what, allowed="a pcq.methods.Method", todo=todo))
-    if not weights:
-        problems.append(PcqError("there are no weights to quantize"))
-    if steps < 1:
-        problems.append(
-            PcqError(f"steps is {steps}", allowed="the number of optimizer steps of the training, 1 or more")
-        )
-    if refit is not None and refit < 1:
-        problems.append(PcqError(f"refit is {refit}", allowed="a number of steps, 1 or more, or None"))
-    mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    seen: dict[int, str] = {}
-    for name, target in weights.items():
-        data = target.parameter.data
-        if id(target.parameter) in seen:
-            problems.append(PcqError(f"is the same parameter as {seen[id(target.parameter)]}", where=name))
-        seen[id(target.parameter)] = name
-        if id(target.parameter) not in mine:
-            problems.append(
-                PcqError(
-                    "is not one of the optimizer's parameters",
-                    where=name,
-                    todo="Attach to the one that has it, or leave out what is not trained.",
-                )
-            )
-        elif type(data) is not Tensor and not (shards.sharded(data) and shards.by_rows(data)):
-            allowed = "a plain tensor, or one that FSDP2 has cut along its first axis"
-            problems.append(PcqError(f"is a {type(data).__name__}", where=name, allowed=allowed))
-        elif data.dtype != torch.float32:
-            problems.append(
-                PcqError(
-                    f"is {str(data.dtype).removeprefix('torch.')}: steps smaller than its rounding would be lost",
-                    where=name,
-                    allowed="float32",
-                    todo="Keep float32 parameters and compute in lower precision with torch.autocast.",
-                )
-            )
-        elif not data.numel():
-            problems.append(PcqError("has no elements, so there are no levels for them", where=name))
-        elif tuple(data.shape) != target.rows.shape:
-            problems.append(PcqError(f"has shape {tuple(data.shape)}, its rows {target.rows.shape}", where=name))
-        elif not bool(torch.isfinite(shards.whole(data)).all()):
-            problems.append(PcqError("has infinite or NaN weights", where=name))
-    raise_all(problems)
-
-
-def _grid_state(grid: Grid) -> dict[str, Any]:
-    if isinstance(grid, Affine):
-        return {"kind": "affine", "scale": grid.scale, "zero_point": grid.zero_point, "count": grid.count}
-    return {"kind": "codebook", "table": grid.table, "scale": grid.scale}
-
-
-def _grid_from(state: Mapping[str, Any], device: torch.device) -> Grid:
-    here: dict[str, Any] = {
-        key: value.to(device) if isinstance(value, Tensor) else value for key, value in state.items()
-    }
-    if here["kind"] == "affine":
-        return Affine(here["scale"], here["zero_point"], here["count"])
-    return Codebook(here["table"], here["scale"])
