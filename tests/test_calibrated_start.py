@@ -111,6 +111,24 @@ def test_resumed_is_uninterrupted_and_another_run_is_refused_before_calibration(
     assert out.read_bytes() == straight.path.read_bytes()
 
 
+def test_the_command_line_says_the_same(straight, tmp_path) -> None:
+    line = [
+        "finetune",
+        str(DIGITS),
+        "-r",
+        "ternary",
+        "-d",
+        "digits",
+        "--arch",
+        ARCH,
+        "-o",
+        str(tmp_path / "x.safetensors"),
+    ]
+    line += ["--calib", "digits", "--samples", "64", "--calib-method", "gptq", "--refine", "8"]
+    assert cli.run([*line, "--steps", "8"]) == 0
+    assert (tmp_path / "x.safetensors").read_bytes() == straight.path.read_bytes()
+
+
 def test_frozen_weights_are_the_calibrated_ones(tmp_path) -> None:
     result = tune(tmp_path / "x.safetensors", overrides=["finetune.freeze=[fc.*]"], steps=2)
     stored = pcq.read_artifact(result.path).quantized["fc.weight"]
@@ -123,7 +141,10 @@ def test_frozen_weights_are_the_calibrated_ones(tmp_path) -> None:
     [
         (["--calib", "digits", "--scratch"], "cannot be calibrated"),
         (["--calib", "digits", "--method", "posttraining"], "rounds at its end"),
-        (["--samples", "64"], "not asked for"),
+        (["--samples", "64"], "--samples: this is about calibration, which was not asked for"),
+        (["--calib-method", "gptq"], "--calib-method: this is about calibration, which was not asked for"),
+        (["--refine", "0"], "--refine: this is about calibration, which was not asked for"),
+        (["--calib", "random", "--refine", "1"], "not refined on invented samples"),
         (["--calib", "digits", "--samples", "3"], "8 or more"),
     ],
 )

@@ -8,7 +8,7 @@ import typer
 from pcq.cli.app import app
 from pcq.cli.exporting import propose
 from pcq.cli.frame import answers, bar, emit, first, starting
-from pcq.cli.options import AllowGlobal, Arch, Force, Json, Key, Model, Set, UnsafePickle
+from pcq.cli.options import AllowGlobal, Arch, CalibMethod, Force, Json, Key, Model, Refine, Samples, Set, UnsafePickle
 
 
 @app.command()
@@ -39,7 +39,9 @@ def finetune(
             metavar="SPEC", help="Start from the calibrated network; samples of a data spec, or `random`: no data."
         ),
     ] = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration samples (default: 512, or what is there).")] = None,
+    samples: Samples = None,
+    calib_method: CalibMethod = None,
+    refine: Refine = None,
     activations: Annotated[
         int | None, typer.Option(metavar="8", help="Train with activations of 8 bits, for `export --mode int8`.")
     ] = None,
@@ -87,6 +89,8 @@ def finetune(
             overrides=overrides or (),
             calibration=calib,
             samples=samples,
+            calib_method=calib_method,
+            refine=refine,
             scratch=scratch,
             resume=resume,
             save_every=save_every,

@@ -1,7 +1,7 @@
 """The options that several commands share."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -47,6 +47,20 @@ AllowGlobal = Annotated[
 
 UnsafePickle = Annotated[
     bool, typer.Option("--unsafe-pickle", help="Load a pickle that can run code. Only for files you trust.")
+]
+
+Samples = Annotated[int | None, typer.Option(help="Calibration samples (default: 512, or what is there).")]
+
+CalibMethod = Annotated[
+    Literal["proxconnect", "gptq", "rounding", "nearest"] | None,
+    typer.Option(help="How each layer is reconstructed (default: proxconnect; for random gptq)."),
+]
+
+Refine = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", help="Optimizer steps to refine each block in, after its layers (default: 160; 0: none)."
+    ),
 ]
 
 Input = Annotated[

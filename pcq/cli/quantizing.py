@@ -1,14 +1,28 @@
 """``pcq quantize``."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pcq.cli.app import app
 from pcq.cli.exporting import propose
 from pcq.cli.frame import answers, bar, emit, say, starting
-from pcq.cli.options import AllowGlobal, Arch, Force, Input, Json, Key, Model, Set, UnsafePickle, shape_of
+from pcq.cli.options import (
+    AllowGlobal,
+    Arch,
+    CalibMethod,
+    Force,
+    Input,
+    Json,
+    Key,
+    Model,
+    Refine,
+    Samples,
+    Set,
+    UnsafePickle,
+    shape_of,
+)
 from pcq.errors import PcqError
 
 if TYPE_CHECKING:
@@ -40,18 +54,9 @@ def quantize(
             "no data. ONNX: npz:FILE with an array for each input.",
         ),
     ] = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration samples (default: 512, or what is there).")] = None,
-    calib_method: Annotated[
-        Literal["proxconnect", "gptq", "rounding", "nearest"] | None,
-        typer.Option(help="How each layer is reconstructed (default: proxconnect; for random gptq)."),
-    ] = None,
-    refine: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Optimizer steps to refine each block in, after its layers (default: 160; 0: none).",
-        ),
-    ] = None,
+    samples: Samples = None,
+    calib_method: CalibMethod = None,
+    refine: Refine = None,
     budget: Annotated[
         str | None,
         typer.Option(

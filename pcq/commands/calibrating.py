@@ -53,7 +53,7 @@ class Calibration:
         from pcq.data.inputs import sample_shape
 
         sample_shape(self.input_shape)
-        refuse_other(self.method, (*get_args(Method), None), "--method")
+        refuse_other(self.method, (*get_args(Method), None), "--calib-method")
         if self.refine is not None and self.refine < 0:
             raise PcqError(f"{self.refine} steps cannot be made", where="--refine", allowed="0 or more")
         if self.refine and self.data == RANDOM:

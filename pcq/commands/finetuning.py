@@ -18,7 +18,7 @@ from pcq import checkpoint, models, qtensor, shards
 from pcq.atomic import held, sweep
 from pcq.commands import starting
 from pcq.commands.budgeting import Allocation, allocate, named
-from pcq.commands.calibrating import Calibrated, Calibration
+from pcq.commands.calibrating import Calibrated, Calibration, Method
 from pcq.commands.networks import load_network, name_it
 from pcq.commands.quantizing import Planned, default_path, plan
 from pcq.data.inputs import bind_as
@@ -124,6 +124,8 @@ def finetune(
     overrides: Sequence[str] = (),
     calibration: Calibration | str | None = None,
     samples: int | None = None,
+    calib_method: Method | None = None,
+    refine: int | None = None,
     scratch: bool = False,
     resume: bool = False,
     save_every: int | None = None,
@@ -154,8 +156,8 @@ def finetune(
             ``pcq.settings.Finetune``.
         overrides: ``path=value`` changes of the recipe, such as ``finetune.lr=0.001``.
         calibration: start from the calibrated network, as ``pcq.quantize`` makes it; a data spec stands for
-            ``Calibration(spec, samples, seed=seed)``.
-        samples: for the calibration.
+            ``Calibration(spec, samples, calib_method, seed, refine=refine)``.
+        samples, calib_method, refine: for the calibration on a data spec.
         scratch: start from random weights, not from the model's.
         resume: go on with this run where it was interrupted.
         save_every: steps between saves of what a run can go on from; default: every two minutes.
@@ -185,11 +187,12 @@ def finetune(
         raise PcqError(f"{save_every} steps cannot be", where="--save-every", allowed="1 or more")
     here = ranks.current(shard)
     settings = loop.settled(changed(loaded.finetune or Finetune(), **given), data, here.device)
-    if samples is not None and not isinstance(calibration, str):
+    about = {"--samples": samples, "--calib-method": calib_method, "--refine": refine}
+    if not isinstance(calibration, str) and (lost := [option for option, value in about.items() if value is not None]):
         todo = "Say on what: --calib folder:DIR"
-        raise PcqError("this is about calibration, which was not asked for", where="--samples", todo=todo)
+        raise PcqError("this is about calibration, which was not asked for", where=lost[0], todo=todo)
     if isinstance(calibration, str):
-        calibration = Calibration(calibration, samples, seed=settings.seed)
+        calibration = Calibration(calibration, samples, calib_method, settings.seed, refine=refine)
     settings = starting.settled(settings, calibration, scratch)
     rules = replace(loaded, finetune=settings)
     if rules.budget is not None:
