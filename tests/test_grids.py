@@ -100,6 +100,14 @@ def test_ties() -> None:
     assert listed.encode(torch.tensor([[-1.0, 1.0, 3.0, 9.0, -9.0]])).tolist() == [[0, 1, 2, 3, 0]]
 
 
+@pytest.mark.parametrize(
+    ("zero", "halves"),
+    [(1.0, 1), (1.5, 2), (torch.tensor([1], dtype=torch.uint8), 1), (torch.tensor([1.0], dtype=torch.float16), 2)],
+)
+def test_codes_from_the_zero_point_are_integers_or_halves(zero: float | Tensor, halves: int) -> None:
+    assert Affine(torch.ones(1), zero, 4).halves == halves
+
+
 def test_a_row_of_scale_zero_has_all_its_levels_at_zero() -> None:
     for grid in (
         Affine(torch.tensor([0.0, 1.0]), 1.0, 3),

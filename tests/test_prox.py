@@ -3,9 +3,10 @@
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -126,8 +127,10 @@ def rounding(grid: Grid, shifts: Shifts, rows: Tensor) -> Tensor:
 @given(
     dyadic_grids(),
     st.sampled_from([(0.0, 0.0), (0.5, 0.5), (0.0, 0.5), (0.5, 0.0), (0.0, 0.25), (0.75, 0.5), (1.0, 0.0), (1.0, 1.0)]),
-    st.sampled_from([0.0, 0.25, 1.0]),
+    st.sampled_from([0.0, 0.25, 1.0, 2.0]),
 )
+@example((torch.tensor([[1.0, -1.0]] * 2), Affine(torch.tensor([0.0, 1.0]), 1.0, 3)), (0.5, 0.5), 1.0)  # no gaps
+@example((torch.tensor([[3.0, 0.25, -3.0]]), Affine(torch.ones(1), 0.5, 2)), (0.5, 0.0), 2.0)  # ramps that go on
 def test_even_and_listed_maps_equal_the_formulas_exactly_where_float32_is_exact(
     case: tuple[Tensor, Grid], shift: tuple[float, float], outside: float
 ) -> None:
@@ -155,6 +158,13 @@ def test_every_map_equals_the_formulas_up_to_rounding(case: tuple[Tensor, Grid],
     wants = [slow(rows.double() + move * near, levels, shifts) for move in (-1, 0, 1)]
     low, high = torch.stack(wants).amin(0), torch.stack(wants).amax(0)
     assert ((got >= low - allowed) & (got <= high + allowed)).all()
+
+
+@laws
+@given(st.floats(0, 1))
+def test_no_slope_takes_what_is_left_of_half_a_step_past_its_middle(rho: float) -> None:
+    slope, rest = np.float32(Shifts(rho, 0.0).slope), np.float32(0.5) - np.float32(rho / 2)
+    assert float(slope) * float(rest) <= 0.5
 
 
 @laws
@@ -186,6 +196,13 @@ def test_chunks_and_in_place_change_no_bit(case: tuple[Tensor, Grid], kind: Prox
         own = rows.clone()
         proximal(own, grid, shifts, out=own)
         assert torch.equal(own, whole)
+
+
+def test_in_place_what_lies_outside_of_even_levels_is_not_lost() -> None:
+    rows, grid, shifts = torch.linspace(-3, 3, 13)[None], Affine(torch.ones(1), 1.0, 3), Shifts(0.5, 0.5, outside=0.25)
+    own = rows.clone()
+    proximal(own, grid, shifts, out=own)
+    assert torch.equal(own, proximal(rows, grid, shifts))
 
 
 @laws
@@ -288,8 +305,15 @@ def test_strength_0_is_the_identity_within_the_levels(case: tuple[Tensor, Grid],
         assert torch.equal(mapped, torch.maximum(torch.minimum(rows, levels[:, -1:]), levels[:, :1]))
 
 
+NEIGHBOURS = torch.tensor([[1.0, 1.0 + ULP]])
+
+
 @laws
 @given(grids(), kinds)
+@example((torch.tensor([[0.5, -0.5]]), Affine(torch.ones(1), 1.0, 3)), Hard())
+@example((NEIGHBOURS, Codebook(NEIGHBOURS)), Hard())
+@example((-NEIGHBOURS.flip(1), Codebook(-NEIGHBOURS.flip(1))), Hard())
+@example((torch.tensor([[3.1e38, 3.3e38]]), Codebook(torch.tensor([[3e38, 3.3e38]]))), Hard())
 def test_strength_1_is_the_nearest_level_as_the_grid_encodes_it(case: tuple[Tensor, Grid], kind: Prox) -> None:
     rows, grid = case
     levels = grid.levels()
@@ -321,6 +345,12 @@ def test_nothing_is_ever_nan(case: tuple[Tensor, Grid], kind: Prox, strength: fl
     assert torch.isfinite(proximal(torch.cat([rows, tiny], 1), grid, kind.shifts(strength))).all()
     squeezed = Codebook(grid.levels() * 1e-42)
     assert torch.isfinite(proximal(torch.cat([rows, tiny], 1), squeezed, kind.shifts(strength))).all()
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_the_middle_of_a_gap_without_a_reciprocal_is_no_nan(kind: Prox) -> None:
+    levels = torch.tensor([[-1e-44, 1e-44]])
+    assert torch.isfinite(proximal(torch.zeros(1, 1), levels, kind.shifts(0.5))).all()
 
 
 # -- the named instances ----------------------------------------------------------------------------------------------
@@ -392,6 +422,12 @@ def test_absolute_shifts_harden_narrow_gaps_first_and_relative_ones_all_together
     assert got.tolist() == [[0.0625, 0.5]]
 
 
+@pytest.mark.parametrize("kind", [ProxQuant, BinaryRelax, Parq, L])
+def test_shifts_that_are_not_relative_are_those_of_the_row(kind: type[ProxQuant | BinaryRelax | Parq | L]) -> None:
+    assert kind(relative=False).shifts(0.5).unit == "row"
+    assert kind().shifts(0.5).unit == "gap"
+
+
 @pytest.mark.parametrize("shifts", [Shifts(0.5, 0.0, "weight"), Shifts(0.0, 0.5, "weight")])
 def test_a_shift_of_half_a_gap_is_the_nearest_level(shifts: Shifts) -> None:
     """METHOD.md section 2: rho >= D/2 or varrho >= D/2 is BC."""
@@ -409,5 +445,7 @@ def test_empty_rows_stay_empty() -> None:
 def test_a_family_member_that_never_hardens_is_refused() -> None:
     with pytest.raises(PcqError, match="the larger of them 1"):
         L(0.5, 0.25)
+    with pytest.raises(PcqError, match="the larger of them 1"):
+        L(-0.5, 1.0)
     with pytest.raises(PcqError, match="push weights away"):
         L(1.0, 0.5, clip=False)
