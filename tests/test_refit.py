@@ -181,6 +181,35 @@ def test_short_last_groups_are_refitted_on_their_real_weights(quantizer: Quantiz
         torch.testing.assert_close(again[channel, group], want[0], rtol=1e-5, atol=1e-6)
 
 
+def test_levels_that_all_rows_share_stay_one_table_beside_short_last_groups() -> None:
+    quantizer, rows = Fixed((-1.0, 0.0, 1.0)), Rows((2, 25), 0, group=10)
+    weight = torch.linspace(-2, 2, 50).reshape(2, 25)
+    again = refit.refit_weight(quantizer, weight, qtensor.fit(quantizer, weight, rows), rows)
+    assert again.levels().tolist() == [[-1, 0, 1]]
+
+
+def test_weights_on_the_other_side_of_all_levels_do_not_turn_them_round() -> None:
+    quantizer, rows = Fixed((1.0, 2.0), "mse"), torch.linspace(0.5, 2, 9)[None]
+    again = refit.refit(quantizer, -rows, quantizer.fit(rows))
+    assert torch.equal(again.levels(), quantizer.fit(-rows).levels())
+
+
+def test_where_the_recipe_leaves_it_open_ternary_levels_follow_by_the_mean() -> None:
+    assert refit.following(Ternary()) == Ternary("mean")
+    for kept in (Ternary("mse"), Ternary("mean"), Uniform(2)):
+        assert refit.following(kept) == kept
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
+def test_levels_settle_unless_they_go_by_a_mean(quantizer: Quantizer) -> None:
+    before, _ = moved(11, 3, 80)
+    levels = [(grid := quantizer.fit(before)).levels()]
+    for _ in range(5):
+        grid = refit.refit(quantizer, grid.decode(grid.encode(before)), grid)
+        levels.append(grid.levels())
+    assert torch.allclose(levels[-1], levels[0], rtol=1e-5) == refit.settles(quantizer)
+
+
 def test_an_unknown_quantizer_is_simply_fitted() -> None:
     class Own:
         def fit(self, rows: Tensor) -> Grid:
