@@ -53,6 +53,18 @@ def test_linear_starts_from_first() -> None:
     assert [schedule.strength(p, 1.0) for p in (0.0, 0.25, 0.5)] == [0.2, pytest.approx(0.6), 1.0]
 
 
+def test_cosine_is_half_a_wave() -> None:
+    schedule = Cosine(0.2, 0.8)
+    strengths = [schedule.strength(0.2 + 0.6 * share, 1.0) for share in (1 / 4, 1 / 3, 1 / 2, 2 / 3)]
+    assert strengths == pytest.approx([(1 - math.sqrt(0.5)) / 2, 1 / 4, 1 / 2, 3 / 4])
+
+
+def test_what_is_not_said() -> None:
+    assert MirroredSigmoid() == MirroredSigmoid(0.0, 0.75, 10.0)
+    assert Geometric() == Geometric(0.0, 0.75, 1.0, 100.0)
+    assert Theory() == Theory(0.75, 0.01)
+
+
 @pytest.mark.parametrize("f", [0.0, 0.1, 0.37, 0.5, 0.9])
 @pytest.mark.parametrize("steepness", [1.0, 10.0, 40.0])
 def test_mirrored_sigmoid_is_parqs_inverse_slope(f: float, steepness: float) -> None:
@@ -104,7 +116,9 @@ def test_other_mistakes_are_refused_in_words() -> None:
         lambda: Theory(first=-0.5),
         lambda: Geometric(first=0.0),
         lambda: Geometric(first=2.0, last=1.0),
+        lambda: Geometric(last=math.inf),
         lambda: MirroredSigmoid(steepness=0.0),
+        lambda: MirroredSigmoid(steepness=501.0),
     ):
         with pytest.raises(PcqError, match="schedule"):
             make()
