@@ -104,3 +104,7 @@ def test_every_byte_string_is_codes_or_an_error(count: int) -> None:
         except ValueError:
             continue
         assert int(codes.max()) < count
+
+
+def test_pieces_are_whole_bytes_in_every_plane() -> None:
+    assert not any(packing._CHUNK % digits for digits in packing.DIGITS.values())

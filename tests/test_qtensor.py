@@ -139,3 +139,8 @@ def test_one_table_for_all_is_stored_once() -> None:
     quantized = quantize(Fixed((-1.0, 0.0, 1.0)), some_weight("normal", (50, 9)), Rows((50, 9), group=2))
     assert isinstance(quantized.grid, Codebook)
     assert quantized.nbytes == math.ceil(450 / 5) + 12
+
+
+def test_codes_lie_in_memory_as_the_weight_does() -> None:
+    weight = torch.randn(3, 4, 2)
+    assert quantize(Ternary(), weight, Rows((3, 4, 2), 1)).codes.is_contiguous()

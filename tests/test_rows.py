@@ -92,3 +92,19 @@ def test_splitting_rows_of_a_plain_weight_copies_nothing() -> None:
 def test_impossible_rows_are_our_mistake(wrong: dict[str, int]) -> None:
     with pytest.raises(AssertionError):
         Rows((4, 3, 2), **wrong)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
+@pytest.mark.parametrize("group", [None, 3])
+def test_empty_weights_have_empty_rows(shape: tuple[int, ...], group: int | None) -> None:
+    rows = Rows(shape, group=group)
+    split = rows.split(torch.zeros(shape))
+    assert split.shape == (shape[0], 0)
+    assert rows.merge(split).shape == shape
+
+
+def test_another_shape_is_our_mistake() -> None:
+    with pytest.raises(AssertionError):
+        Rows((2, 6)).split(torch.zeros(3, 4))
+    with pytest.raises(AssertionError):
+        Rows((2, 6), group=4).merge(torch.zeros(2, 8))
