@@ -1,11 +1,13 @@
 """The target that a layer's moments give, and how far it is pulled to the float weights."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from pcq.calibrate import moments, oneshot
-from pcq.calibrate.moments import PULLS, Sums, influence, noise, pull, target
+from pcq.calibrate.moments import PULLS, Sums, damped, influence, noise, pull, target
 from pcq.calibrate.oneshot import Settings, calibrate
 from pcq.quantizers import Uniform
 from pcq.rows import Rows
@@ -50,6 +52,29 @@ def test_the_halves_make_the_whole_and_are_different_batches() -> None:
         torch.testing.assert_close(cross[0], f.T @ q / len(q), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close((found.halves[0][0] + found.halves[1][0]) / 2, found.cov, rtol=1e-4, atol=1e-4)
     assert summed(weight, x_f, x_q, 1).moments().halves == ()
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_batches_of_any_sizes_give_what_all_rows_at_once_do(centred: bool) -> None:
+    weight, x_f, x_q = drawn(3, 90, 5, 0.5)
+    sizes, sums = [40, 10, 10, 10, 20], Sums(weight, centred)
+    for p_f, p_q in zip(x_f.split(sizes, 1), x_q.split(sizes, 1), strict=True):
+        sums.add(p_f, p_q)
+    found, y = sums.moments(), (x_f @ weight.transpose(1, 2))[0]
+    f, q = (x[0] - x[0].mean(0) if centred else x[0] for x in (x_f, x_q))
+    wanted = (x_q[0].mean(0), q.T @ q / 90, f.T @ q / 90, y.mean(0), y.var(0, correction=0))
+    for got, want in zip((found.mean, found.cov, found.cross, found.y_mean, found.y_var), wanted, strict=True):
+        torch.testing.assert_close(got[0], want, rtol=1e-4, atol=1e-4)
+    (first, _), _ = found.halves
+    q = q if not centred else x_q[0, :40] - x_q[0, :40].mean(0)
+    torch.testing.assert_close(first[0], q[:40].T @ q[:40] / 40, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mean", "cov", "cross", "y_mean", "y_var"])
+def test_one_overflow_is_enough(name: str) -> None:
+    found = summed(*drawn(0, 20, 3, 0.5), 1).moments()
+    assert found.finite
+    assert not replace(found, **{name: getattr(found, name) * torch.inf}).finite
 
 
 @pytest.mark.parametrize("crossed", [True, False])
@@ -162,3 +187,46 @@ def test_the_influence_of_a_row_ends_at_the_median() -> None:
     assert torch.equal(share[energy <= median], torch.ones(2 * 16))
     torch.testing.assert_close((share * energy)[energy > median], median.expand(2, 15).flatten())
     assert torch.equal(influence(torch.zeros(1, 3, 2)), torch.ones(1, 3, 1))
+    alone = torch.zeros(1, 5, 2)
+    alone[0, 0] = 3  # a row among zeros is not made one of them
+    assert torch.equal(influence(alone), torch.ones(1, 5, 1))
+
+
+def test_bounded_moments_are_those_of_weighed_rows() -> None:
+    weight, x_f, x_q = drawn(4, 70, 5, 0.5)
+    sums = Sums(weight, centred=True, bounded=True)
+    sums.add(x_f, x_q)
+    found, y = sums.moments(), x_f @ weight.transpose(1, 2)
+    share = influence(y)[0]
+    f, q, y = (x[0] - (share * x[0]).sum(0) / share.sum() for x in (x_f, x_q, y))
+    torch.testing.assert_close(found.mean[0], (share * x_q[0]).sum(0) / share.sum(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.cov[0], (share * q).T @ q / share.sum(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.cross[0], (share * f).T @ q / share.sum(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.y_var[0], (share * y.square()).sum(0) / share.sum(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_pull_does_not_know_which_half_came_first() -> None:
+    chosen = []
+    for seed in range(12):
+        weight, x_f, x_q = drawn(seed, 24, 16, 0.3)
+        found = summed(weight, x_f, x_q, 2).moments()
+        chosen.append(pull(weight, found))
+        assert pull(weight, replace(found, halves=found.halves[::-1])) == chosen[-1]
+    assert len(set(chosen)) > 1
+    assert pull(weight, replace(found, halves=())) == PULLS[0]
+
+
+def test_the_noise_is_the_formula_and_no_more_than_what_there_is() -> None:
+    cov, off = torch.diag(torch.tensor([1.0, 3.0]))[None], torch.diag(torch.tensor([0.5, 0.0]))[None]
+    found = summed(*drawn(0, 20, 2, 0.5), 1).moments()
+    assert noise(found) == 0
+
+    def halved(apart: Tensor) -> float:
+        return noise(replace(found, cov=cov, halves=((cov + apart, cov), (cov - apart, cov))))
+
+    assert halved(off) == pytest.approx(1 / 7)  # rho = 1/4 of 1 over 2
+    assert halved(100 * off) == 1
+
+
+def test_what_nothing_enters_is_damped_by_ones() -> None:
+    assert torch.equal(damped(torch.zeros(1, 2, 2), 0.5), torch.eye(2)[None] / 2)
