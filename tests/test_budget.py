@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from pcq.commands import Calibration, allocate, budgeting, everything, plan
 from pcq.commands.budgeting import Problem
 from pcq.demo import HERE
 from pcq.errors import PcqError
-from pcq.quantizers import Uniform
+from pcq.quantizers import Ternary, Uniform
 from pcq.recipe import Recipe, parse_recipe
 from pcq.rules import Match, Rule
 
@@ -98,16 +99,31 @@ def test_hundreds_of_weights_are_solved_exactly():
 @pytest.mark.parametrize(
     ("text", "means"),
     [("3MB", Bytes(3_000_000)), ("2.5 MiB", Bytes(2_621_440)), ("900kB", Bytes(900_000)), ("120 bytes", Bytes(120)),
-     ("2.5bits", Bits(2.5)), ("1bit", Bits(1.0))],
+     ("2kB", Bytes(2_000)), ("1.5GB", Bytes(1_500_000_000)), ("3KiB", Bytes(3_072)), ("2gib", Bytes(2_147_483_648)),
+     ("7B", Bytes(7)), ("1.9999kb", Bytes(1_999)), ("2.5bits", Bits(2.5)), ("1bit", Bits(1.0))],
 )  # fmt: skip
 def test_what_a_budget_says(text, means):
     assert parse_budget(text) == means
 
 
-@pytest.mark.parametrize("text", ["3", "MB", "-3MB", "3 parsecs", "0MB", "1e3kB", ""])
+@pytest.mark.parametrize("text", ["3", "MB", "-3MB", "3 parsecs", "0MB", "0bits", "1e3kB", ""])
 def test_what_is_no_budget(text):
     with pytest.raises(PcqError, match="is not a budget"):
         parse_budget(text)
+
+
+def test_options_say_what_shares_levels():
+    texts = [option.text for option in (Option(Ternary()), Option(Ternary(), "tensor"), Option(Ternary(), group=64))]
+    assert texts == ["ternary, per channel", "ternary, per tensor", "ternary, groups of 64"]
+
+
+names = st.text("a*?[]!-0.", max_size=6)
+
+
+@given(names, names)
+def test_a_literal_matches_its_name_and_no_other(name, other):
+    assert fnmatchcase(name, literal(name))
+    assert fnmatchcase(other, literal(name)) == (other == name)
 
 
 def test_names_stand_for_themselves_only():
