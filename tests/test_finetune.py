@@ -44,7 +44,7 @@ from pcq.settings import Finetune, MethodName, changed, method_of, schedule_of
 from pcq.train import augment, batchnorm, graphs, loop, report, saving
 from pcq.train.batches import Batches, generator, own_randomness
 from pcq.train.splits import open_splits
-from pcq.train.step import TEMPERATURE, logits, loss_of, make_optimizer, rate
+from pcq.train.step import TEMPERATURE, logits, loss_of, make_optimizer, rate, update
 from pcq.train.stopping import Interrupted
 
 ARCH = "pcq.demo.nets:resnet8?num_classes=10&in_channels=1"
@@ -875,6 +875,20 @@ def test_learning_rates_stay_between_zero_and_the_highest(kind: Any, progress: f
     assert rate(how, 0.999) < (0.51 if kind == "constant" else 0.01)
 
 
+@pytest.mark.parametrize(
+    ("kind", "shares"),
+    [
+        ("onecycle", {0.0: 0.04, 0.15: 0.52, 0.3: 1.0, 0.65: 0.5, 1.0: 0.0}),  # of PyTorch's, but it ends at 0
+        ("cosine", {0.0: 0.02, 0.5: 0.5, 2 / 3: 0.25, 1.0: 0.0}),
+        ("step", {0.0: 1.0, 0.499: 1.0, 0.5: 0.1, 0.749: 0.1, 0.75: 0.01, 1.0: 0.01}),
+        ("constant", {0.0: 1.0, 1.0: 1.0}),
+    ],
+)
+def test_learning_rates_golden(kind: Any, shares: dict[float, float]) -> None:
+    found = {progress: rate(Finetune(rate=kind, lr=0.5), progress) for progress in shares}
+    assert found == pytest.approx({progress: 0.5 * share for progress, share in shares.items()}, abs=1e-9)
+
+
 # -- loss, batches, augmentation, BatchNorm ----------------------------------------------------------------------------
 
 
@@ -891,6 +905,27 @@ def test_the_loss_is_cross_entropy_and_divergence() -> None:
     assert loss_of(Finetune(distill=1.0), out, labels, out).abs() < 1e-6
     one, aim = out[:, :1], teacher[:, :1]  # of one class, which has no divergence
     torch.testing.assert_close(loss_of(Finetune(distill=0.3), one, 0 * labels, aim), 0.3 * (one - aim).square().mean())
+
+
+def test_the_loss_smooths_labels_and_only_what_is_masked_is_alike() -> None:
+    out, labels = torch.randn(5, 7, generator=generator(0)), torch.tensor([0, 1, 2, 3, 6])
+    want = F.cross_entropy(out, labels, label_smoothing=0.1)
+    assert torch.equal(loss_of(Finetune(smoothing=0.1), out, labels, None), want)
+    assert TEMPERATURE == 2
+    low = torch.tensor([[[-2000.0, -torch.inf]]])
+    assert loss_of(Finetune(), low, None, torch.tensor([[[-4000.0, -torch.inf]]])) == 2000**2 / 2
+
+
+@pytest.mark.parametrize(("clip", "gradient"), [(5.0, (3.0, 4.0)), (0.0, (30.0, 40.0)), (100.0, (30.0, 40.0))])
+def test_a_step_is_nesterovs_at_the_rate_given_with_the_gradient_clipped(clip: float, gradient: Any) -> None:
+    how, net = Finetune(optimizer="sgd", clip=clip, weight_decay=0.0), nn.Linear(2, 1, bias=False)
+    nn.init.zeros_(net.weight)
+    optimizer, twin, velocity = make_optimizer(how, net.parameters()), torch.zeros(2), torch.zeros(2)
+    for learning_rate in (0.1, 0.02):
+        update(how, optimizer, net, (net.weight * torch.tensor([30.0, 40.0])).sum(), learning_rate)
+        velocity = 0.9 * velocity + torch.tensor(gradient)
+        twin = twin - learning_rate * (torch.tensor(gradient) + 0.9 * velocity)
+        torch.testing.assert_close(net.weight[0].detach(), twin)
 
 
 def test_logits_are_found() -> None:
@@ -911,6 +946,12 @@ def test_what_has_one_axis_does_not_decay() -> None:
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
     groups = make_optimizer(Finetune(weight_decay=0.5), net.parameters()).param_groups
     assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [(1, 0.5), (3, 0.0)]
+
+
+def test_every_epoch_has_an_order_of_its_own() -> None:
+    batches = Batches(from_arrays("x", "train", torch.zeros(40, 1), torch.arange(40)), 40, 0)
+    orders = [*(batches.numbers(step) for step in range(3)), replace(batches, seed=1).numbers(0)]
+    assert len({tuple(order.tolist()) for order in orders}) == 4
 
 
 @given(n=st.integers(5, 40), size=st.integers(1, 5), seed=st.integers(0, 3), world=st.integers(1, 3))
@@ -1010,19 +1051,20 @@ def test_a_gpu_has_the_cpus_samples_bit_by_bit(change: Any) -> None:
             assert torch.equal(a, b.cpu())
 
 
-def test_global_generators_follow_the_step() -> None:
+@pytest.mark.parametrize("threads", [0, 2])
+def test_global_generators_follow_the_step(threads: int) -> None:
     """Dropout after a resume draws what it would have drawn."""
-    data = from_arrays("x", "train", torch.zeros(20, 3), torch.zeros(20, dtype=torch.long))
-    batches = Batches(data, 4, 0)
+    batches = Batches(from_arrays("x", "train", torch.zeros(40, 1), torch.arange(40)), 4, 0, threads=threads)
 
-    def drawn(start: int) -> dict[int, tuple[float, float]]:
-        run = enumerate(batches.run(start, 8), start)
-        return {step: (float(torch.rand(())), random.random()) for step, _ in run}
+    def drawn(start: int, **changes: int) -> list[tuple[float, float, float]]:
+        with own_randomness():
+            steps = replace(batches, **changes).run(start, 5)
+            return [(random.random(), float(np.random.rand()), float(torch.rand(()))) for _ in steps]
 
-    with own_randomness():
-        whole, later = drawn(0), drawn(5)
-    assert later == {step: whole[step] for step in range(5, 8)}
-    assert len(set(whole.values())) == 8
+    whole = drawn(1)
+    assert drawn(3) == whole[2:]
+    every = [*whole, *drawn(1, seed=1), *drawn(1, rank=1, world=2)]
+    assert all(len(set(numbers)) == len(every) for numbers in zip(*every, strict=True))
 
 
 @given(seed=st.integers(0, 50))
