@@ -19,7 +19,7 @@ from pcq.errors import CheckFailed, PcqError
 from pcq.export import write_onnx
 from pcq.quantizers import Uniform
 from pcq.rows import Rows
-from pcq.scores import Likeness, evaluate, module_predictor, onnx_predictor
+from pcq.scores import Likeness, Scores, evaluate, merged, module_predictor, onnx_predictor
 
 
 def table(outputs: list[list[float]], labels: list[int] | None) -> tuple[Data, Tensor]:
@@ -266,3 +266,17 @@ def test_few_rows_and_none_have_a_likeness() -> None:
     assert Likeness.of(torch.ones(5, 2) * 1.1, torch.ones(5, 2)).explained < -1e6
     none = Likeness.of(aim[:0], aim[:0])
     assert (none + Likeness.of(aim, aim)).explained == 100
+
+
+def test_parts_make_the_whole_exactly() -> None:
+    y, aim = torch.randn(2, 30, 4, generator=torch.Generator().manual_seed(0))
+    for n, k in [(m, k) for m in range(1, 120) for k in range(m + 1)]:
+        parts = [
+            Scores(n, 100 * k / n, None, 50.0, 0.0, Likeness.of(y[:10], aim[:10])),
+            Scores(200, 29.0, None, 50.0, None, Likeness.of(y[10:], aim[10:])),
+        ]
+        assert merged(parts).top1 == 100 * (k + 58) / (n + 200)
+    whole = merged(parts)
+    assert whole.n == 319
+    assert whole.top5 is whole.reference_top1 is None
+    assert whole.explained == pytest.approx(Likeness.of(y, aim).explained)
