@@ -222,7 +222,8 @@ def test_token_ids_tied_head_and_unused_weight(tmp_path: Path) -> None:
     used = {name: weight for name, weight in weights.items() if name != "aside.weight"}
     assert same(read_packed(report.path), used)
     inputs = {value.name: value.shape for value in session(report.path).get_inputs()}
-    assert inputs == {"ids": ["batch", 5], "gain": ["batch", 16]}
+    assert inputs == {"ids": ["batch", "length"], "gain": ["batch", 16]}
+    assert report.dynamic_length
     assert {agreement.batch for agreement in report.agreements} == {1, 3}
     model = onnx.load(report.path)
     assert sum(node.name == "tokens.weight/unpack" for node in model.graph.node) == 1

@@ -23,6 +23,7 @@ from pcq.commands.finetuning import FinetuneResult
 from pcq.data import open_data, open_inputs
 from pcq.data.inputs import in_order, inputs, names
 from pcq.errors import NoSplit, PcqError
+from pcq.export import verify
 from pcq.settings import Finetune
 from pcq.train.splits import open_splits
 from pcq.train.step import loss_of
@@ -534,6 +535,62 @@ def test_int8_of_tokens_and_masks_needs_no_ranges(tmp_path: Path) -> None:
     exact = pcq.export_onnx(artifact, tmp_path / "y.onnx", example=f"npz:{tmp_path / 'tokens.npz'}", int8=Int8())
     assert exact.int8 is not None
     assert exact.int8.drop is None
+
+
+class Fixed(Masked):
+    """Its places are as many as there are tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Parameter(torch.randn(6, 8, generator=torch.Generator().manual_seed(1)))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, other: Tensor | None = None) -> Tensor:
+        return (
+            self.second((self.words(input_ids) + self.places) @ self.first.weight.t()) * attention_mask[..., None]
+        ).sum(1)
+
+
+class Frame(Masked):
+    """A mask of frames, which are floats."""
+
+    def forward(self, frames: Tensor, attention_mask: Tensor) -> Tensor:  # type: ignore[override]
+        return (self.second(self.first(frames).relu()) * attention_mask[..., None]).mean(1)  # type: ignore[no-any-return]
+
+
+def test_text_of_any_length_where_the_code_does_not_fix_it(tmp_path: Path) -> None:
+    np.savez(tmp_path / "tokens.npz", **{name: array.numpy() for name, array in _samples().items()})
+    mask = _samples()["attention_mask"].numpy()
+    np.savez(tmp_path / "frames.npz", frames=np.zeros((48, 6, 8), np.float32), attention_mask=mask)
+    for net, data, lengths in ((Masked(), "tokens", [2, 6, 9]), (Fixed(), "tokens", []), (Frame(), "frames", [])):
+        made = pcq.export_onnx(
+            packed(tmp_path, net), tmp_path / "x.onnx", example=f"npz:{tmp_path / data}.npz", force=True
+        )
+        session = InferenceSession(made.path)
+        assert made.report.dynamic_length == bool(lengths)
+        assert [value.shape[:2] for value in session.get_inputs()] == [["batch", "length" if lengths else 6]] * 2
+        module = pcq.open_network(tmp_path / "packed.safetensors").module
+        for length in lengths:
+            x = {
+                "input_ids": torch.arange(3 * length).reshape(3, length) % 20,
+                "attention_mask": torch.ones(3, length).long(),
+            }
+            with torch.no_grad():
+                wanted = module(**x).numpy()
+            np.testing.assert_allclose(session.run(None, {k: v.numpy() for k, v in x.items()})[0], wanted, atol=1e-5)
+
+
+def test_a_file_of_open_length_is_proved_at_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    prove = verify.prove
+
+    def noted(path, weights, predicted, run, trials, *rest):  # type: ignore[no-untyped-def]
+        seen.extend(tuple(x.shape) for trial in trials for x in trial.values)
+        return prove(path, weights, predicted, run, trials, *rest)
+
+    monkeypatch.setattr(verify, "prove", noted)
+    np.savez(tmp_path / "tokens.npz", **{name: array.numpy() for name, array in _samples().items()})
+    pcq.export_onnx(packed(tmp_path, Masked()), tmp_path / "x.onnx", example=f"npz:{tmp_path / 'tokens.npz'}")
+    assert seen == [(1, 6)] * 2 + [(3, 3)] * 2 + [(4, 6)] * 2
 
 
 def test_a_program_with_named_inputs_runs_in_int8(tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ class OnnxReport:
         folded: weights whose scales have taken in the BatchNorm behind them.
         agreements: the runs beside torch.
         dynamic_batch: whether the file takes any number of samples.
+        dynamic_length: whether it takes tokens of any length.
         opset, ir_version, target_ort: what the file is written for.
         ort_version: the ONNX Runtime it was tried in.
         resident: predicted bytes of all tensors in memory while the network runs.
@@ -78,6 +79,7 @@ class OnnxReport:
     shared: dict[str, str]
     agreements: tuple[verify.Agreement, ...]
     dynamic_batch: bool
+    dynamic_length: bool
     opset: int
     ir_version: int
     target_ort: str
@@ -166,6 +168,7 @@ def write_onnx(
             for name, weight in kept.items()
         ),
         unused=packing.unused, shared=packing.shared, agreements=agreements, dynamic_batch=any(traced.batched),
+        dynamic_length=any(traced.lengths),
         opset=file.opset, ir_version=file.ir_version, target_ort=goal.ort, ort_version=onnxruntime.__version__,
         seconds=time.perf_counter() - start, resident=packing.plan.resident + file.float_bytes,
         transient=packing.plan.transient, loading=packing.plan.loading, load=packing.plan.load, level4=level4,
@@ -322,19 +325,28 @@ def _size(value: ir.Value) -> int:
 
 
 def _trials(traced: Traced, samples: Sequence[Sequence[Tensor]]) -> list[verify.Trial]:
-    """Random inputs at two batch sizes (one, if it is fixed), and the samples."""
+    """Random inputs at two batch sizes (one, if it is fixed), tokens at two lengths if these are open, and samples."""
     batches = [traced.smallest_batch, traced.smallest_batch + 2] if any(traced.batched) else [None]
+    batches += [None] * (batches == [None] and any(traced.lengths))
     generator = torch.Generator().manual_seed(0)
-    trials = [
-        verify.Trial("random", tuple(
-            _random(leaf, batch if moves else None, generator, whole=(value.name or "").endswith(MASK))
-            for value, leaf, moves in zip(traced.model.graph.inputs, traced.example, traced.batched, strict=True)
-        ))
-        for batch in batches
-    ]  # fmt: skip
-    if batches == [None]:  # as many as it takes
+    trials = []
+    for batch in batches:
+        of_each = zip(traced.model.graph.inputs, traced.example, traced.batched, traced.lengths, strict=True)
+        made = []
+        for value, leaf, moves, length in of_each:
+            mask = (value.name or "").endswith(MASK)
+            example = leaf if length is None or not trials else _shorter(leaf, length, mask)
+            made.append(_random(example, batch if moves else None, generator, whole=mask))
+        trials.append(verify.Trial("random", tuple(made)))
+    if None in batches:  # as many as it takes
         samples = [[x[: len(one)] for x, one in zip(sample, traced.example, strict=True)] for sample in samples]
     return trials + [verify.Trial("sample", tuple(sample)) for sample in samples]
+
+
+def _shorter(tokens: Tensor, length: int, mask: bool) -> Tensor:
+    """Of tokens ``[n, t]`` the first; a mask hides none of them."""
+    cut = tokens[:, :length]
+    return torch.ones_like(cut) if mask else cut
 
 
 def _random(example: Tensor, batch: int | None, generator: torch.Generator, whole: bool) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from pcq.data.inputs import names
 from pcq.errors import PcqError, raise_all
 from pcq.logits import NAME, main_output, tensors
 
@@ -69,6 +70,7 @@ class Traced:
         used: the names that ``forward`` uses.
         example: one tensor for each input of the graph, in its order.
         batched: for each input, whether its first dimension is the batch and can be any size.
+        lengths: for each input of tokens or a mask ``[n, t]`` whose length can be any size, another one to try.
         smallest_batch: the fewest samples the network takes at once.
         run: the network itself: inputs -> its tensor outputs in the graph's order.
     """
@@ -77,15 +79,17 @@ class Traced:
     used: frozenset[str]
     example: tuple[Tensor, ...]
     batched: tuple[bool, ...]
+    lengths: tuple[int | None, ...]
     smallest_batch: int
     run: Callable[[Sequence[Tensor]], list[Tensor]]
 
 
 def trace(network: nn.Module | ExportedProgram, example: Example | None, opset: int) -> Traced:
-    """Export ``network`` with a dynamic batch dimension, nothing optimised.
+    """Export ``network`` with a dynamic batch dimension, of tokens also a dynamic length, nothing optimised.
 
-    Every input whose first dimension is as long as the first input's is taken to be batched. An exported program keeps
-    the dimensions it was exported with; without an example its own is taken.
+    Every input whose first dimension is as long as the first input's is taken to be batched, and whole numbers
+    ``[n, t]`` for tokens, or their mask or types, whose length stays open where the network's code lets it. An exported
+    program keeps the dimensions it was exported with; without an example its own is taken.
 
     Raises:
         PcqError: the network is in training mode or not on the CPU; torch cannot export it, or would leave
@@ -130,7 +134,13 @@ def trace(network: nn.Module | ExportedProgram, example: Example | None, opset: 
     if len(graph.outputs) > 1:
         _name_main(graph, result(leaves))
     used, smallest = _signature(program.exported_program, tensors_of(network))
-    return Traced(program.model, used, leaves, batched, smallest, run)
+    least = _least(program.exported_program, 1)
+    lengths = tuple(
+        None if value.shape is None or not _of_tokens(leaf) or isinstance(value.shape[1], int)
+        else min(leaf.shape[1], max(2, least[i], leaf.shape[1] // 2))
+        for i, (value, leaf) in enumerate(zip(graph.inputs, leaves, strict=True))
+    )  # fmt: skip
+    return Traced(program.model, used, leaves, batched, lengths, smallest, run)
 
 
 def _name_main(graph: ir.Graph, result: Any) -> None:
@@ -151,15 +161,16 @@ def tensors_of(network: nn.Module | ExportedProgram) -> dict[str, Tensor]:
 
 
 def _export(network: nn.Module, inputs: dict[str, Tensor] | tuple[Tensor, ...], opset: int) -> torch.onnx.ONNXProgram:
-    """With a dynamic batch; the module of an exported program with the sizes that it leaves open, if any."""
+    """With a dynamic batch, and length if that can be; an exported program's module with the sizes that it leaves open,
+    if any."""
     leaves = list(inputs.values()) if isinstance(inputs, dict) else list(inputs)
     batch = leaves[0].shape[0] if leaves[0].ndim else 0
     moving = [leaf.ndim > 0 and leaf.shape[0] == batch for leaf in leaves]
     several = [_several(leaf) if moves else leaf for leaf, moves in zip(leaves, moving, strict=True)]
     shapes: list[dict[int, str]] = [{0: "batch"} if moves else {} for moves in moving]
-    if isinstance(network, torch.fx.GraphModule):
-        named = inputs if isinstance(inputs, dict) else dict(enumerate(inputs))
-        shapes = [shape | more for shape, more in zip(shapes, _lengths(network, named), strict=True)]
+    takes = list(inputs) if isinstance(inputs, dict) else [*names(network), *[""] * len(leaves)][: len(leaves)]
+    more = _left_open(network, inputs) if isinstance(network, torch.fx.GraphModule) else _lengths(takes, leaves)
+    longer = [shape | one for shape, one in zip(shapes, more, strict=True)]
 
     def export(values: list[Tensor], shapes: list[dict[int, str]] | None) -> torch.onnx.ONNXProgram:
         if not isinstance(inputs, dict):
@@ -168,19 +179,42 @@ def _export(network: nn.Module, inputs: dict[str, Tensor] | tuple[Tensor, ...], 
         return _to_onnx(network, (), named, None if shapes is None else dict(zip(inputs, shapes, strict=True)), opset)
 
     try:
-        return export(several, shapes)
+        return export(several, longer)
     except FixedBatch:
-        if not isinstance(network, torch.fx.GraphModule):
+        if isinstance(network, torch.fx.GraphModule):
+            return export(leaves, None)
+        if longer == shapes:
             raise
-        return export(leaves, None)
+    except PcqError:
+        if longer == shapes or isinstance(network, torch.fx.GraphModule):
+            raise
+    return export(several, shapes)  # the code fixes the length
 
 
-def _lengths(program: torch.fx.GraphModule, inputs: Mapping[Any, Tensor]) -> list[dict[int, str]]:
+def _of_tokens(leaf: Tensor) -> bool:
+    """Whether an input is whole numbers or booleans ``[n, t]``: tokens, their mask, their types."""
+    return leaf.ndim == 2 and not leaf.is_floating_point() and leaf.shape[1] > 1
+
+
+def _lengths(takes: Sequence[str], leaves: Sequence[Tensor]) -> list[dict[int, str]]:
+    """Of each input the axis of the tokens, if it has one, and its name: a decoder's length is one of its own.
+
+    A mask of frames that are floats has their number.
+    """
+    called = ["decoder_length" if name.startswith("decoder") else "length" for name in takes]
+    frames = {size for leaf in leaves if leaf.is_floating_point() for size in leaf.shape[1:]}
+    return [
+        {1: name} if _of_tokens(leaf) and leaf.shape[1] not in frames else {}
+        for name, leaf in zip(called, leaves, strict=True)
+    ]
+
+
+def _left_open(program: torch.fx.GraphModule, inputs: Mapping[str, Tensor] | Sequence[Tensor]) -> list[dict[int, str]]:
     """Of each input, by name or position, the axes but the first whose size the program leaves open, and its name."""
     nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
     held = {key: node.meta.get("val") for at, node in enumerate(nodes) for key in (at, node.name)}
     found = []
-    for key, leaf in inputs.items():
+    for key, leaf in dict(inputs if isinstance(inputs, Mapping) else enumerate(inputs)).items():
         value = held.get(key)
         sizes = [] if not isinstance(value, Tensor) else [str(size) for size in value.shape]
         found.append({
@@ -249,11 +283,17 @@ def _signature(program: ExportedProgram | None, tensors: Mapping[str, Tensor]) -
     live = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
     storages = {tensors[held[name]].data_ptr() for name in live if held.get(name) in tensors}
     used = frozenset(name for name, value in tensors.items() if value.data_ptr() in storages)
-    first = next((node for node in program.graph.nodes if node.name in signature.user_inputs), None)
-    value = None if first is None else first.meta.get("val")
-    smallest = 1
-    size: object = value.shape[0] if isinstance(value, Tensor) and value.ndim else None
-    if isinstance(size, torch.SymInt):
-        limits = program.range_constraints.get(size.node.expr)
-        smallest = 1 if limits is None else max(1, int(limits.lower))
-    return used, smallest
+    return used, next(iter(_least(program, 0)), 1)
+
+
+def _least(program: ExportedProgram | None, axis: int) -> list[int]:
+    """Of each input the smallest size that the axis can have where it can have several, 1 or more; else 1."""
+    assert program is not None
+    found = []
+    for node in program.graph.nodes:
+        if node.name in program.graph_signature.user_inputs:
+            value = node.meta.get("val")
+            size: object = value.shape[axis] if isinstance(value, Tensor) and value.ndim > axis else None
+            limits = program.range_constraints.get(size.node.expr) if isinstance(size, torch.SymInt) else None
+            found.append(1 if limits is None else max(1, int(limits.lower)))
+    return found
