@@ -107,11 +107,6 @@ class Finetune:
         checks = (
             ("activations", self.activations in (None, 8), "8, or left out for float"),
             ("ranges", self.ranges in ("observed", "learned"), "observed or learned"),
-            (
-                "ranges",
-                self.ranges == "observed" or self.activations is not None,
-                "observed where activations are float",
-            ),
             ("anneal_start", 0 <= self.anneal_start <= 1, "a share of the training from 0 to 1"),
             ("anneal_end", 0 <= self.anneal_end < 1, "a share of the training below 1: the last part is for settling"),
             ("anneal_end", self.anneal_end >= min(1.0, self.anneal_start), "a share that is not before anneal_start"),
@@ -165,7 +160,7 @@ def changed(settings: Finetune, **changes: object) -> Finetune:
     """``settings`` with other values; a new duration replaces the old one.
 
     Raises:
-        PcqError: a value is not allowed.
+        PcqError: a value is not allowed, or ranges are to be learned where, after all changes, there are none.
     """
     if {"epochs", "steps", "minutes"} & changes.keys():
         changes = {"epochs": None, "steps": None, "minutes": None, **changes}
@@ -177,9 +172,13 @@ def changed(settings: Finetune, **changes: object) -> Finetune:
             f"there is no method '{word}'", where="method", allowed=", ".join(METHODS), todo=did_you_mean(word, METHODS)
         )
     try:
-        return replace(settings, **changes)  # type: ignore[arg-type]
+        made = replace(settings, **changes)  # type: ignore[arg-type]
     except ValueError as error:
         raise PcqError(str(error).replace("\n", "; "), where="finetune") from None
+    if made.ranges == "learned" and made.activations is None:
+        what = "ranges is learned, which has to be observed where activations are float"
+        raise PcqError(what, where="finetune", todo="Give --activations 8, too, or leave it out")
+    return made
 
 
 def method_of(settings: Finetune) -> Method:

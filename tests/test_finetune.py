@@ -866,6 +866,14 @@ def test_another_duration_replaces_the_recipes() -> None:
         changed(Finetune(), epochs=2.0, minutes=1.0)
 
 
+def test_ranges_of_the_recipe_are_learned_with_activations_of_an_option() -> None:
+    recipe = parse_recipe(RULES, "r.yaml", ["finetune.ranges=learned"])
+    assert recipe.finetune is not None
+    assert changed(recipe.finetune, activations=8) == Finetune(activations=8, ranges="learned")
+    with pytest.raises(PcqError, match="observed where activations are float.*--activations 8"):
+        changed(recipe.finetune, epochs=2.0)
+
+
 @given(st.sampled_from(["onecycle", "cosine", "step", "constant"]), st.floats(0, 1))
 @settings(deadline=None, max_examples=50)
 def test_learning_rates_stay_between_zero_and_the_highest(kind: Any, progress: float) -> None:
