@@ -180,3 +180,18 @@ def test_networks_whose_sizes_depend_on_values_are_told_what_to_do(
         with pytest.raises(pcq.PcqError, match=r"cannot export .* depend on values.*give the network without"):
             export(made, example=f"npz:{tmp_path / 'x.npz'}")
     assert capsys.readouterr().err == ""  # torch prints the graph so far
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_precisions_are_said_at_once(dtype: torch.dtype, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    net = nn.Sequential(nn.Linear(8, 64), nn.LayerNorm(64)).to(dtype).eval()
+    torch.export.save(torch.export.export(net, (torch.zeros(2, 8, dtype=dtype),)), tmp_path / "n.pt2")
+    made = tmp_path / "n.w8.safetensors"
+    assert cli.run(["quantize", str(tmp_path / "n.pt2"), "-r", "w8"]) == 0
+    said = capsys.readouterr()
+    kind = str(dtype).removeprefix("torch.")
+    assert f"The program computes in {kind}" in said.err
+    assert f"Next: pcq export {made} --pt2" in said.err
+    assert cli.run(["export", str(made), "--pt2"]) == 0
+    with pytest.raises(pcq.PcqError, match=rf"in {kind}. Allowed: float32. Export the program again from model.float"):
+        pcq.export_onnx(made)

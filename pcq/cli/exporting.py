@@ -61,9 +61,10 @@ def propose(path: Path, planned: "Planned", shape: tuple[int, ...] | None) -> No
     from pcq import models
     from pcq.data.inputs import MASK
 
-    words = ["pcq", "export", str(path), "--onnx"]
-    arch = planned.arch
-    if arch is not None or planned.source.program is None:  # an exported program brings both along
+    arch, source = planned.arch, planned.source
+    ready = arch is not None or source.program is None or source.precision == "float32"
+    words = ["pcq", "export", str(path), "--onnx" if ready else "--pt2"]
+    if arch is not None or source.program is None:  # an exported program brings both along
         words += [] if arch is not None else ["--arch", "ARCH"]
         if len(planned.inputs) > 1 or MASK in planned.inputs or shape == ():  # arrays, each with a shape of its own
             words += ["--example", "SPEC"]

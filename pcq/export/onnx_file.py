@@ -144,7 +144,7 @@ def write_onnx(
     goal = target(target_ort)
     with writing.draft(out):  # to say so now rather than after the work
         pass
-    _check_weights(tensors_of(network), weights)
+    _check_weights(network, weights)
     refuse(weights, goal, layout, level)
     progress("trace", 0, 1)
     traced = trace(network, example, goal.opset)
@@ -176,9 +176,11 @@ def write_onnx(
     )  # fmt: skip
 
 
-def _check_weights(tensors: Mapping[str, Tensor], weights: Mapping[str, QuantizedTensor]) -> None:
+def _check_weights(network: nn.Module | ExportedProgram, weights: Mapping[str, QuantizedTensor]) -> None:
     """Every weight is a parameter of the network, in float32, and has the values that its codes stand for."""
-    problems = []
+    problems, tensors = [], tensors_of(network)
+    program = isinstance(network, ExportedProgram | torch.fx.GraphModule)
+    wide = "Export the program again from model.float()" if program else "Call .float()"
     if not weights:
         problems.append(PcqError("there are no quantized weights", where="export", todo="Quantize the network first"))
     for name, weight in weights.items():
@@ -188,9 +190,7 @@ def _check_weights(tensors: Mapping[str, Tensor], weights: Mapping[str, Quantize
             problems.append(PcqError("the network has no such parameter", where=name, todo=hint))
         elif tensor.dtype != torch.float32:
             kind = str(tensor.dtype).removeprefix("torch.")
-            problems.append(
-                PcqError(f"the network holds it in {kind}", where=name, allowed="float32", todo="Call .float()")
-            )
+            problems.append(PcqError(f"the network holds it in {kind}", where=name, allowed="float32", todo=wide))
         elif tuple(tensor.shape) != weight.rows.shape:
             problems.append(
                 PcqError(

@@ -184,6 +184,11 @@ def from_zip(path: Path, names: Sequence[str], inner: set[str]) -> Source:
         source = Source(path, entries, tuple(notes), program=program)
         if program is None:
             return source
+        if source.precision != "float32":
+            source = source.noted(
+                f"The program computes in {source.precision}; ONNX, calibration, analysis and training need float32: "
+                "export it again from model.float(). One-shot levels, --pt2 and --state-dict do without."
+            )
         return replace(source, make_module=lambda: pt2.runnable(pt2.revive(program, source.state_dict())))
     if "constants.pkl" in inner and any(name.startswith("code/") for name in inner):
         found = torchscript_entries(path)

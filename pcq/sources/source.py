@@ -70,6 +70,15 @@ class Source:
     def names(self) -> list[str]:
         return list(self.entries)
 
+    @property
+    def precision(self) -> str:
+        """The dtype that most of its floating numbers have; `float32` where there are none."""
+        counts = {"float32": 0}
+        for entry in self.entries.values():
+            if getattr(torch, entry.dtype).is_floating_point:
+                counts[entry.dtype] = counts.get(entry.dtype, 0) + math.prod(entry.shape)
+        return max(counts, key=lambda kind: counts[kind])
+
     def _entry(self, name: str) -> Entry:
         if name not in self.entries:
             raise PcqError(f"there is no tensor '{name}'", where=str(self.path), todo=did_you_mean(name, self.entries))
