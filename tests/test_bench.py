@@ -181,6 +181,20 @@ def test_networks_of_several_inputs_that_nobody_describes(tmp_path: Path, monkey
     assert row.latencies[0].batch == 2
 
 
+def test_a_file_beside_it_says_what_a_networks_inputs_are(tmp_path: Path) -> None:
+    torch.save(Apart().state_dict(), tmp_path / "apart.pt")
+    arch = "tests.test_several_inputs:Apart"
+    np.savez(tmp_path / "tokens.npz", **{name: array.numpy() for name, array in _samples().items()})
+    artifact = quantize(tmp_path / "apart.pt", "w8", arch=arch, out=tmp_path / "apart.safetensors").path
+    packed = export_onnx(artifact, example=f"npz:{tmp_path / 'tokens.npz'}").path
+    files, shape = open_files([artifact, packed], [{"arch": arch}, {}], None, silent)
+    mine, its = (file.feed(3, shape) or {} for file in files)
+    assert list(mine) == ["input_ids", "attention_mask"]
+    assert all(mine[name].shape == its[name].shape and mine[name].dtype == its[name].dtype for name in mine)
+    rows = bench([artifact, packed], arch=arch, batches=(2,), threads=(1,), rounds=1, processes=1).rows
+    assert [row.latencies[0].batch for row in rows] == [2, 2]
+
+
 def test_real_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of networks of several inputs, with an argument between them that is not given, they are the only way."""
     torch.save(Apart().state_dict(), tmp_path / "apart.pt")

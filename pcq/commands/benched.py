@@ -133,7 +133,8 @@ def open_files(
 ) -> tuple[list[Benched], tuple[int, ...] | None]:
     """What runs each file, and one sample's shape: the one given, else what a file of one input says.
 
-    Of the data ``example`` each has ``most`` samples, evenly spaced, or those that there are.
+    Of the data ``example`` each has ``most`` samples, evenly spaced, or those that there are. Without it a network
+    takes the several inputs that an ONNX file or an exported program among the files has by the names of its arguments.
 
     Raises:
         PcqError: a file cannot be opened, or its inputs cannot be of the shape given, of the other files', or the data.
@@ -141,7 +142,7 @@ def open_files(
     from pcq.data.inputs import taken
 
     files: list[Benched] = []
-    modules: dict[int, torch.nn.Module] = {}
+    bare: dict[int, Network] = {}
     said: list[tuple[int, ...]] = []
     usual: list[tuple[int, ...]] = []
     for done, (path, opening) in enumerate(zip(paths, openings, strict=True)):
@@ -157,19 +158,34 @@ def open_files(
             if network.inputs:
                 files.append(Benched(path, "torch", opening, _of_program(network, path)))
             else:
-                network.refuse_several(path)
-                modules[done] = network.module
+                bare[done] = network
                 files.append(Benched(path, "torch", opening, (Input("x", None, "float32"),)))
         inputs = files[-1].inputs
         if example is None and len(inputs) == 1 and inputs[0].sizes and None not in inputs[0].sizes[1:]:
             said.append(tuple(size for size in inputs[0].sizes[1:] if size is not None))
+    for place, network in bare.items():
+        if several := _described(network.module, files):
+            files[place] = replace(files[place], inputs=several)
+        else:
+            network.refuse_several(files[place].path)
     shape = given or next(iter(said + usual), None)
     if shape is not None:
         _refuse(files, shape, given is not None)
-    for place, module in modules.items():
-        if shape is not None and taken(module, shape).ids is not None:
+    for place, network in bare.items():
+        if shape is not None and len(files[place].inputs) == 1 and taken(network.module, shape).ids is not None:
             files[place] = replace(files[place], inputs=(Input("x", None, "int64"),))
     return files, shape
+
+
+def _described(module: torch.nn.Module, files: Sequence[Benched]) -> tuple[Input, ...]:
+    """Several inputs of another file that the network takes by their names, in its order; empty: no file has such."""
+    from pcq.data.inputs import names, needed
+
+    for file in files:
+        found = {one.name: one for one in file.inputs}
+        if len(found) > 1 and {*needed(module)} <= found.keys() <= {*names(module)}:
+            return tuple(found[name] for name in names(module) if name in found)
+    return ()
 
 
 def _on_arrays(file: Benched, spec: str, most: int) -> Benched:
