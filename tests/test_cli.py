@@ -278,6 +278,7 @@ def test_a_state_dict_is_chosen_where_there_are_several(tmp_path: Path, capsys: 
         (["--onnx", "--pt2"], "--onnx --pt2: several forms at once."),
         (["--max-drop", "0.5"], "--max-drop: it belongs to --mode int8."),
         (["--samples", "7", "--mode", "native"], "--samples: it belongs to --mode int8."),
+        (["--calib", "digits"], "int8. Give --mode int8 or, with --calib, --optimize speed; or leave it out."),
     ],
 )
 def test_options_of_export_that_would_do_nothing(

@@ -161,7 +161,8 @@ def export(
         raise PcqError("--mode and --optimize both choose the layout", where="export", todo="Give one of them")
     fast = mode is Mode.int8 or (optimize is Aim.speed and calib is not None)
     if not fast and (alone := [option for option in given if option in OF_INT8]):
-        raise PcqError("it belongs to --mode int8", where=alone[0], todo="Add --mode int8, or leave it out")
+        todo = "Give --mode int8 or, with --calib, --optimize speed; or leave it out"
+        raise PcqError("it belongs to --mode int8", where=alone[0], todo=todo)
     if accuracy_level is not None and mode is not Mode.matmulnbits:
         raise PcqError("it belongs to --mode matmulnbits", where="--accuracy-level", todo="Leave it out")
     if accuracy_level not in (None, 1, 4):

@@ -13,7 +13,7 @@ pcq.export.facts says.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from pcq.errors import PcqError
 from pcq.export.facts import EXACT, IR_VERSIONS, RUNTIMES, Target, target
@@ -308,15 +308,20 @@ def _matmulnbits(need: Need, goal: Target, level: Level) -> Choice | Refused:
 def _refusal(needs: Sequence[Need], goal: Target, layout: Layout, level: Level, tried: Plan) -> PcqError:
     """No weight can have the layout: because of the runtimes (then, from which on it can) or of the weights."""
     for runtime in RUNTIMES:
-        newer = target(runtime.name)
-        opsets = [newer.opset, *(opset for opset in IR_VERSIONS if opset > newer.opset and newer.loads(opset))]
-        plans = [_at(needs, newer, opset, layout, None, level) for opset in opsets]
-        if any(choice.layout == layout for made in plans for choice in made.choices):
+        if _serves(needs, target(runtime.name), layout, level):
             return PcqError(
                 f"these weights cannot have the layout '{layout}' on ONNX Runtime {goal.ort}", where="target ORT",
                 allowed=f"{runtime.name} and later", todo=f"Give --target-ort {runtime.name}, or take another layout",
             )  # fmt: skip
     why = {choice.name: choice.reason for choice in reversed(tried.choices)}  # of several readers the first
     reasons = "; ".join(f"{name}: {reason}" for name, reason in [*reversed(why.items())][:3])
+    others = [other for other in get_args(Layout) if _serves(needs, goal, other, level)]
     return PcqError(f"no weight of this network can have the layout '{layout}' ({reasons})", where="export",
-                    allowed="exact", todo="Take another layout")  # fmt: skip
+                    allowed=", ".join(others), todo="Take another layout")  # fmt: skip
+
+
+def _serves(needs: Sequence[Need], goal: Target, layout: Layout, level: Level) -> bool:
+    """Whether a weight can have the layout on these runtimes."""
+    opsets = [goal.opset, *(opset for opset in IR_VERSIONS if opset > goal.opset and goal.loads(opset))]
+    plans = [_at(needs, goal, opset, layout, None, level) for opset in opsets]
+    return any(choice.layout == layout for made in plans for choice in made.choices)
