@@ -71,7 +71,10 @@ def test_what_was_half_precision_runs_as_its_codes_say(tmp_path: Path, dtype: to
     assert all(torch.equal(held[name], weight.dequantize()) for name, weight in codes.items())
     report = export_onnx(made, input_shape=(1, 8, 8)).report
     assert {tensor.name for tensor in report.tensors} == codes.keys()
-    read = load_file(export_state_dict(made).path)
+    written = export_state_dict(made)
+    kind = str(dtype).removeprefix("torch.")
+    assert f"checkpoint's {kind} rounded to it ({len(codes)} quantized weights)" in written.proof
+    read = load_file(written.path)
     assert {tensor.dtype for tensor in read.values() if tensor.is_floating_point()} == {dtype}
 
 

@@ -76,6 +76,10 @@ def export_state_dict(artifact: str | Path, out: str | Path | None = None, *, fo
                 if not torch.equal(file.get_tensor(name), state[name]):
                     raise CheckFailed("was written and reads differently", where=name)
     proof = "every tensor was read back and is the dequantized one, bit by bit"
+    rounded = [name for name, weight in stored.quantized.items() if not torch.equal(weight.dequantize(), state[name])]
+    if rounded:
+        kinds = " and ".join(sorted({stored.dtypes[name] for name in rounded}))
+        proof += f", where it is in the checkpoint's {kinds} rounded to it ({len(rounded)} quantized weights)"
     return DoorResult(path, source, "state-dict", len(state), 0, (), path.stat().st_size, proof)
 
 
