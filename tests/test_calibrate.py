@@ -29,7 +29,7 @@ from pcq.calibrate.quadratic import (
     refit,
 )
 from pcq.calibrate.starts import best_of, improved, search
-from pcq.calibrate.steps import calibrate_measured
+from pcq.calibrate.steps import Step, calibrate_measured, less_like
 from pcq.calibrate.streams import Streams
 from pcq.demo.nets import resnet8
 from pcq.errors import PcqError
@@ -647,3 +647,11 @@ def test_a_layer_whose_input_overflows_is_rounded_and_named():
     rows, quantizer = plan["last.weight"]
     assert torch.equal(found.quantized["last.weight"].codes, quantize(quantizer, network.last.weight, rows).codes)
     assert [report.weight for report in found.layers] == ["first.weight"]
+
+
+def test_what_a_step_is_given_up_for_is_said():
+    before = Step("before", 0.2, 90.0)
+    assert less_like(Step("better", 0.1, 90.0), before) == ""
+    assert less_like(Step("like no more", 0.1, 89.9), before) == "not kept: the agreement is lower"
+    assert less_like(Step("far", 0.2, 95.0), before) == "not kept: the error is not lower"
+    assert less_like(Step("no predictions", 0.1, None), Step("before", 0.2, None)) == ""

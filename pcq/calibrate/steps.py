@@ -261,11 +261,9 @@ def calibrate_measured(
         if fresh:
             trial = replace(best, changed={**best.changed, **fresh})
             step, kept = measured(name, trial), last_kept(steps)
-            if better(step, kept) and (step.agreement or 0) >= (kept.agreement or 0):
-                best = trial
-            else:
-                step = replace(step, reason="not kept: no better on the samples held out")
-            steps.append(step)
+            reason = less_like(step, kept)
+            best = best if reason else trial
+            steps.append(replace(step, reason=reason))
         else:
             steps.append(Step(name, None, None, "the network has no BatchNorm"))
     return replace(best, steps=tuple(steps))
@@ -288,6 +286,13 @@ def better(step: Step, other: Step) -> bool:
     assert step.error is not None
     assert other.error is not None
     return step.error < other.error
+
+
+def less_like(step: Step, other: Step) -> str:
+    """Why the step is not kept that may cost no agreement either; empty: it is."""
+    if not better(step, other):
+        return HIGHER
+    return "not kept: the agreement is lower" if (step.agreement or 0) < (other.agreement or 0) else ""
 
 
 def _described(settings: Settings) -> str:
