@@ -462,6 +462,8 @@ def test_nobody_reads_what_is_printed(words: str) -> None:
         assert ran.returncode == 2
         assert ran.stderr.startswith(b"pcq: standard output: no room left to write it.")
         assert b"Traceback" not in ran.stderr
+        with open("/dev/full", "wb") as full:
+            assert subprocess.run(command, stdout=full, stderr=full).returncode == 2
 
 
 def test_a_table_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,7 +157,10 @@ def unsaid(error: OSError) -> int:
     if error.errno not in FULL or error.filename is not None:
         raise error
     _to_nowhere(sys.stdout)
-    say("pcq: standard output: no room left to write it. Free some space, or choose another disk.")
+    try:
+        say("pcq: standard output: no room left to write it. Free some space, or choose another disk.")
+    except OSError:  # nor has standard error any
+        _to_nowhere(sys.stderr)
     return 2
 
 
