@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pcq.errors import CheckFailed, PcqError
 from pcq.export import OnnxReport, facts, layouts, open_packed, passes, read_packed, verify, write_onnx, writing
+from pcq.export.tracing import advice
 from pcq.grids import Affine, Codebook, Grid
 from pcq.qtensor import QuantizedTensor
 from pcq.rows import Rows
@@ -665,3 +666,8 @@ def test_a_weight_that_torch_changes_is_refused(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(PcqError, match=r"b\.weight: torch changed this weight while exporting"):
         write_onnx(network, weights, (torch.zeros(1, 4, 6),), tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_to_do_about_experts_is_said() -> None:
+    told = "No ONNX function found for <OpOverload(op='transformers.grouped_mm_fallback', overload='default')>."
+    assert "'hf:FOLDER?experts_implementation=batched_mm'" in advice(told)

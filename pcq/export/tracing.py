@@ -32,6 +32,8 @@ DEPENDS = ("data-dependent", "could not guard", "failed to unpack", "unbacked")
 
 def advice(told: str) -> str:
     """What to do about a network that torch cannot export, by what it says; empty where that says enough."""
+    if "grouped_mm" in told:
+        return "Its experts compute as ONNX does not: name it with --arch 'hf:FOLDER?experts_implementation=batched_mm'"
     if not any(word in told.lower() for word in DEPENDS):
         return ""
     return (
