@@ -752,6 +752,20 @@ def test_states_of_tokens_follow_the_float_networks(tmp_path: Path) -> None:
         tuned(tmp_path, f"npz:{tmp_path / 'labelled.npz'}", "y.safetensors", arch=arch)
 
 
+class Adrift(States):
+    """What it puts out for masked tokens is a matter of rounding, as where a window of attention sees none but such."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, other: Tensor | None = None) -> Tensor:
+        x = super().forward(input_ids, attention_mask)
+        return torch.where(attention_mask[..., None] != 0, x, ((x * 1e-3).tanh() * 1e9).sin())
+
+
+def test_masked_tokens_have_no_part_in_the_proof(tmp_path: Path) -> None:
+    np.savez(tmp_path / "tokens.npz", **{name: array.numpy() for name, array in _samples().items()})
+    made = pcq.export_onnx(packed(tmp_path, Adrift()), tmp_path / "x.onnx", example=f"npz:{tmp_path / 'tokens.npz'}")
+    assert made.report.error < 1e-5
+
+
 def test_masked_tokens_have_no_part_in_what_int8_costs(tmp_path: Path) -> None:
     """Theirs are large here: with them int8 would explain nearly everything."""
     found = {name: array.numpy() for name, array in _samples().items()}
