@@ -562,13 +562,14 @@ def test_text_of_any_length_where_the_code_does_not_fix_it(tmp_path: Path) -> No
     mask = _samples()["attention_mask"].numpy()
     np.savez(tmp_path / "frames.npz", frames=np.zeros((48, 6, 8), np.float32), attention_mask=mask)
     for net, data, lengths in ((Masked(), "tokens", [2, 6, 9]), (Fixed(), "tokens", []), (Frame(), "frames", [])):
-        made = pcq.export_onnx(
-            packed(tmp_path, net), tmp_path / "x.onnx", example=f"npz:{tmp_path / data}.npz", force=True
-        )
+        artifact, spec = packed(tmp_path, net), f"npz:{tmp_path / data}.npz"
+        made = pcq.export_onnx(artifact, tmp_path / "x.onnx", example=spec, force=True)
         session = InferenceSession(made.path)
         assert made.report.dynamic_length == bool(lengths)
         assert [value.shape[:2] for value in session.get_inputs()] == [["batch", "length" if lengths else 6]] * 2
-        module = pcq.open_network(tmp_path / "packed.safetensors").module
+        module = pcq.open_network(artifact).module
+        door = pcq.commands.export_pt2(artifact, tmp_path / "x.pt2", example=spec, force=True)
+        program = torch.export.load(door.path).module()
         for length in lengths:
             x = {
                 "input_ids": torch.arange(3 * length).reshape(3, length) % 20,
@@ -576,7 +577,12 @@ def test_text_of_any_length_where_the_code_does_not_fix_it(tmp_path: Path) -> No
             }
             with torch.no_grad():
                 wanted = module(**x).numpy()
+                np.testing.assert_allclose(program(*x.values()).numpy(), wanted, atol=1e-5)
             np.testing.assert_allclose(session.run(None, {k: v.numpy() for k, v in x.items()})[0], wanted, atol=1e-5)
+        if not lengths:
+            names = ["frames" if data == "frames" else "input_ids", "attention_mask"]
+            with pytest.raises((RuntimeError, AssertionError)):
+                program(*(torch.zeros(3, 5, 8) if name == "frames" else torch.ones(3, 5).long() for name in names))
 
 
 def test_a_file_of_open_length_is_proved_at_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

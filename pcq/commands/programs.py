@@ -5,6 +5,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def _of_network(
     network: Network, source: Path, input_shape: tuple[int, ...] | None, given: tuple[Tensor, ...]
 ) -> _Program:
     """Traced, for any batch if torch manages it; on the samples ``given``, or else random ones."""
-    from pcq.data.inputs import needed, taken
+    from pcq.data.inputs import names, needed, taken
 
     if len(given) < len(needed(network.module)):
         network.refuse_several(source)
@@ -114,10 +115,28 @@ def _of_network(
         return tuple(torch.cat([x] * batch)[:batch] for x in given)
 
     program, batches = _exported(network.module, samples, str(source))
+    trials = {batch: (samples(batch), {}) for batch in batches}
+    if len(batches) > 1:  # the last also at another length of tokens, where that is open
+        trials[batches[-1]] = (_of_other_length(program, names(network.module), samples(batches[-1])), {})
     signature = program.module_call_graph[0].signature
     assert signature is not None
     signature.out_spec = _named(signature.out_spec)
-    return _Program(program, network.module, {batch: (samples(batch), {}) for batch in batches})
+    return _Program(program, network.module, trials)
+
+
+def _of_other_length(
+    program: torch.export.ExportedProgram, takes: Sequence[str], inputs: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """The inputs with tokens of another length, where the program leaves it open."""
+    from pcq.data.inputs import MASK, shorter
+    from pcq.export.tracing import other_lengths
+
+    found = []
+    for x, length, shape, name in zip_longest(inputs, other_lengths(program, inputs), _shapes(program), takes):
+        if x is not None:
+            moves = length is not None and str(shape[1]).isidentifier()  # a fixed size may be symbolic too
+            found.append(shorter(x, length, (name or "").endswith(MASK)) if moves else x)
+    return tuple(found)
 
 
 def _named(spec: pytree.TreeSpec) -> pytree.TreeSpec:
@@ -178,13 +197,15 @@ def _apart(
 def _exported(
     module: nn.Module, samples: Callable[[int], tuple[Tensor, ...]], where: str
 ) -> tuple[torch.export.ExportedProgram, tuple[int, ...]]:
-    """The program, for any batch if torch manages it, and the batches it takes."""
+    """The program, for any batch and length of tokens if torch manages it, and the batches it takes."""
+    from pcq.data.inputs import of_any_length
     from pcq.export.tracing import advice, hushed
 
     example = samples(2)
     try:
         with hushed():
-            sizes = tuple({0: torch.export.Dim.AUTO} for _ in example)
+            any_, moves = torch.export.Dim.AUTO, of_any_length(example)
+            sizes = tuple({0: any_, 1: any_} if tokens else {0: any_} for tokens in moves)
             moving = torch.export.export(module, example, dynamic_shapes=sizes, strict=False)
             if all(isinstance(shape[0], torch.SymInt) for shape in _shapes(moving)):
                 return moving, (1, 3)

@@ -177,6 +177,19 @@ def masks(mask: Tensor, y: Tensor) -> bool:
     return y.ndim > 2 and y.shape[:2] == mask.shape
 
 
+def of_any_length(inputs: Sequence[Tensor]) -> list[bool]:
+    """Of each input whether it is whole numbers or booleans ``[n, t]`` of which there may be more or fewer: tokens,
+    their mask, their types; a mask of frames that are floats has their number."""
+    frames = {size for x in inputs if x.is_floating_point() for size in x.shape[1:]}
+    return [x.ndim == 2 and not x.is_floating_point() and x.shape[1] > 1 and x.shape[1] not in frames for x in inputs]
+
+
+def shorter(tokens: Tensor, length: int, mask: bool) -> Tensor:
+    """Of tokens ``[n, t]`` the first; a mask hides none of them."""
+    cut = tokens[:, :length]
+    return torch.ones_like(cut) if mask else cut
+
+
 def in_words(shape: Sequence[int]) -> str:
     """One sample's shape."""
     return "x".join(map(str, shape)) or "one number"

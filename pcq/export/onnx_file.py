@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from pcq.data.inputs import MASK
+from pcq.data.inputs import MASK, shorter
 from pcq.errors import PcqError, did_you_mean, raise_all
 from pcq.export import norms, passes, scheme, verify, writing
 from pcq.export.facts import Target, target
@@ -335,18 +335,12 @@ def _trials(traced: Traced, samples: Sequence[Sequence[Tensor]]) -> list[verify.
         made = []
         for value, leaf, moves, length in of_each:
             mask = (value.name or "").endswith(MASK)
-            example = leaf if length is None or not trials else _shorter(leaf, length, mask)
+            example = leaf if length is None or not trials else shorter(leaf, length, mask)
             made.append(_random(example, batch if moves else None, generator, whole=mask))
         trials.append(verify.Trial("random", tuple(made)))
     if None in batches:  # as many as it takes
         samples = [[x[: len(one)] for x, one in zip(sample, traced.example, strict=True)] for sample in samples]
     return trials + [verify.Trial("sample", tuple(sample)) for sample in samples]
-
-
-def _shorter(tokens: Tensor, length: int, mask: bool) -> Tensor:
-    """Of tokens ``[n, t]`` the first; a mask hides none of them."""
-    cut = tokens[:, :length]
-    return torch.ones_like(cut) if mask else cut
 
 
 def _random(example: Tensor, batch: int | None, generator: torch.Generator, whole: bool) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from pcq.data.inputs import names
+from pcq.data.inputs import names, of_any_length
 from pcq.errors import PcqError, raise_all
 from pcq.logits import NAME, main_output, tensors
 
@@ -136,12 +136,10 @@ def trace(network: nn.Module | ExportedProgram, example: Example | None, opset: 
     if len(graph.outputs) > 1:
         _name_main(graph, result(leaves))
     used, smallest = _signature(program.exported_program, tensors_of(network))
-    least = _least(program.exported_program, 1)
     lengths = tuple(
-        None if value.shape is None or not _of_tokens(leaf) or isinstance(value.shape[1], int)
-        else min(leaf.shape[1], max(2, least[i], leaf.shape[1] // 2))
-        for i, (value, leaf) in enumerate(zip(graph.inputs, leaves, strict=True))
-    )  # fmt: skip
+        length if value.shape is not None and len(value.shape) > 1 and not isinstance(value.shape[1], int) else None
+        for value, length in zip(graph.inputs, other_lengths(program.exported_program, leaves), strict=True)
+    )
     return Traced(program.model, used, leaves, batched, lengths, smallest, run)
 
 
@@ -193,22 +191,10 @@ def _export(network: nn.Module, inputs: dict[str, Tensor] | tuple[Tensor, ...], 
     return export(several, shapes)  # the code fixes the length
 
 
-def _of_tokens(leaf: Tensor) -> bool:
-    """Whether an input is whole numbers or booleans ``[n, t]``: tokens, their mask, their types."""
-    return leaf.ndim == 2 and not leaf.is_floating_point() and leaf.shape[1] > 1
-
-
 def _lengths(takes: Sequence[str], leaves: Sequence[Tensor]) -> list[dict[int, str]]:
-    """Of each input the axis of the tokens, if it has one, and its name: a decoder's length is one of its own.
-
-    A mask of frames that are floats has their number.
-    """
+    """Of each input the axis of the tokens, if it has one, and its name: a decoder's length is one of its own."""
     called = ["decoder_length" if name.startswith("decoder") else "length" for name in takes]
-    frames = {size for leaf in leaves if leaf.is_floating_point() for size in leaf.shape[1:]}
-    return [
-        {1: name} if _of_tokens(leaf) and leaf.shape[1] not in frames else {}
-        for name, leaf in zip(called, leaves, strict=True)
-    ]
+    return [{1: name} if moves else {} for name, moves in zip(called, of_any_length(leaves), strict=True)]
 
 
 def _left_open(program: torch.fx.GraphModule, inputs: Mapping[str, Tensor] | Sequence[Tensor]) -> list[dict[int, str]]:
@@ -285,10 +271,19 @@ def _signature(program: ExportedProgram | None, tensors: Mapping[str, Tensor]) -
     live = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
     storages = {tensors[held[name]].data_ptr() for name in live if held.get(name) in tensors}
     used = frozenset(name for name, value in tensors.items() if value.data_ptr() in storages)
-    return used, next(iter(_least(program, 0)), 1)
+    return used, next(iter(least_sizes(program, 0)), 1)
 
 
-def _least(program: ExportedProgram | None, axis: int) -> list[int]:
+def other_lengths(program: ExportedProgram | None, leaves: Sequence[Tensor]) -> list[int | None]:
+    """Of each input of tokens another length to try, which the program takes where it leaves the length open."""
+    least = least_sizes(program, 1)
+    return [
+        min(leaf.shape[1], max(2, fewest, leaf.shape[1] // 2)) if moves else None
+        for leaf, fewest, moves in zip(leaves, least, of_any_length(leaves), strict=True)
+    ]
+
+
+def least_sizes(program: ExportedProgram | None, axis: int) -> list[int]:
     """Of each input the smallest size that the axis can have where it can have several, 1 or more; else 1."""
     assert program is not None
     found = []
