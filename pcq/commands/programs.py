@@ -5,7 +5,6 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +114,7 @@ def _of_network(
         return tuple(torch.cat([x] * batch)[:batch] for x in given)
 
     program, batches = _exported(network.module, samples, str(source))
-    trials = {batch: (samples(batch), {}) for batch in batches}
+    trials: dict[int, tuple[tuple[Tensor, ...], dict[str, Any]]] = {batch: (samples(batch), {}) for batch in batches}
     if len(batches) > 1:  # the last also at another length of tokens, where that is open
         trials[batches[-1]] = (_of_other_length(program, names(network.module), samples(batches[-1])), {})
     signature = program.module_call_graph[0].signature
@@ -131,11 +130,11 @@ def _of_other_length(
     from pcq.data.inputs import MASK, shorter
     from pcq.export.tracing import other_lengths
 
+    called = [*takes, *[""] * len(inputs)]
     found = []
-    for x, length, shape, name in zip_longest(inputs, other_lengths(program, inputs), _shapes(program), takes):
-        if x is not None:
-            moves = length is not None and str(shape[1]).isidentifier()  # a fixed size may be symbolic too
-            found.append(shorter(x, length, (name or "").endswith(MASK)) if moves else x)
+    for x, length, shape, name in zip(inputs, other_lengths(program, inputs), _shapes(program), called, strict=False):
+        moves = length is not None and str(shape[1]).isidentifier()  # a fixed size may be symbolic, too
+        found.append(shorter(x, length or 0, name.endswith(MASK)) if moves else x)
     return tuple(found)
 
 

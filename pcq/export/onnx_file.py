@@ -326,10 +326,11 @@ def _size(value: ir.Value) -> int:
 
 def _trials(traced: Traced, samples: Sequence[Sequence[Tensor]]) -> list[verify.Trial]:
     """Random inputs at two batch sizes (one, if it is fixed), tokens at two lengths if these are open, and samples."""
-    batches = [traced.smallest_batch, traced.smallest_batch + 2] if any(traced.batched) else [None]
-    batches += [None] * (batches == [None] and any(traced.lengths))
+    any_ = any(traced.batched)
+    batches: list[int | None] = [traced.smallest_batch, traced.smallest_batch + 2] if any_ else [None]
+    batches += [None] * (not any_ and any(traced.lengths))
     generator = torch.Generator().manual_seed(0)
-    trials = []
+    trials: list[verify.Trial] = []
     for batch in batches:
         of_each = zip(traced.model.graph.inputs, traced.example, traced.batched, traced.lengths, strict=True)
         made = []

@@ -284,13 +284,13 @@ def other_lengths(program: ExportedProgram | None, leaves: Sequence[Tensor]) -> 
 
 
 def least_sizes(program: ExportedProgram | None, axis: int) -> list[int]:
-    """Of each input the smallest size that the axis can have where it can have several, 1 or more; else 1."""
+    """Of each input that is a tensor the smallest size that the axis can have where it can have several; else 1."""
     assert program is not None
     found = []
     for node in program.graph.nodes:
-        if node.name in program.graph_signature.user_inputs:
-            value = node.meta.get("val")
-            size: object = value.shape[axis] if isinstance(value, Tensor) and value.ndim > axis else None
+        value = node.meta.get("val")
+        if node.name in program.graph_signature.user_inputs and isinstance(value, Tensor):
+            size: object = value.shape[axis] if value.ndim > axis else None
             limits = program.range_constraints.get(size.node.expr) if isinstance(size, torch.SymInt) else None
             found.append(1 if limits is None else max(1, int(limits.lower)))
     return found
