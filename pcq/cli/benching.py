@@ -7,7 +7,7 @@ import typer
 
 from pcq.cli.app import app
 from pcq.cli.frame import answers, bar, emit, starting
-from pcq.cli.options import AllowGlobal, Arch, Force, Input, Json, Key, UnsafePickle, shape_of
+from pcq.cli.options import AllowGlobal, Arch, Example, Force, Input, Json, Key, UnsafePickle, shape_of
 
 
 @app.command()
@@ -19,14 +19,7 @@ def bench(
     ],
     arch: Arch = None,
     input_shape: Input = None,
-    example: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SPEC",
-            help="Data with real samples instead of --input; of several inputs an array for each.",
-            show_default=False,
-        ),
-    ] = None,
+    example: Example = None,
     batch: Annotated[
         list[int] | None, typer.Option(help="Samples at once; repeatable (default: 1 and 8).", show_default=False)
     ] = None,

@@ -10,7 +10,7 @@ import typer
 from pcq.cli.app import app
 from pcq.cli.doors import Compressed, Pt2, StateDict, export_other
 from pcq.cli.frame import answers, bar, emit, say, starting
-from pcq.cli.options import Arch, Force, Input, Json, shape_of
+from pcq.cli.options import Arch, Example, Force, Input, Json, shape_of
 from pcq.errors import PcqError
 
 if TYPE_CHECKING:
@@ -90,14 +90,7 @@ def export(
     onnx: Annotated[bool, typer.Option("--onnx", help="Write ONNX, which is the default.")] = False,
     arch: Arch = None,
     input_shape: Input = None,
-    example: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SPEC",
-            help="Data with real samples instead of --input: compared on, too, and what several inputs are.",
-            show_default=False,
-        ),
-    ] = None,
+    example: Example = None,
     target_ort: Annotated[str, typer.Option(metavar="X.Y", help="The oldest ONNX Runtime to run on.")] = "1.17",
     state_dict: StateDict = False,
     pt2: Pt2 = False,

@@ -68,6 +68,15 @@ Input = Annotated[
     typer.Option("--input", metavar="SHAPE", help="One sample's shape without the batch: 3x224x224, or 128 (tokens)."),
 ]
 
+Example = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SPEC",
+        help="Data with real samples to run on, instead of --input; of several inputs an array for each.",
+        show_default=False,
+    ),
+]
+
 
 def shape_of(text: str | None) -> tuple[int, ...] | None:
     """``3x224x224 -> (3, 224, 224)``."""
