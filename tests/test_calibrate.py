@@ -324,6 +324,19 @@ def test_proxconnect_is_its_slow_twin(seed, free):
     assert single.loss(moved.decode()).sum() <= single.loss(start.decode()).sum()
 
 
+@pytest.mark.parametrize("wish", [(3.0, 1.0), (1.0, 3.0)])
+def test_a_scale_that_channels_share_is_judged_by_the_loss_of_all(wish):
+    """One of the two loses by what is best for both."""
+    q = Quadratic(torch.tensor(wish)[None, :, None].expand(1, 2, 2).contiguous(), torch.eye(2)[None])
+    grid = Affine(torch.ones(1), 1.0, 3)
+    shared = Codes(torch.full((1, 2, 2), 2, dtype=torch.uint8), grid, torch.zeros(1, 2, 2, dtype=torch.long))
+    assert not shared.own
+    assert torch.equal(refit(q, shared).decode(), torch.full((1, 2, 2), 2.0))
+    each = Codes(shared.codes, Affine(torch.ones(2), 1.0, 3), torch.tensor([[[0, 0], [1, 1]]]))
+    assert each.own
+    assert torch.equal(refit(q, each).decode(), q.target)
+
+
 def test_refit_refuses_levels_out_of_order():
     q = Quadratic(torch.tensor([[[5.0, -5.0]]]), torch.eye(2)[None])
     grid = Codebook(torch.tensor([[-1.0, 1.0]]))
