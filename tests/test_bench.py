@@ -187,11 +187,14 @@ def test_a_file_beside_it_says_what_a_networks_inputs_are(tmp_path: Path) -> Non
     np.savez(tmp_path / "tokens.npz", **{name: array.numpy() for name, array in _samples().items()})
     artifact = quantize(tmp_path / "apart.pt", "w8", arch=arch, out=tmp_path / "apart.safetensors").path
     packed = export_onnx(artifact, example=f"npz:{tmp_path / 'tokens.npz'}").path
-    files, shape = open_files([artifact, packed], [{"arch": arch}, {}], None, silent)
+    with pytest.raises(PcqError, match="--input 128, if it is that of each input, or data: --example SPEC"):
+        bench([artifact, packed], arch=arch)  # of any length
+    files, shape = open_files([artifact, packed], [{"arch": arch}, {}], (6,), silent)
     mine, its = (file.feed(3, shape) or {} for file in files)
     assert list(mine) == ["input_ids", "attention_mask"]
     assert all(mine[name].shape == its[name].shape and mine[name].dtype == its[name].dtype for name in mine)
-    rows = bench([artifact, packed], arch=arch, batches=(2,), threads=(1,), rounds=1, processes=1).rows
+    few = {"arch": arch, "batches": (2,), "threads": (1,), "rounds": 1, "processes": 1}
+    rows = bench([artifact, packed], input_shape=(6,), **few).rows
     assert [row.latencies[0].batch for row in rows] == [2, 2]
 
 
