@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from pcq.commands.networks import ONNX_SUFFIX, Network, open_network
 from pcq.errors import PcqError, raise_all
 from pcq.progress import Progress
 from pcq.sources.pt2 import counting
+
+if TYPE_CHECKING:
+    from pcq.data import Data
 
 
 @dataclass(frozen=True)
@@ -139,8 +142,11 @@ def open_files(
     Raises:
         PcqError: a file cannot be opened, or its inputs cannot be of the shape given, of the other files', or the data.
     """
-    from pcq.data.inputs import taken
+    from pcq.data import open_inputs
+    from pcq.data.inputs import numbers, taken
 
+    data = None if example is None else open_inputs(example, "train", lambda arrays: numbers(arrays, example))
+    samples = () if data is None else data.given(data.order(most).tolist())
     files: list[Benched] = []
     bare: dict[int, Network] = {}
     said: list[tuple[int, ...]] = []
@@ -149,9 +155,9 @@ def open_files(
         progress(f"open {path.name}", done, len(paths))
         if path.suffix == ONNX_SUFFIX:
             file = Benched(path, "ONNX Runtime", {}, _of_onnx(path, given is not None or example is not None))
-            files.append(file if example is None else _on_arrays(file, example, most))
-        elif example is not None:
-            files.append(_on_samples(path, opening, example, most))
+            files.append(file if data is None else _on_arrays(file, data, samples))
+        elif data is not None:
+            files.append(_on_samples(path, opening, data, samples))
         else:
             network = open_network(path, **opening)
             usual += [network.input_shape] if network.input_shape else []
@@ -188,19 +194,17 @@ def _described(module: torch.nn.Module, files: Sequence[Benched]) -> tuple[Input
     return ()
 
 
-def _on_arrays(file: Benched, spec: str, most: int) -> Benched:
-    """An ONNX file with samples of the data: arrays by the names of its inputs.
+def _on_arrays(file: Benched, data: "Data", samples: tuple[Tensor, ...]) -> Benched:
+    """An ONNX file with samples of ``data``: arrays by the names of its inputs.
 
     Raises:
         PcqError: it does not take them.
     """
-    from pcq.data import open_inputs
-    from pcq.data.inputs import numbers, refuse_kind, refuse_others
+    from pcq.data.inputs import refuse_kind, refuse_others
 
     names = [one.name for one in file.inputs]
-    data = open_inputs(spec, "train", lambda arrays: numbers(arrays, spec))
     refuse_others(names, tuple(data.arrays), str(file.path))
-    found = dict(zip(data.arrays or names, data.given(data.order(most).tolist()), strict=True))
+    found = dict(zip(data.arrays or names, samples, strict=True))
     samples = tuple(found[name] for name in names)
     for one, x in zip(file.inputs, samples, strict=True):
         refuse_kind(x.is_floating_point(), np.dtype(one.kind), one.name, str(file.path), only=len(names) == 1)
@@ -210,8 +214,8 @@ def _on_arrays(file: Benched, spec: str, most: int) -> Benched:
     return replace(file, samples=samples)
 
 
-def _on_samples(path: Path, opening: Mapping[str, Any], spec: str, most: int) -> Benched:
-    """A checkpoint, an artifact or an exported program with samples of the data.
+def _on_samples(path: Path, opening: Mapping[str, Any], data: "Data", samples: tuple[Tensor, ...]) -> Benched:
+    """A checkpoint, an artifact or an exported program with samples of ``data``.
 
     Raises:
         PcqError: it takes other inputs.
@@ -219,14 +223,14 @@ def _on_samples(path: Path, opening: Mapping[str, Any], spec: str, most: int) ->
     from pcq.data.inputs import names, refuse_one
 
     network = open_network(path, **opening)
-    data = network.data(spec, "train")
-    samples = data.given(data.order(most).tolist())
     if not data.arrays:
         refuse_one(network.module, str(path), data.notes)
+    called = network.order(data.arrays, data.name) if data.arrays else names(network.module)[:1]
+    found = dict(zip(data.arrays or called, samples, strict=True))
+    samples = tuple(found[name] for name in called)
     if network.inputs:
         inputs = _of_program(network, path)
     else:
-        called = tuple(data.arrays) or names(network.module)[:1]
         kinds = [str(x.dtype).removeprefix("torch.") for x in samples]
         shapes = [(None, *x.shape[1:]) for x in samples]
         inputs = tuple(Input(*each) for each in zip(called, shapes, kinds, strict=True))

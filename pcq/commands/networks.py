@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pcq import checkpoint, models, sources
-from pcq.data.inputs import MASK, names, needed
+from pcq.data.inputs import MASK, in_order, names, needed
 from pcq.errors import PcqError
 from pcq.sources.pt2 import Inputs, example_inputs
 
@@ -59,9 +59,9 @@ class Network:
         Raises:
             PcqError: nothing does.
         """
-        names = needed(self.module)
-        if len(names) > 1:
-            what = f"the network takes {len(names)} inputs, and the file does not say what they are: {', '.join(names)}"
+        takes = needed(self.module)
+        if len(takes) > 1:
+            what = f"the network takes {len(takes)} inputs, and the file does not say what they are: {', '.join(takes)}"
             allowed = "one input, or an exported program (.pt2)"
             todo = (
                 "Give data with an array for each of them by its name, --example SPEC, or hand it in as such a program"
@@ -75,18 +75,26 @@ class Network:
             PcqError: the data is not usable, or has not the arrays that the network takes.
         """
         from pcq.data import open_inputs
-        from pcq.data.inputs import inputs, numbers
+        from pcq.data.inputs import numbers
 
         def ordered(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
-            if not isinstance(self.inputs, dict):
-                return inputs(arrays, self.module, spec)
-            named = numbers(arrays, spec)
-            if named.keys() != self.inputs.keys():
-                said = f"its arrays are {', '.join(named)}"
-                raise PcqError(said, where=spec, allowed=", ".join(self.inputs))
-            return {name: named[name] for name in self.inputs}
+            order = self.order(arrays, spec)
+            found = numbers(arrays, spec)
+            return {name: found[name] for name in order}
 
         return open_inputs(spec, split, ordered)
+
+    def order(self, arrays: Mapping[str, Any], spec: str) -> list[str]:
+        """The arrays' names in the order of what it takes.
+
+        Raises:
+            PcqError: there is no such input, or one that is needed is not given.
+        """
+        if not isinstance(self.inputs, dict):
+            return in_order(arrays, self.module, spec)
+        if arrays.keys() != self.inputs.keys():
+            raise PcqError(f"its arrays are {', '.join(arrays)}", where=spec, allowed=", ".join(self.inputs))
+        return list(self.inputs)
 
     @staticmethod
     def of_program(module: nn.Module, said: str, inputs: Inputs) -> "Network":

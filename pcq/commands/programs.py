@@ -98,7 +98,8 @@ def _of_network(
     network: Network, source: Path, input_shape: tuple[int, ...] | None, given: tuple[Tensor, ...]
 ) -> _Program:
     """Traced, for any batch if torch manages it; on the samples ``given``, or else random ones."""
-    from pcq.data.inputs import names, needed, taken
+    from pcq.data.inputs import names, needed, shortened, taken
+    from pcq.export.tracing import other_lengths
 
     if len(given) < len(needed(network.module)):
         network.refuse_several(source)
@@ -116,26 +117,13 @@ def _of_network(
     program, batches = _exported(network.module, samples, str(source))
     trials: dict[int, tuple[tuple[Tensor, ...], dict[str, Any]]] = {batch: (samples(batch), {}) for batch in batches}
     if len(batches) > 1:  # the last also at another length of tokens, where that is open
-        trials[batches[-1]] = (_of_other_length(program, names(network.module), samples(batches[-1])), {})
+        last = samples(batches[-1])
+        called = [*names(network.module), *[""] * len(last)][: len(last)]
+        trials[batches[-1]] = (shortened(called, last, other_lengths(program, last)), {})
     signature = program.module_call_graph[0].signature
     assert signature is not None
     signature.out_spec = _named(signature.out_spec)
     return _Program(program, network.module, trials)
-
-
-def _of_other_length(
-    program: torch.export.ExportedProgram, takes: Sequence[str], inputs: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    """The inputs with tokens of another length, where the program leaves it open."""
-    from pcq.data.inputs import MASK, shorter
-    from pcq.export.tracing import other_lengths
-
-    called = [*takes, *[""] * len(inputs)]
-    found = []
-    for x, length, shape, name in zip(inputs, other_lengths(program, inputs), _shapes(program), called, strict=False):
-        moves = length is not None and str(shape[1]).isidentifier()  # a fixed size may be symbolic, too
-        found.append(shorter(x, length or 0, name.endswith(MASK)) if moves else x)
-    return tuple(found)
 
 
 def _named(spec: pytree.TreeSpec) -> pytree.TreeSpec:

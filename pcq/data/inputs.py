@@ -184,10 +184,11 @@ def of_any_length(inputs: Sequence[Tensor]) -> list[bool]:
     return [x.ndim == 2 and not x.is_floating_point() and x.shape[1] > 1 and x.shape[1] not in frames for x in inputs]
 
 
-def shorter(tokens: Tensor, length: int, mask: bool) -> Tensor:
-    """Of tokens ``[n, t]`` the first; a mask hides none of them."""
-    cut = tokens[:, :length]
-    return torch.ones_like(cut) if mask else cut
+def shortened(names: Sequence[str], inputs: Sequence[Tensor], lengths: Sequence[int | None]) -> tuple[Tensor, ...]:
+    """The inputs of these ``names``, those with a length cut to it; a mask then hides no token."""
+    cut = [x if length is None else x[:, :length] for x, length in zip(inputs, lengths, strict=True)]
+    hides = [length is not None and name.endswith(MASK) for name, length in zip(names, lengths, strict=True)]
+    return tuple(torch.ones_like(x) if mask else x for x, mask in zip(cut, hides, strict=True))
 
 
 def in_words(shape: Sequence[int]) -> str:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnxruntime as ort
 import torch
 from torch import Tensor
@@ -87,9 +86,8 @@ def each_input(batch: Batch) -> tuple[Tensor, ...]:
     return batch if isinstance(batch, tuple) else (batch,)
 
 
-def token_mask(path: Path, samples: Samples) -> Tensor | None:
-    """The samples' mask of tokens [n, t]; None where the file takes none."""
-    names = [value.name for value in onnx.load(path, load_external_data=False).graph.input]
+def token_mask(names: Sequence[str], samples: Samples) -> Tensor | None:
+    """The samples' mask of tokens [n, t], by the names of the inputs; None where there is none."""
     at = named_mask(names, each_input(samples[0][0]))
     return None if at is None else torch.cat([each_input(x)[at] for x, _ in samples])
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -240,6 +241,11 @@ class _Work:
     calibration: Batches | None
     external_above: int
 
+    @cached_property
+    def takes(self) -> list[str]:
+        """The names of the inputs."""
+        return [value.name for value in onnx.load_model(self.exact, load_external_data=False).graph.input]
+
     def observe(self, sites: Sequence[Site], progress: Progress) -> dict[str, Range]:
         model, again = self._fresh(sites)
         tops = place(model, again).observed(self.vnni)
@@ -312,7 +318,7 @@ class _Work:
             return None
         progress("measure", 0, len(samples))
         seen = outputs(self.exact, samples), outputs(path, samples)
-        return compare(*seen, [y for _, y in samples], token_mask(path, samples))
+        return compare(*seen, [y for _, y in samples], token_mask(self.takes, samples))
 
     def rank(
         self, path: Path, sites: Sequence[Site], spans: Mapping[str, Range], samples: Samples, progress: Progress
@@ -325,7 +331,7 @@ class _Work:
                 part = tuple(each[:left] for each in each_input(x))
                 few.append((part, None if y is None else y[:left]))
                 left -= len(part[0])
-        exact, mask = outputs(self.exact, few), token_mask(self.exact, few)
+        exact, mask = outputs(self.exact, few), token_mask(self.takes, few)
         moved: dict[int, float] = {}
         for i, site in enumerate(sites):
             progress("rank layers", i, len(sites))

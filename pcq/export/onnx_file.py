@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from pcq.data.inputs import MASK, shorter
+from pcq.data.inputs import MASK, named_mask, shortened
 from pcq.errors import PcqError, did_you_mean, raise_all
 from pcq.export import norms, passes, scheme, verify, writing
 from pcq.export.facts import Target, target
@@ -330,18 +330,18 @@ def _trials(traced: Traced, samples: Sequence[Sequence[Tensor]]) -> list[verify.
     batches: list[int | None] = [traced.smallest_batch, traced.smallest_batch + 2] if any_ else [None]
     batches += [None] * (not any_ and any(traced.lengths))
     generator = torch.Generator().manual_seed(0)
-    trials: list[verify.Trial] = []
-    for batch in batches:
-        of_each = zip(traced.model.graph.inputs, traced.example, traced.batched, traced.lengths, strict=True)
-        made = []
-        for value, leaf, moves, length in of_each:
-            mask = (value.name or "").endswith(MASK)
-            example = leaf if length is None or not trials else shorter(leaf, length, mask)
-            made.append(_random(example, batch if moves else None, generator, whole=mask))
-        trials.append(verify.Trial("random", tuple(made)))
+    names = [value.name or "" for value in traced.model.graph.inputs]
+    examples = [traced.example, shortened(names, traced.example, traced.lengths)]
+    trials = [
+        verify.Trial("random", tuple(
+            _random(leaf, batch if moves else None, generator, whole=name.endswith(MASK))
+            for name, leaf, moves in zip(names, example, traced.batched, strict=True)
+        ), named_mask(names, example))
+        for batch, example in zip(batches, examples, strict=False)
+    ]  # fmt: skip
     if None in batches:  # as many as it takes
         samples = [[x[: len(one)] for x, one in zip(sample, traced.example, strict=True)] for sample in samples]
-    return trials + [verify.Trial("sample", tuple(sample)) for sample in samples]
+    return trials + [verify.Trial("sample", tuple(sample), named_mask(names, sample)) for sample in samples]
 
 
 def _random(example: Tensor, batch: int | None, generator: torch.Generator, whole: bool) -> Tensor:

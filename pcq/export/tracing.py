@@ -136,10 +136,7 @@ def trace(network: nn.Module | ExportedProgram, example: Example | None, opset: 
     if len(graph.outputs) > 1:
         _name_main(graph, result(leaves))
     used, smallest = _signature(program.exported_program, tensors_of(network))
-    lengths = tuple(
-        length if value.shape is not None and len(value.shape) > 1 and not isinstance(value.shape[1], int) else None
-        for value, length in zip(graph.inputs, other_lengths(program.exported_program, leaves), strict=True)
-    )
+    lengths = tuple(other_lengths(program.exported_program, leaves))
     return Traced(program.model, used, leaves, batched, lengths, smallest, run)
 
 
@@ -271,26 +268,28 @@ def _signature(program: ExportedProgram | None, tensors: Mapping[str, Tensor]) -
     live = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
     storages = {tensors[held[name]].data_ptr() for name in live if held.get(name) in tensors}
     used = frozenset(name for name, value in tensors.items() if value.data_ptr() in storages)
-    return used, next(iter(least_sizes(program, 0)), 1)
+    return used, next(iter(_open_sizes(program, 0)), None) or 1
 
 
 def other_lengths(program: ExportedProgram | None, leaves: Sequence[Tensor]) -> list[int | None]:
-    """Of each input of tokens another length to try, which the program takes where it leaves the length open."""
-    least = least_sizes(program, 1)
+    """Of each input of tokens whose length the program leaves open another length to try."""
     return [
-        min(leaf.shape[1], max(2, fewest, leaf.shape[1] // 2)) if moves else None
-        for leaf, fewest, moves in zip(leaves, least, of_any_length(leaves), strict=True)
+        min(leaf.shape[1], max(2, fewest, leaf.shape[1] // 2)) if moves and fewest else None
+        for leaf, fewest, moves in zip(leaves, _open_sizes(program, 1), of_any_length(leaves), strict=True)
     ]
 
 
-def least_sizes(program: ExportedProgram | None, axis: int) -> list[int]:
-    """Of each input that is a tensor the smallest size that the axis can have where it can have several; else 1."""
+def _open_sizes(program: ExportedProgram | None, axis: int) -> list[int | None]:
+    """Of each input that is a tensor the smallest size of an axis that is open, 1 or more; None: it is fixed."""
     assert program is not None
-    found = []
+    found: list[int | None] = []
     for node in program.graph.nodes:
         value = node.meta.get("val")
         if node.name in program.graph_signature.user_inputs and isinstance(value, Tensor):
             size: object = value.shape[axis] if value.ndim > axis else None
-            limits = program.range_constraints.get(size.node.expr) if isinstance(size, torch.SymInt) else None
-            found.append(1 if limits is None else max(1, int(limits.lower)))
+            if isinstance(size, torch.SymInt) and str(size).isidentifier():  # a fixed size may be symbolic, too
+                limits = program.range_constraints.get(size.node.expr)
+                found.append(1 if limits is None else max(1, int(limits.lower)))
+            else:
+                found.append(None)
     return found
