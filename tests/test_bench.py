@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from pcq import cli, report
 from pcq.cli import frame
-from pcq.commands import Spread, bench, benching, export_onnx, export_pt2, quantize
+from pcq.commands import Spread, bench, benching, export_onnx, export_pt2, inspect, quantize
 from pcq.commands.benched import Benched, open_files
 from pcq.commands.fresh import Fresh, measure
 from pcq.demo import HERE
@@ -186,16 +186,24 @@ def test_a_file_beside_it_says_what_a_networks_inputs_are(tmp_path: Path) -> Non
     arch = "tests.test_several_inputs:Apart"
     np.savez(tmp_path / "tokens.npz", **{name: array.numpy() for name, array in _samples().items()})
     artifact = quantize(tmp_path / "apart.pt", "w8", arch=arch, out=tmp_path / "apart.safetensors").path
-    packed = export_onnx(artifact, example=f"npz:{tmp_path / 'tokens.npz'}").path
-    with pytest.raises(PcqError, match="--input 128, if it is that of each input, or data: --example SPEC"):
-        bench([artifact, packed], arch=arch)  # of any length
+    packed = export_onnx(artifact, example=f"npz:{tmp_path / 'tokens.npz'}").path  # of any length
+    assert ("sizes are open; exported with", "input_ids 6, attention_mask 6") in inspect(packed).facts
+    for length in (None, (9,)):
+        files, shape = open_files([artifact, packed], [{"arch": arch}, {}], length, silent)
+        assert [array.shape for array in (files[1].feed(2, shape) or {}).values()] == [(2, 9 if length else 6)] * 2
     files, shape = open_files([artifact, packed], [{"arch": arch}, {}], (6,), silent)
     mine, its = (file.feed(3, shape) or {} for file in files)
     assert list(mine) == ["input_ids", "attention_mask"]
     assert all(mine[name].shape == its[name].shape and mine[name].dtype == its[name].dtype for name in mine)
     few = {"arch": arch, "batches": (2,), "threads": (1,), "rounds": 1, "processes": 1}
-    rows = bench([artifact, packed], input_shape=(6,), **few).rows
+    rows = bench([artifact, packed], **few).rows
     assert [row.latencies[0].batch for row in rows] == [2, 2]
+    model = onnx.load(packed)
+    for told in ('{"input_ids": [6], "attention_mask": 3}', '{"input_ids": [2, 6]}', "[6", '{"input_ids": [-6]}'):
+        next(entry for entry in model.metadata_props if entry.key == "pcq.usual").value = told
+        onnx.save(model, tmp_path / "told.onnx")
+        with pytest.raises(PcqError, match="--input 128, if it is that of each input, or data: --example SPEC"):
+            bench([artifact, tmp_path / "told.onnx"], **few)
 
 
 def test_real_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

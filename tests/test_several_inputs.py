@@ -23,7 +23,8 @@ from pcq.commands.finetuning import FinetuneResult
 from pcq.data import open_data, open_inputs
 from pcq.data.inputs import in_order, inputs, names
 from pcq.errors import NoSplit, PcqError
-from pcq.export import verify
+from pcq.export import open_packed, verify
+from pcq.export.scheme import usual_sizes
 from pcq.settings import Finetune
 from pcq.train.splits import open_splits
 from pcq.train.step import loss_of
@@ -530,6 +531,7 @@ def test_int8_of_tokens_and_masks_needs_no_ranges(tmp_path: Path) -> None:
     made = pcq.export_onnx(artifact, tmp_path / "x.onnx", int8=Int8(f"npz:{tmp_path / 'tokens.npz'}", samples=16))
     assert made.int8 is not None
     assert [layer.activations for layer in made.int8.layers] == [None, "dynamic", "dynamic"]
+    assert usual_sizes(open_packed(made.path).metadata) == {"input_ids": (6,), "attention_mask": (6,)}
     assert made.int8.drop is not None
     assert made.int8.drop.agreement is not None
     exact = pcq.export_onnx(artifact, tmp_path / "y.onnx", example=f"npz:{tmp_path / 'tokens.npz'}", int8=Int8())

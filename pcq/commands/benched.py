@@ -27,7 +27,7 @@ class Input:
         name: what the file calls it.
         sizes: with the samples first, None where one is open; None: nothing is known of them.
         kind: its type in NumPy's words.
-        usual: the sizes that an exported program was made with; empty otherwise.
+        usual: the sizes of the example that it was exported with, where sizes are open; empty: not known.
     """
 
     name: str
@@ -169,6 +169,8 @@ def open_files(
         inputs = files[-1].inputs
         if example is None and len(inputs) == 1 and inputs[0].sizes and None not in inputs[0].sizes[1:]:
             said.append(tuple(size for size in inputs[0].sizes[1:] if size is not None))
+        elif example is None and len(inputs) == 1 and inputs[0].usual:
+            usual.append(inputs[0].usual[1:])
     for place, network in bare.items():
         if several := _described(network.module, files):
             files[place] = replace(files[place], inputs=several)
@@ -263,22 +265,23 @@ def _of_onnx(path: Path, given: bool) -> tuple[Input, ...]:
     Raises:
         PcqError: there is no such file, ONNX Runtime does not load it, or it takes what is no number.
     """
+    from pcq.export.scheme import usual_sizes
     from pcq.onnx_input.trials import KINDS, input_session
 
     if not path.exists():
         raise PcqError("there is no such file", where=str(path))
-    values = input_session(path).get_inputs()
+    session = input_session(path)
+    values, usual = session.get_inputs(), usual_sizes(session.get_modelmeta().custom_metadata_map)
     if strange := [value.type for value in values if value.type not in KINDS]:
         raise PcqError(f"it takes a {strange[0]}", where=str(path), allowed=", ".join(KINDS))
     unknown = given and len(values) == 1 and not values[0].shape
-    return tuple(
-        Input(
-            value.name,
-            None if unknown else tuple(d if isinstance(d, int) and d > 0 else None for d in value.shape),
-            np.dtype(KINDS[value.type]).name,
-        )
-        for value in values
-    )
+    inputs = []
+    for value in values:
+        sizes = None if unknown else tuple(d if isinstance(d, int) and d > 0 else None for d in value.shape)
+        made = Input(value.name, sizes, np.dtype(KINDS[value.type]).name)
+        known = usual.get(value.name, ())
+        inputs.append(replace(made, usual=(1, *known)) if known and made.fits(known) else made)
+    return tuple(inputs)
 
 
 def _of_program(network: Network, path: Path) -> tuple[Input, ...]:

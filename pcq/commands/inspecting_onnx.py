@@ -8,12 +8,13 @@ from pathlib import Path
 import onnx
 
 from pcq.atomic import scratch
+from pcq.commands.benched import times
 from pcq.commands.views import FileView, TensorView, float_view, quantized_view
 from pcq.errors import CheckFailed, PcqError, first_line
 from pcq.export import is_packed, open_packed
 from pcq.export.layouts import LOADING
 from pcq.export.reading import PackedFile, file_bytes
-from pcq.export.scheme import FOLDED, KEY, SATURATING, Scheme, from_json
+from pcq.export.scheme import FOLDED, KEY, SATURATING, USUAL, Scheme, from_json, usual_sizes
 from pcq.export.verify import STAY_PACKED
 from pcq.packing import DIGITS
 
@@ -30,7 +31,7 @@ MULTIPLYING = {
 """Operators that multiply by weights in float."""
 
 
-SAID = {KEY, SATURATING, FOLDED}
+SAID = {KEY, SATURATING, FOLDED, USUAL}
 """Metadata that is told in words."""
 
 
@@ -70,6 +71,7 @@ def _packed(path: Path, packed: PackedFile) -> FileView:
         *runs(path, resident, loading),
         *_saturating(packed.metadata),
         *_folded(packed.metadata),
+        *_usual(packed.metadata),
         *((key, value) for key, value in packed.metadata.items() if key not in SAID and len(value) < 200),
     ]
     rows = tuple(
@@ -92,6 +94,12 @@ def _folded(metadata: dict[str, str]) -> list[tuple[str, str]]:
     """How many BatchNorms of the network are part of scales and biases in this file."""
     names = json.loads(metadata.get(FOLDED, "[]"))
     return [("BatchNorm folded into scales", f"behind {len(names)} of the layers")] if names else []
+
+
+def _usual(metadata: dict[str, str]) -> list[tuple[str, str]]:
+    """The sizes that it was exported with, where it takes any."""
+    said = ", ".join(f"{name} {times(sizes)}" for name, sizes in usual_sizes(metadata).items())
+    return [("sizes are open; exported with", said)] if said else []
 
 
 def _layout(scheme: Scheme) -> str:

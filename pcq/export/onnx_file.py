@@ -279,6 +279,8 @@ def _pack(
     said = {f"pcq.{key}": value for key, value in entries.items()}
     if folded:
         said[scheme.FOLDED] = json.dumps([*folded])
+    if usual := _usual(traced):
+        said[scheme.USUAL] = json.dumps(usual)
 
     def laid_out(made: Plan) -> tuple[list[passes.Packed], dict[str, str], int]:
         """The packed weights of a plan, the file's metadata, and its size."""
@@ -322,6 +324,16 @@ def _equal_values(a: QuantizedTensor, b: QuantizedTensor) -> bool:
 
 def _size(value: ir.Value) -> int:
     return 0 if value.const_value is None else value.const_value.nbytes
+
+
+def _usual(traced: Traced) -> dict[str, list[int]]:
+    """A sample's sizes in the example, by input, of those that take other sizes as well."""
+    inputs = zip(traced.model.graph.inputs, traced.example, strict=True)
+    return {
+        value.name or "": [*example.shape[1:]]
+        for value, example in inputs
+        if value.shape is not None and not all(isinstance(size, int) for size in value.shape[1:])
+    }
 
 
 def _trials(traced: Traced, samples: Sequence[Sequence[Tensor]]) -> list[verify.Trial]:

@@ -35,6 +35,8 @@ from pcq.qtensor import QuantizedTensor
 KEY = SCHEME
 SATURATING = "pcq.int8_saturating"
 FOLDED = "pcq.folded"
+USUAL = "pcq.usual"
+"""JSON by input, of those that take any sizes: one sample's sizes in the example that the file was exported with."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,15 @@ def describe(
         return made
     return replace(made, planes=(), layout=layout, unit=stored.unit, offset=stored.offset, bits=stored.bits,
                    block=stored.block or 0)  # fmt: skip
+
+
+def usual_sizes(metadata: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+    """What a file's metadata says under :data:`USUAL`; nothing where it says nothing that can be read."""
+    try:
+        said = {name: tuple(map(int, sizes)) for name, sizes in json.loads(metadata.get(USUAL, "{}")).items()}
+    except (ValueError, TypeError, AttributeError):
+        return {}
+    return {name: sizes for name, sizes in said.items() if min(sizes, default=1) > 0}
 
 
 def to_json(schemes: Mapping[str, Scheme]) -> str:
