@@ -1,6 +1,7 @@
 """Files side by side: sizes are the file system's, ratios are to the first, what cannot run is said."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from pcq.demo import HERE
 from pcq.errors import CheckFailed, PcqError
 from pcq.plots import bench_figure
 from pcq.progress import silent
-from pcq.report.benching import _ratio, _spread
+from pcq.report.benching import _ratio, _sizes, _spread
 from tests.test_onnx_input import convolutions, images, normal, save, words
 from tests.test_scores import onnx_linear
 from tests.test_several_inputs import Apart, _samples
@@ -196,7 +197,13 @@ def test_a_file_beside_it_says_what_a_networks_inputs_are(tmp_path: Path) -> Non
     assert list(mine) == ["input_ids", "attention_mask"]
     assert all(mine[name].shape == its[name].shape and mine[name].dtype == its[name].dtype for name in mine)
     few = {"arch": arch, "batches": (2,), "threads": (1,), "rounds": 1, "processes": 1}
-    rows = bench([artifact, packed], **few).rows
+    result = bench([artifact, packed], **few)
+    rows = result.rows
+    assert _sizes(result) == "input_ids 6, attention_mask 6"
+    longer = replace(rows[1], inputs={"ids": (9,)})
+    assert _sizes(replace(result, rows=(rows[0], longer))) == (
+        "input_ids 6, attention_mask 6 (apart.safetensors); 9 (apart.onnx)"
+    )
     assert [row.latencies[0].batch for row in rows] == [2, 2]
     model = onnx.load(packed)
     for told in ('{"input_ids": [6], "attention_mask": 3}', '{"input_ids": [2, 6]}', "[6", '{"input_ids": [-6]}'):
@@ -376,6 +383,8 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "batch 1, 1 thread" in shown
     assert "3 rounds and 1 process, files in turn; " in shown
     assert "1.00x" in shown
+    assert "Samples: 3x8x8." in shown
+    assert answer["rows"][0]["inputs"] == {"x": [3, 8, 8]}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "p.png"]
 
 

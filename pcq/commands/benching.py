@@ -72,6 +72,7 @@ class BenchRow:
         load: seconds until it is ready, in processes of their own.
         first: seconds of the first run, likewise.
         peak: bytes of memory that loading and the first run take at most, beyond the runtime's own, likewise.
+        inputs: one sample's sizes, by input.
         latencies: one for each batch and number of threads; without those that the file cannot run.
     """
 
@@ -81,6 +82,7 @@ class BenchRow:
     load: Spread
     first: Spread
     peak: Spread
+    inputs: dict[str, tuple[int, ...]]
     latencies: tuple[Latency, ...]
 
 
@@ -176,12 +178,14 @@ def bench(
     for file in files:
         file.refuse(batches)
     fresh: list[list[Fresh]] = [[] for _ in files]
+    shapes: list[dict[str, tuple[int, ...]]] = [{} for _ in files]
     for turn in range(processes):
         for place, (file, found) in enumerate(zip(files, fresh, strict=True)):
             done = turn * len(files) + place
             progress(f"load {file.path.name}, process {turn + 1}", done, len(files) * processes)
             single = file.feed(min(file.lengths, default=1), shape)
             assert single is not None, file
+            shapes[place] = {name: array.shape[1:] for name, array in single.items()}
             found.append(measure(file.path, file.runtime, file.opening, single))
     latencies = _latencies(files, shape, batches, counts, rounds, progress)
     rows = tuple(
@@ -192,9 +196,10 @@ def bench(
             Spread.of([each.load for each in found]),
             Spread.of([each.first for each in found]),
             Spread.of([each.peak for each in found]),
+            taken,
             tuple(mine),
         )
-        for file, found, mine in zip(files, fresh, latencies, strict=True)
+        for file, found, taken, mine in zip(files, fresh, shapes, latencies, strict=True)
     )
     result = BenchResult(rows, rounds, processes, _machine(cores), None, time.perf_counter() - begun)
     return result if plot is None else drawn(result, Path(plot), _picture)

@@ -7,6 +7,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from pcq import commands
+from pcq.commands.benched import times
 from pcq.commands.benching import counted
 from pcq.report.forms import render, size, table, to_json
 
@@ -32,6 +33,16 @@ def _ratio(value: float, first: float) -> str:
 
 def _times(ratio: float) -> str:
     return f"{ratio:.2f}x" if ratio >= 0.01 else f"{ratio:.1g}x"
+
+
+def _sizes(result: commands.BenchResult) -> str:
+    """``3x224x224``; of several inputs with their names, and with the file's where they differ."""
+    said: dict[str, str] = {}
+    for row in result.rows:
+        sizes = [times(each) for each in row.inputs.values()]
+        names = [f"{name} " if len(sizes) > 1 else "" for name in row.inputs]
+        said.setdefault(", ".join(map(str.__add__, names, sizes)), row.path.name)
+    return "; ".join(f"{sizes} ({name})" if len(said) > 1 else sizes for sizes, name in said.items())
 
 
 @render.register
@@ -60,7 +71,7 @@ def _(result: commands.BenchResult) -> RenderableType:
             cells.append(f"{_spread(latency.seconds)} {ratio}")
         runs.add_row(row.path.name, *cells)
     turns = f"{counted(result.rounds, 'round')} and {counted(result.processes, 'process', 'es')}"
-    notes = [f"{turns}, files in turn; {result.machine}; {result.seconds:.0f} s."]
+    notes = [f"Samples: {_sizes(result)}.", f"{turns}, files in turn; {result.machine}; {result.seconds:.0f} s."]
     if result.plot is not None:
         notes.append(f"Drawn: {result.plot}")
     return Group(made, runs, *[Text(note) for note in notes])
@@ -71,7 +82,7 @@ def _(result: commands.BenchResult) -> dict[str, Any]:
     return {
         "rows": [
             {"path": str(row.path), "runtime": row.runtime, "bytes": row.nbytes, "load": asdict(row.load),
-             "first_run": asdict(row.first), "peak_memory": asdict(row.peak),
+             "first_run": asdict(row.first), "peak_memory": asdict(row.peak), "inputs": row.inputs,
              "latencies": [asdict(latency) for latency in row.latencies]}
             for row in result.rows
         ],
