@@ -26,8 +26,9 @@ from pcq.export.int8 import find_sites, place
 from pcq.qtensor import QuantizedTensor
 from pcq.quantizers import Ternary, Uniform
 from pcq.rows import Rows
-from pcq.train import batchnorm, loop
+from pcq.train import batchnorm, looks
 from pcq.train.activations import Simulation, onto, simulate, weights8
+from pcq.train.job import Job
 from pcq.train.learned import LEAST, Learned, Onto
 
 ARCH = "pcq.demo.nets:resnet8?num_classes=10&in_channels=1"
@@ -422,15 +423,15 @@ def test_held_out_scores_in_training_are_of_what_the_file_computes(
 ) -> None:
     """Biases rounded, those of frozen layers too, whatever the BatchNorm statistics."""
     path, x = tmp_path / "x.safetensors", open_data("digits", "val").take(list(range(50)))
-    scored, seen = loop.scored, []
+    scored, seen = looks.scored, []
 
-    def watched(module: nn.Module, job: loop.Job, *rest: Any) -> Any:
+    def watched(module: nn.Module, job: Job, *rest: Any) -> Any:
         scores = scored(module, job, *rest)
         with torch.no_grad():
             seen.append((batchnorm.statistics(module), module(x)))
         return scores
 
-    monkeypatch.setattr(loop, "scored", watched)
+    monkeypatch.setattr(looks, "scored", watched)
     changes = ("finetune.anneal_end=0.5", "finetune.freeze=[layer2.*]")
     pcq.finetune(DIGITS, "ternary", "digits", out=path, arch=ARCH, activations=8, steps=2, overrides=changes)
     stored = pcq.read_artifact(path)

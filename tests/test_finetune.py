@@ -41,8 +41,9 @@ from pcq.recipe import Recipe, load_recipe, parse_recipe
 from pcq.report import render
 from pcq.report import to_json as report_of
 from pcq.settings import Finetune, MethodName, changed, method_of, schedule_of
-from pcq.train import augment, batchnorm, graphs, loop, report, saving
+from pcq.train import augment, batchnorm, graphs, looks, report, run, saving
 from pcq.train.batches import Batches, generator, own_randomness
+from pcq.train.job import Epoch, Trained, settled
 from pcq.train.splits import open_splits
 from pcq.train.step import TEMPERATURE, logits, loss_of, make_optimizer, rate, update
 from pcq.train.stopping import Interrupted
@@ -411,14 +412,14 @@ def test_an_interruption_of_the_last_scores_says_that_the_artifact_is_written(
 
 
 def test_minutes_count_all_that_a_step_and_a_look_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    after, scored = ProxConnect._after, loop.scored
+    after, scored = ProxConnect._after, looks.scored
     step, look = 0.04, 0.2
 
     def slow(seconds: float, function: Any) -> Any:
         return lambda *args, **options: (time.sleep(seconds), function(*args, **options))[1]
 
     monkeypatch.setattr(ProxConnect, "_after", slow(step, after))
-    monkeypatch.setattr(loop, "scored", slow(look, scored))
+    monkeypatch.setattr(looks, "scored", slow(look, scored))
     result = tune(tmp_path / "x.safetensors", steps=None, minutes=0.05)
     assert result.steps * (step + look / 9) < 0.05 * 60
 
@@ -1006,19 +1007,19 @@ def test_no_step_between_measurements_and_refits_waits_for_the_device(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    ahead, back = loop._loss, loop.update
+    ahead, back = run._loss, run.update
 
     def watched(work: Any) -> Any:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with Looks() as looks:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            with Looks() as found:
                 done = work(*args, **kwargs)
-            seen.append(looks.count)
+            seen.append(found.count)
             return done
 
-        return run
+        return counted
 
-    monkeypatch.setattr(loop, "_loss", watched(ahead))
-    monkeypatch.setattr(loop, "update", watched(back))
+    monkeypatch.setattr(run, "_loss", watched(ahead))
+    monkeypatch.setattr(run, "update", watched(back))
     # AdamW on a CPU counts its steps in tensors of the CPU; those are no device's.
     sets = ["finetune.refit=4", "finetune.optimizer=sgd"]
     tune(tmp_path / "x.safetensors", method=method, steps=8, overrides=sets)
@@ -1300,10 +1301,10 @@ def test_crops_of_larger_images_are_for_folders(tmp_path: Path) -> None:
 # -- warnings ----------------------------------------------------------------------------------------------------------
 
 
-def trained(**changes: Any) -> loop.Trained:
+def trained(**changes: Any) -> Trained:
     calm = (Telemetry(70, 0.95, 0.9, 1e-6, 0.1), Telemetry(100, 1.0, 1.0, 1e-6, 0.1))
-    looks = (loop.Epoch(50, 1.0, 0.3, 90.0), loop.Epoch(100, 2.0, 0.2, 91.0))
-    return replace(loop.Trained({}, looks, None, calm, 100, 75, None, None), **changes)
+    epochs = (Epoch(50, 1.0, 0.3, 90.0), Epoch(100, 2.0, 0.2, 91.0))
+    return replace(Trained({}, epochs, None, calm, 100, 75, None, None), **changes)
 
 
 @pytest.mark.parametrize(
@@ -1314,9 +1315,9 @@ def trained(**changes: Any) -> loop.Trained:
         ({"hard_from": 98}, "only 2 steps before the end"),
         ({"hard_from": 99}, "only 1 step before the end"),
         ({"telemetry": (Telemetry(70, 0.95, 0.9, 0.0, 0.1), Telemetry(100, 1.0, 1.0, 0.01, 0.1))}, "1.000 %"),
-        ({"epochs": (loop.Epoch(80, 1.0, 0.3, 90.0), loop.Epoch(100, 2.0, 0.2, 80.0))}, "got worse"),
-        ({"epochs": (loop.Epoch(80, 1.0, 0.3, 90.0), loop.Epoch(100, 2.0, 0.2, 88.9))}, "got worse"),
-        ({"epochs": (loop.Epoch(80, 1.0, 0.3, 90.0), loop.Epoch(100, 2.0, 0.2, 89.1))}, None),
+        ({"epochs": (Epoch(80, 1.0, 0.3, 90.0), Epoch(100, 2.0, 0.2, 80.0))}, "got worse"),
+        ({"epochs": (Epoch(80, 1.0, 0.3, 90.0), Epoch(100, 2.0, 0.2, 88.9))}, "got worse"),
+        ({"epochs": (Epoch(80, 1.0, 0.3, 90.0), Epoch(100, 2.0, 0.2, 89.1))}, None),
     ],
 )
 def test_warnings_in_words(changes: dict[str, Any], says: str | None) -> None:
@@ -1368,10 +1369,10 @@ def test_recorded_passes_are_the_passes(tmp_path: Path) -> None:
 
 
 def test_precision_is_settled() -> None:
-    how = loop.settled(Finetune(), "digits", torch.device("cpu"))
+    how = settled(Finetune(), "digits", torch.device("cpu"))
     assert how.precision in ("bf16", "float32")
     assert how.augment == "crop"
-    assert loop.settled(Finetune(precision="float32"), "digits", torch.device("cpu")).precision == "float32"
+    assert settled(Finetune(precision="float32"), "digits", torch.device("cpu")).precision == "float32"
     assert math.isclose(how.learning_rate, 2e-3)
 
 

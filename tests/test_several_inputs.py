@@ -676,17 +676,17 @@ def test_they_go_on_bit_by_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     data = sentences(tmp_path / "s.npz")
     whole = tuned(tmp_path, data, "whole.safetensors").path.read_bytes()
-    step, seen = loop._step, []
+    step, seen = loop.advance, []
 
     def stopped(*args: object) -> None:
         seen.append(step(*args))  # type: ignore[arg-type,func-returns-value]
         if len(seen) == 33:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "_step", stopped)
+    monkeypatch.setattr(loop, "advance", stopped)
     with pytest.raises(KeyboardInterrupt):
         tuned(tmp_path, data, save_every=7)
-    monkeypatch.setattr(loop, "_step", step)
+    monkeypatch.setattr(loop, "advance", step)
     sentences(tmp_path / "s.npz", sizes=(250, 60))
     with pytest.raises(PcqError, match="another data"):
         tuned(tmp_path, data, save_every=7, resume=True)

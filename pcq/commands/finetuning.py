@@ -37,7 +37,7 @@ from pcq.train.stopping import Interrupted
 if TYPE_CHECKING:
     from pcq.scores import Scores
     from pcq.train.activations import Weight8
-    from pcq.train.loop import BatchNorm, Epoch, Job
+    from pcq.train.job import BatchNorm, Epoch, Job
     from pcq.train.splits import Splits
 
 
@@ -174,7 +174,8 @@ def finetune(
         CheckFailed: the loss is not a number any more, weights are off their levels, or the file is not as predicted.
         KeyboardInterrupt: SIGINT or SIGTERM; the message says how to go on, or that the artifact was written already.
     """
-    from pcq.train import board, loop
+    from pcq.train import board
+    from pcq.train.job import settled
 
     begun = time.perf_counter()
     if tensorboard is not None:
@@ -186,7 +187,7 @@ def finetune(
     if save_every is not None and save_every < 1:
         raise PcqError(f"{save_every} steps cannot be", where="--save-every", allowed="1 or more")
     here = ranks.current(shard)
-    settings = loop.settled(changed(loaded.finetune or Finetune(), **given), data, here.device)
+    settings = settled(changed(loaded.finetune or Finetune(), **given), data, here.device)
     about = {"--samples": samples, "--calib-method": calib_method, "--refine": refine}
     if not isinstance(calibration, str) and (lost := [option for option, value in about.items() if value is not None]):
         todo = "Say on what: --calib folder:DIR"
@@ -230,6 +231,7 @@ def _finetune(
     """All of a run that touches its files, which nobody else may meanwhile; ``rules`` have their settings settled."""
     from pcq.scores import module_predictor
     from pcq.train import loop, report, saving
+    from pcq.train.job import Job
     from pcq.train.splits import check_outputs, open_splits
 
     settings = rules.finetune
@@ -268,7 +270,7 @@ def _finetune(
     weights = targets(planned.plan, dict(module.named_parameters(remove_duplicate=False)))
     if begin is not None:
         weights = begin.levels(weights)
-    job = loop.Job(
+    job = Job(
         module,
         original.to(here.device) if settings.distill else None,
         {name: target for name, target in weights.items() if name not in fixed},

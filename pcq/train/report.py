@@ -3,7 +3,7 @@
 from pcq.methods import SignSwish
 from pcq.prox import BinaryRelax
 from pcq.settings import Finetune, method_of
-from pcq.train.loop import Trained
+from pcq.train.job import Trained
 
 FEW_ON_LEVELS = 0.5
 """Share of the weights on their levels just before the hard phase, below which rounding the rest is a shock."""

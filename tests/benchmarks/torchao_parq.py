@@ -26,8 +26,10 @@ from pcq.atomic import atomic
 from pcq.data import Data
 from pcq.scores import evaluate, module_predictor
 from pcq.settings import EPOCHS, Finetune
-from pcq.train import augment, batchnorm, graphs, loop
+from pcq.train import augment, batchnorm, graphs
 from pcq.train.batches import Batches, own_randomness
+from pcq.train.job import settled
+from pcq.train.run import placed
 from pcq.train.splits import Splits, open_splits
 from pcq.train.step import logits, loss_of, make_optimizer, rate, update
 
@@ -86,7 +88,7 @@ def settle_batchnorm(module: nn.Module, splits: Splits, settings: Finetune, batc
     device = next(module.parameters()).device
     before = score(module, splits.val)
     steps = range(min(settings.batchnorm, batches.an_epoch))
-    batchnorm.reestimate(module, (loop.placed(batches.make(step)[0], device) for step in steps))
+    batchnorm.reestimate(module, (placed(batches.make(step)[0], device) for step in steps))
     after = score(module, splits.val)
     if after <= before:
         batchnorm.put(module, kept)
@@ -106,7 +108,7 @@ def start(job: dict[str, Any], seed: int, scratch: bool) -> nn.Module:
 def train(job: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     """The trained network, in eval mode, and what is to be known of it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings = loop.settled(Finetune(**job["settings"], seed=job["seed"]), job["data"], device)
+    settings = settled(Finetune(**job["settings"], seed=job["seed"]), job["data"], device)
     splits = open_splits(job["data"]).on(device)
     module = start(job, settings.seed, job["scratch"])
     batches = Batches(
@@ -121,13 +123,13 @@ def train(job: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     begun = time.perf_counter()
     with own_randomness(), ExitStack() as stack:
         if settings.graphs:
-            first = loop.placed(batches.make(0)[0], device)
+            first = placed(batches.make(0)[0], device)
             stack.enter_context(graphs.recorded(module, first, settings.precision == "bf16"))
         for step, (x, y) in enumerate(batches.run(0, total)):
             at = time.perf_counter()
             module.train()
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-                out = logits(module(*loop.placed(x, device)))
+                out = logits(module(*placed(x, device)))
             loss = loss_of(settings, out, None if y is None else y.to(device, non_blocking=True), None)
             inside.append(0.0)
             update(settings, _Timed(optimizer, inside), module, loss, rate(settings, step / total))  # type: ignore[arg-type]

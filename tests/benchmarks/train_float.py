@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from pcq.data import open_data
 from pcq.demo import nets
 from pcq.train import graphs
-from pcq.train.loop import quick_in_bf16
+from pcq.train.job import quick_in_bf16
 from tests.benchmarks import record, vit
 
 
