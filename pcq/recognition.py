@@ -18,6 +18,7 @@ from importlib import resources
 from typing import Any
 
 from pcq.errors import PcqError
+from pcq.words import counted
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -106,7 +107,7 @@ def recognise(shapes: Shapes, modules: Iterable[str] | None = None) -> Recognise
         kind, _, name = network.spec.partition(":")
         assert classes is not None
         assert channels is not None
-        other = f", {channels} input channel{'s' * (channels != 1)}" if "in_chans" in options else ""
+        other = f", {counted(channels, 'input channel')}" if "in_chans" in options else ""
         sentence = f"{kind} {name}, {classes} classes{other}, from its {len(shapes)} names and shapes"
         return Recognised(_with(network.spec, options), classes, (channels, *network.input[1:]), sentence)
     return None

@@ -14,6 +14,7 @@ from pcq.commands.networks import ONNX_SUFFIX, Network, open_network
 from pcq.errors import PcqError, raise_all
 from pcq.progress import Progress
 from pcq.sources.pt2 import counting
+from pcq.words import shape_of
 
 if TYPE_CHECKING:
     from pcq.data import Data
@@ -59,12 +60,7 @@ class Input:
     @property
     def said(self) -> str:
         """One sample's shape in words."""
-        return f"{self.name} {times((self.sizes or ())[1:])}"
-
-
-def times(shape: Sequence[int | None]) -> str:
-    """``3x?x?``, with ``?`` for any size."""
-    return "x".join("?" if size is None else str(size) for size in shape) or "a number"
+        return f"{self.name} {shape_of((self.sizes or ())[1:])}"
 
 
 @dataclass(frozen=True)
@@ -94,8 +90,8 @@ class Benched:
     def refuse(self, batches: Sequence[int]) -> None:
         """Raise PcqError if it takes none of these numbers of samples."""
         if self.lengths and self.lengths.isdisjoint(batches):
-            said = " or ".join(map(str, sorted(self.lengths)))
-            raise PcqError(f"it takes {said} sample{'s' * (max(self.lengths) > 1)} at once, no other number",
+            said, noun = " or ".join(map(str, sorted(self.lengths))), "samples" if max(self.lengths) > 1 else "sample"
+            raise PcqError(f"it takes {said} {noun} at once, no other number",
                            where=str(self.path), todo=f"Give --batch {max(self.lengths)}")  # fmt: skip
 
     def feed(self, batch: int, shape: tuple[int, ...] | None) -> dict[str, Array] | None:
@@ -211,7 +207,7 @@ def _on_arrays(file: Benched, data: "Data", samples: tuple[Tensor, ...]) -> Benc
     for one, x in zip(file.inputs, samples, strict=True):
         refuse_kind(x.is_floating_point(), np.dtype(one.kind), one.name, str(file.path), only=len(names) == 1)
         if not one.fits(tuple(x.shape[1:])):
-            raise PcqError(f"it does not take samples of {times(x.shape[1:])}", where=str(file.path),
+            raise PcqError(f"it does not take samples of {shape_of(x.shape[1:])}", where=str(file.path),
                            allowed=_allowed(file), todo="Give data of such samples as --example")  # fmt: skip
     return replace(file, samples=samples)
 
@@ -244,12 +240,12 @@ def _refuse(files: Sequence[Benched], shape: tuple[int, ...], given: bool) -> No
     problems = []
     for file in files:
         if len(file.inputs) == 1 and not file.inputs[0].fits(shape):
-            what = f"it does not take samples of {times(shape)}" + ("" if given else ", as another file does")
+            what = f"it does not take samples of {shape_of(shape)}" + ("" if given else ", as another file does")
             problems.append(PcqError(what, where=str(file.path), allowed=_allowed(file),
                                      todo="Give such a shape as --input" if given else "Measure it apart"))  # fmt: skip
     if given and not problems and not any(one.fits(shape) for file in files for one in file.inputs):
         several = "; ".join(f"{file.path.name}: {_allowed(file)}" for file in files)
-        problems.append(PcqError(f"no input takes samples of {times(shape)}", where="--input", allowed=several,
+        problems.append(PcqError(f"no input takes samples of {shape_of(shape)}", where="--input", allowed=several,
                                  todo="Give one input's shape, or leave it out"))  # fmt: skip
     raise_all(problems)
 

@@ -20,6 +20,7 @@ from pcq.commands.networks import keys, open_network
 from pcq.errors import PcqError, first_line
 from pcq.plots import bench_figure, require_matplotlib
 from pcq.progress import Progress, silent
+from pcq.words import counted
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -105,11 +106,6 @@ class BenchResult:
     machine: str
     plot: Path | None
     seconds: float
-
-
-def counted(number: int, noun: str, ending: str = "s") -> str:
-    """``1 thread``, ``2 threads``."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}{ending}"
 
 
 def bench(

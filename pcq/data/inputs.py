@@ -191,11 +191,6 @@ def shortened(names: Sequence[str], inputs: Sequence[Tensor], lengths: Sequence[
     return tuple(torch.ones_like(x) if mask else x for x, mask in zip(cut, hides, strict=True))
 
 
-def in_words(shape: Sequence[int]) -> str:
-    """One sample's shape."""
-    return "x".join(map(str, shape)) or "one number"
-
-
 @contextmanager
 def refusing(inputs: Sequence[Tensor], todo: str = "") -> Iterator[None]:
     """Within it a network runs on ``inputs``.

@@ -7,8 +7,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from pcq import commands
-from pcq.commands.benching import counted
 from pcq.report.forms import render, shape, size, smaller, table, to_json
+from pcq.words import counted
 
 if TYPE_CHECKING:
     from pcq.export import Drop, Int8Report

@@ -7,6 +7,7 @@ from rich.text import Text
 
 from pcq import commands
 from pcq.report.forms import percent, render, size, smaller, table, to_json
+from pcq.words import counted
 
 
 @render.register
@@ -24,7 +25,7 @@ def _(result: commands.FinetuneResult) -> RenderableType:
         f"{size(result.bytes_before)} of tensors -> {size(result.bytes_after)} on disk "
         f"({smaller(result.bytes_before, result.bytes_after)}), {result.bits:.3f} bits per quantized weight; size "
         f"as predicted to the byte.",
-        f"{how.method}, {result.steps:,} step{'s' * (result.steps > 1)} of {how.batch}, {how.optimizer} at "
+        f"{how.method}, {counted(result.steps, 'step')} of {how.batch}, {how.optimizer} at "
         f"{how.learning_rate:g}, seed {how.seed}, {result.seconds:.0f} s; all weights on their levels; flips at the "
         f"end {100 * seen.flips:.4f} % a step.",
     ]

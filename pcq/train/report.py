@@ -4,6 +4,7 @@ from pcq.methods import SignSwish
 from pcq.prox import BinaryRelax
 from pcq.settings import Finetune, method_of
 from pcq.train.job import Trained
+from pcq.words import counted
 
 FEW_ON_LEVELS = 0.5
 """Share of the weights on their levels just before the hard phase, below which rounding the rest is a shock."""
@@ -39,7 +40,7 @@ def warnings(trained: Trained, settings: Finetune) -> tuple[str, ...]:
         )
     if not posttraining and soft and hard < SHORT * trained.steps:
         found.append(
-            f"The anneal ended only {hard:,} step{'s' * (hard > 1)} before the end: the weights had little time to "
+            f"The anneal ended only {counted(hard, 'step')} before the end: the weights had little time to "
             "settle on their levels. Lower finetune.anneal_end."
         )
     if last.flips > RESTLESS and not posttraining:

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from pcq.data import Data, open_data, open_inputs, own
-from pcq.data.inputs import in_words, inputs, refuse_one
+from pcq.data.inputs import inputs, refuse_one
 from pcq.errors import NoSplit, PcqError, raise_all
 from pcq.scores import misfit
 from pcq.spec import Spec, parse, takes
+from pcq.words import shape_of
 
 HELD_OUT = 5000
 """Samples held out of training where the data has no ``val``; at most a tenth of them."""
@@ -126,7 +127,7 @@ def _alike(splits: Sequence[Data]) -> None:
 def _shapes(data: Data) -> str:
     """Those of a sample, in words."""
     shapes = [tuple(array.shape[1:]) for array in data.arrays.values()] or [data.shape]
-    return " and ".join(map(in_words, shapes))
+    return " and ".join(map(shape_of, shapes))
 
 
 def check_outputs(splits: Splits, outputs: int) -> None:

@@ -1,0 +1,13 @@
+"""Numbers and shapes in words."""
+
+from collections.abc import Sequence
+
+
+def shape_of(sizes: Sequence[int | None]) -> str:
+    """``3x224x224``, with ``?`` for any size; without sizes ``one number``."""
+    return "x".join("?" if size is None else str(size) for size in sizes) or "one number"
+
+
+def counted(number: int, noun: str, ending: str = "s") -> str:
+    """``1 thread``, ``2,000 threads``."""
+    return f"{number:,} {noun}{ending if number != 1 else ''}"
