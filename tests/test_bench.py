@@ -191,7 +191,9 @@ def test_a_file_beside_it_says_what_a_networks_inputs_are(tmp_path: Path) -> Non
     assert ("sizes are open; exported with", "input_ids 6, attention_mask 6") in inspect(packed).facts
     for length in (None, (9,)):
         files, shape = open_files([artifact, packed], [{"arch": arch}, {}], length, silent)
-        assert [array.shape for array in (files[1].feed(2, shape) or {}).values()] == [(2, 9 if length else 6)] * 2
+        feed = files[1].feed(2, shape) or {}
+        assert [array.shape for array in feed.values()] == [(2, 9 if length else 6)] * 2
+        assert feed["attention_mask"].all()
     files, shape = open_files([artifact, packed], [{"arch": arch}, {}], (6,), silent)
     mine, its = (file.feed(3, shape) or {} for file in files)
     assert list(mine) == ["input_ids", "attention_mask"]

@@ -108,6 +108,8 @@ class Benched:
             chosen = torch.arange(batch) % len(self.samples[0])
             taken = zip(self.inputs, self.samples, strict=True)
             return {one.name: x[chosen].numpy().astype(one.kind) for one, x in taken}
+        from pcq.data.inputs import hides_tokens
+
         feed = {}
         generator = np.random.default_rng(0)
         for one in self.inputs:
@@ -117,7 +119,10 @@ class Benched:
                 such = "128, if it is that of each input" if len(self.inputs) > 1 else "3x224x224"
                 todo = f"Give one sample's shape without the batch, such as --input {such}, or data: --example SPEC"
                 raise PcqError(f"the shape of {said} is not known", where=str(self.path), todo=todo)
-            made = generator.normal(size=sizes) if np.issubdtype(np.dtype(one.kind), np.floating) else np.zeros(sizes)
+            if np.issubdtype(np.dtype(one.kind), np.floating):
+                made = generator.normal(size=sizes)
+            else:
+                made = np.full(sizes, 1 if hides_tokens(one.name) else 0)
             feed[one.name] = np.asarray(made).astype(one.kind)
         return feed
 

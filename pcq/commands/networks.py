@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pcq import checkpoint, models, sources
-from pcq.data.inputs import MASK, in_order, names, needed
+from pcq.data.inputs import hides_tokens, in_order, names, needed
 from pcq.errors import PcqError
 from pcq.sources.pt2 import Inputs, example_inputs
 
@@ -104,7 +104,7 @@ class Network:
         """
         named = inputs if isinstance(inputs, dict) else dict(zip(names(module), inputs, strict=bool(inputs)))
         for name, x in named.items():
-            if name.endswith(MASK) and not x.is_floating_point():
+            if hides_tokens(name) and not x.is_floating_point():
                 x.fill_(1)
         shape = tuple(inputs[0].shape[1:]) if isinstance(inputs, tuple) and len(inputs) == 1 else None
         return Network(module, said, shape, inputs)

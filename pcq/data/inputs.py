@@ -161,6 +161,11 @@ def numbers(arrays: Mapping[str, Any], spec: str) -> dict[str, Tensor]:
     return found
 
 
+def hides_tokens(name: str) -> bool:
+    """Whether an input of that name says which tokens are real: ``attention_mask``, ``decoder_attention_mask``."""
+    return name.endswith(MASK)
+
+
 def named_mask(names: Sequence[str], inputs: Sequence[Tensor]) -> int | None:
     """Which of the inputs of these ``names`` is a mask ``[n, t]`` of tokens; None: none is."""
     at = names.index(MASK) if MASK in names else None
@@ -187,7 +192,7 @@ def of_any_length(inputs: Sequence[Tensor]) -> list[bool]:
 def shortened(names: Sequence[str], inputs: Sequence[Tensor], lengths: Sequence[int | None]) -> tuple[Tensor, ...]:
     """The inputs of these ``names``, those with a length cut to it; a mask then hides no token."""
     cut = [x if length is None else x[:, :length] for x, length in zip(inputs, lengths, strict=True)]
-    hides = [length is not None and name.endswith(MASK) for name, length in zip(names, lengths, strict=True)]
+    hides = [length is not None and hides_tokens(name) for name, length in zip(names, lengths, strict=True)]
     return tuple(torch.ones_like(x) if mask else x for x, mask in zip(cut, hides, strict=True))
 
 

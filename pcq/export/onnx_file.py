@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from pcq.data.inputs import MASK, named_mask, shortened
+from pcq.data.inputs import hides_tokens, named_mask, shortened
 from pcq.errors import PcqError, did_you_mean, raise_all
 from pcq.export import norms, passes, scheme, verify, writing
 from pcq.export.facts import Target, target
@@ -346,7 +346,7 @@ def _trials(traced: Traced, samples: Sequence[Sequence[Tensor]]) -> list[verify.
     examples = [traced.example, shortened(names, traced.example, traced.lengths)]
     trials = [
         verify.Trial("random", tuple(
-            _random(leaf, batch if moves else None, generator, whole=name.endswith(MASK))
+            _random(leaf, batch if moves else None, generator, whole=hides_tokens(name))
             for name, leaf, moves in zip(names, example, traced.batched, strict=True)
         ), named_mask(names, example))
         for batch, example in zip(batches, examples, strict=False)

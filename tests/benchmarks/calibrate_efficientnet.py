@@ -5,8 +5,9 @@
     python -m tests.benchmarks.calibrate_efficientnet OUT.jsonl --table
 
 The heads of ``efficientnet_lite0.py`` and ``calibrate_photos.py`` say how to get network and photos. Calibrated on
-photos of split ``calib``, scored on those of ``test``: some 320 crops, mostly of landscapes, and 340 views of objects.
-``plain`` has each recipe without calibration.
+photos of split ``calib``, scored on those of ``test``: some 320 crops, mostly of landscapes, and 340 views of objects;
+and on those of them that the float network is sure of, its choice having a probability of ``SURE`` or more. ``plain``
+has each recipe without calibration.
 """
 
 import argparse
@@ -24,14 +25,27 @@ from tests.benchmarks import calibrate_photos, efficientnet_lite0, record
 
 ARCH = f"{efficientnet_lite0.__file__}:network"
 
-Seen = dict[str, tuple[Tensor, Tensor]]
-"""What is scored on -> images, and the float network's choice for each."""
+SURE = 0.5
+
+Seen = dict[str, tuple[Tensor, Tensor, Tensor]]
+"""What is scored on -> images, the float network's choice for each, and whether it is sure of it."""
+
+
+def outputs(path: Path, x: Tensor) -> Tensor:
+    """The network's logits of each image."""
+    predict = module_predictor(pcq.open_network(path, ARCH).module)
+    return torch.cat([predict(part) for part in x.split(16)])
 
 
 def predicted(path: Path, x: Tensor) -> Tensor:
     """The network's choice for each image."""
-    predict = module_predictor(pcq.open_network(path, ARCH).module)
-    return torch.cat([predict(part).argmax(1) for part in x.split(16)])
+    return outputs(path, x).argmax(1)
+
+
+def chosen(path: Path, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The images with the network's choices, and whether it is sure."""
+    probability, choice = outputs(path, x).softmax(1).max(1)
+    return x, choice, probability >= SURE
 
 
 def run(args: argparse.Namespace, recipe: str, seed: int, method: str, seen: Seen) -> record.Row:
@@ -47,23 +61,30 @@ def run(args: argparse.Namespace, recipe: str, seed: int, method: str, seen: See
         )  # fmt: skip
         cpu = time.process_time() - start
         top1 = int((predicted(made.path, photos) == labels).sum())
-        agreement = {
-            name: 100 * float((predicted(made.path, x) == exact).float().mean()) for name, (x, exact) in seen.items()
-        }
+        right = {name: (predicted(made.path, x) == exact).float() for name, (x, exact, _) in seen.items()}
     steps = made.calibrated.outcome.steps if made.calibrated is not None else ()
     return {
-        "bits": made.bits, "bytes": made.bytes_after, "top1_of_20": top1, "agreement": agreement,
-        "images": {name: len(x) for name, (x, _) in seen.items()}, "cpu_seconds": round(cpu),
+        "bits": made.bits, "bytes": made.bytes_after, "top1_of_20": top1,
+        "agreement": {name: 100 * float(each.mean()) for name, each in right.items()},
+        "agreement_where_sure": {name: 100 * float(right[name][sure].mean()) for name, (_, _, sure) in seen.items()},
+        "images": {name: len(each) for name, each in right.items()},
+        "images_sure": {name: int(sure.sum()) for name, (_, _, sure) in seen.items()}, "cpu_seconds": round(cpu),
         "steps": [[s.name, s.error, s.agreement, s.reason, round(s.seconds)] for s in steps],
         "peak_mb": record.peak_mb(),
     }  # fmt: skip
 
 
+def _agreement(row: record.Row, name: str) -> str:
+    """Of all images, then of those that float is sure of, where that was measured."""
+    sure = f" ({row['agreement_where_sure'][name]:.1f})" if "agreement_where_sure" in row else ""
+    return f"{row['agreement'][name]:.1f}{sure}"
+
+
 def table(lines: list[record.Row]) -> str:
-    """One row a run."""
+    """One row a run; in brackets the agreement where float is sure."""
     rows = [
         [x["recipe"], x["seed"], x["samples"], x["method"], x["refine"], f"{x['bits']:.2f}", f"{x['bytes'] / 1e6:.2f}",
-         x["top1_of_20"], f"{x['agreement']['crops']:.1f}", f"{x['agreement']['objects']:.1f}", x["cpu_seconds"]]
+         x["top1_of_20"], *(_agreement(x, name) for name in ("crops", "objects")), x["cpu_seconds"]]
         for x in lines
     ]  # fmt: skip
     head = (
@@ -90,7 +111,7 @@ def main() -> None:
             "crops": calibrate_photos.crops("test", 18, skimage, args.debian),
             "objects": calibrate_photos.objects("test", 4, args.debian),
         }
-        seen = {name: (each, predicted(efficientnet_lite0.checkpoint(), each)) for name, each in x.items()}
+        seen = {name: chosen(efficientnet_lite0.checkpoint(), each) for name, each in x.items()}
     record.fill(args, wanted, lambda key: run(args, key["recipe"], key["seed"], key["method"], seen), table)
 
 
