@@ -24,7 +24,7 @@ from pcq.errors import CheckFailed, PcqError, first_line
 from pcq.likeness import Likeness
 from pcq.logits import flat, main_name, main_output, predicts
 from pcq.progress import Progress, silent
-from pcq.words import shape_of
+from pcq.words import dimensions
 
 Predictor = Callable[..., Tensor]
 """Samples [b, ...], a tensor for each input -> outputs [b, classes], or others [b, ...]."""
@@ -114,7 +114,7 @@ def evaluate(
         out = _outputs(predict, inputs, data, order[done:])
         other = None if reference is None else _outputs(reference, inputs, data, order[done:])
         if other is not None and other.shape != out.shape:
-            has, wants = (shape_of(each.shape[1:]) for each in (other, out))
+            has, wants = (dimensions(each.shape[1:]) for each in (other, out))
             raise PcqError(f"it has {has} outputs and the network {wants}", where="reference")
         guess = out.argmax(-1)
         if other is not None and (y is not None or predicts(out)):
@@ -270,7 +270,7 @@ def onnx_predictor(path: str | Path, names: Sequence[str] = ()) -> Callable[...,
         if value.shape and (
             len(sizes) != len(takes) or any(b not in (None, a) for a, b in zip(sizes, takes, strict=True))
         ):
-            what = f"samples of {shape_of(sizes)}: the model takes {shape_of(takes)}"
+            what = f"samples of {dimensions(sizes)}: the model takes {dimensions(takes)}"
             what += f" as {value.name}" if len(taken) > 1 else ""
             raise PcqError(what, where=str(path), todo=channels_last(x))
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 
-def shape_of(sizes: Sequence[int | None]) -> str:
+def dimensions(sizes: Sequence[int | None]) -> str:
     """``3x224x224``, with ``?`` for any size; without sizes ``one number``."""
     return "x".join("?" if size is None else str(size) for size in sizes) or "one number"
 

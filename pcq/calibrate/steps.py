@@ -21,7 +21,7 @@ from pcq.logits import all_tensors
 from pcq.progress import Progress, silent
 from pcq.qtensor import QuantizedTensor, Quantizer
 from pcq.rows import Rows
-from pcq.words import shape_of
+from pcq.words import dimensions
 
 MATCHED = 128
 """Samples that means and deviations are matched on after plain rounding."""
@@ -106,7 +106,7 @@ def all_outputs(
                 result = torch.func.functional_call(module, dict(tensors), given)
             except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
                 told = first_line(error)
-                where = "samples of " + " and ".join(shape_of(each.shape[1:]) for each in inputs)
+                where = "samples of " + " and ".join(dimensions(each.shape[1:]) for each in inputs)
                 todo = "Give data of the shape that the network was trained on"
                 raise PcqError(f"the network does not take them: {told}", where=where, todo=todo) from error
             floats = of_each_sample(result, len(given[0]))

@@ -14,7 +14,7 @@ from pcq.commands.networks import ONNX_SUFFIX, Network, open_network
 from pcq.errors import PcqError, raise_all
 from pcq.progress import Progress
 from pcq.sources.pt2 import counting
-from pcq.words import shape_of
+from pcq.words import dimensions
 
 if TYPE_CHECKING:
     from pcq.data import Data
@@ -60,7 +60,7 @@ class Input:
     @property
     def said(self) -> str:
         """One sample's shape in words."""
-        return f"{self.name} {shape_of((self.sizes or ())[1:])}"
+        return f"{self.name} {dimensions((self.sizes or ())[1:])}"
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def _on_arrays(file: Benched, data: "Data", samples: tuple[Tensor, ...]) -> Benc
     for one, x in zip(file.inputs, samples, strict=True):
         refuse_kind(x.is_floating_point(), np.dtype(one.kind), one.name, str(file.path), only=len(names) == 1)
         if not one.fits(tuple(x.shape[1:])):
-            raise PcqError(f"it does not take samples of {shape_of(x.shape[1:])}", where=str(file.path),
+            raise PcqError(f"it does not take samples of {dimensions(x.shape[1:])}", where=str(file.path),
                            allowed=_allowed(file), todo="Give data of such samples as --example")  # fmt: skip
     return replace(file, samples=samples)
 
@@ -245,12 +245,12 @@ def _refuse(files: Sequence[Benched], shape: tuple[int, ...], given: bool) -> No
     problems = []
     for file in files:
         if len(file.inputs) == 1 and not file.inputs[0].fits(shape):
-            what = f"it does not take samples of {shape_of(shape)}" + ("" if given else ", as another file does")
+            what = f"it does not take samples of {dimensions(shape)}" + ("" if given else ", as another file does")
             problems.append(PcqError(what, where=str(file.path), allowed=_allowed(file),
                                      todo="Give such a shape as --input" if given else "Measure it apart"))  # fmt: skip
     if given and not problems and not any(one.fits(shape) for file in files for one in file.inputs):
         several = "; ".join(f"{file.path.name}: {_allowed(file)}" for file in files)
-        problems.append(PcqError(f"no input takes samples of {shape_of(shape)}", where="--input", allowed=several,
+        problems.append(PcqError(f"no input takes samples of {dimensions(shape)}", where="--input", allowed=several,
                                  todo="Give one input's shape, or leave it out"))  # fmt: skip
     raise_all(problems)
 

@@ -16,7 +16,7 @@ from pcq.export.reading import PackedFile, file_bytes
 from pcq.export.scheme import FOLDED, KEY, SATURATING, USUAL, Scheme, from_json, usual_sizes
 from pcq.export.verify import STAY_PACKED
 from pcq.packing import DIGITS
-from pcq.words import shape_of
+from pcq.words import dimensions
 
 INT8 = {
     "QLinearConv", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat",
@@ -98,7 +98,7 @@ def _folded(metadata: dict[str, str]) -> list[tuple[str, str]]:
 
 def _usual(metadata: dict[str, str]) -> list[tuple[str, str]]:
     """The sizes that it was exported with, where it takes any."""
-    said = ", ".join(f"{name} {shape_of(sizes)}" for name, sizes in usual_sizes(metadata).items())
+    said = ", ".join(f"{name} {dimensions(sizes)}" for name, sizes in usual_sizes(metadata).items())
     return [("sizes are open; exported with", said)] if said else []
 
 

@@ -24,7 +24,7 @@ from pcq.data.dataset import Data
 from pcq.data.inputs import LABELS, Several, channels_first, is_images, per_channel, refuse, tensor
 from pcq.errors import CheckFailed, NoSplit, PcqError
 from pcq.spec import Spec, call, running, takes
-from pcq.words import shape_of
+from pcq.words import dimensions
 
 NAMES = (("x", "y"), ("images", "labels"), ("data", "labels"), ("X", "y"))
 SPLIT = re.compile("_(test|val|train)$")
@@ -425,7 +425,7 @@ def _joined(name: str, items: Sequence[Any], join: Callable[[list[Tensor]], Tens
             joined[str(key)] = join(arrays)
         except RuntimeError as error:
             shapes = sorted({tuple(array.shape) for array in arrays})[:3]
-            said = ", ".join(map(shape_of, shapes))
+            said = ", ".join(map(dimensions, shapes))
             raise PcqError(
                 f"its samples differ in shape: {said}", where=f"{name}, {key}", todo="Pad them to one length"
             ) from error

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pcq.data.inputs import named_mask
 from pcq.errors import PcqError
-from pcq.words import shape_of
+from pcq.words import dimensions
 
 Batch = tuple[Tensor, Tensor | None]
 
@@ -118,7 +118,7 @@ class Data:
         """One line: name, split, number, shape, classes, and the notes."""
         count = self.highest + 1 if self.highest is not None else 0
         labelled = f"{len(self.classes)} classes" if self.classes else f"labels up to {count - 1}"
-        sample = self.sample or shape_of(self.shape)
+        sample = self.sample or dimensions(self.shape)
         line = f"{self.name}, {self.split}: {self.n:,} samples of {sample}, "
         return ". ".join(
             [line + ("no labels" if self.labels is None else labelled), *(n.rstrip(".") for n in self.notes)]

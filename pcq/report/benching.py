@@ -8,7 +8,7 @@ from rich.text import Text
 
 from pcq import commands
 from pcq.report.forms import render, size, table, to_json
-from pcq.words import counted, shape_of
+from pcq.words import counted, dimensions
 
 
 def _time(seconds: float) -> str:
@@ -38,7 +38,7 @@ def _sizes(result: commands.BenchResult) -> str:
     """``3x224x224``; of several inputs with their names, and with the file's where they differ."""
     said: dict[str, str] = {}
     for row in result.rows:
-        sizes = [shape_of(each) for each in row.inputs.values()]
+        sizes = [dimensions(each) for each in row.inputs.values()]
         names = [f"{name} " if len(sizes) > 1 else "" for name in row.inputs]
         said.setdefault(", ".join(map(str.__add__, names, sizes)), row.path.name)
     return "; ".join(f"{sizes} ({name})" if len(said) > 1 else sizes for sizes, name in said.items())

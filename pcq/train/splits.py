@@ -11,7 +11,7 @@ from pcq.data.inputs import inputs, refuse_one
 from pcq.errors import NoSplit, PcqError, raise_all
 from pcq.scores import misfit
 from pcq.spec import Spec, parse, takes
-from pcq.words import shape_of
+from pcq.words import dimensions
 
 HELD_OUT = 5000
 """Samples held out of training where the data has no ``val``; at most a tenth of them."""
@@ -127,7 +127,7 @@ def _alike(splits: Sequence[Data]) -> None:
 def _shapes(data: Data) -> str:
     """Those of a sample, in words."""
     shapes = [tuple(array.shape[1:]) for array in data.arrays.values()] or [data.shape]
-    return " and ".join(map(shape_of, shapes))
+    return " and ".join(map(dimensions, shapes))
 
 
 def check_outputs(splits: Splits, outputs: int) -> None:
