@@ -6,7 +6,7 @@ from pcq.commands.budgeting import Allocation, allocate, everything
 from pcq.commands.calibrating import Calibrated, Calibration, calibrated
 from pcq.commands.doors import DoorResult, export_compressed, export_state_dict
 from pcq.commands.exporting import ExportResult, Int8, export_onnx
-from pcq.commands.finetuning import FinetuneResult, FinetuneRow, finetune
+from pcq.commands.finetuning import FinetuneResult, finetune
 from pcq.commands.inspecting import (
     ProxPlot,
     RecipeView,
@@ -22,6 +22,7 @@ from pcq.commands.onnx_quantizing import OnnxQuantizeResult, plan_onnx, quantize
 from pcq.commands.programs import export_pt2
 from pcq.commands.quantizing import LedgerRow, Planned, QuantizeResult, plan, quantize, run
 from pcq.commands.scoring import EvalResult, evaluate
+from pcq.commands.tabling import FinetuneRow
 from pcq.commands.views import FileView, TensorView
 
 __all__ = [

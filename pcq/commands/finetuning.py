@@ -7,23 +7,21 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pcq import checkpoint, models, qtensor, shards
+from pcq import checkpoint, shards
 from pcq.atomic import held, sweep
 from pcq.commands import starting
 from pcq.commands.budgeting import Allocation, allocate, named
 from pcq.commands.calibrating import Calibrated, Calibration, Method
-from pcq.commands.networks import load_network, name_it
 from pcq.commands.quantizing import Planned, default_path, plan
-from pcq.data.inputs import bind_as
-from pcq.errors import PcqError, did_you_mean, raise_all
-from pcq.loading import versioned
+from pcq.commands.students import build, forms8, freeze, original_or_new
+from pcq.commands.tabling import FinetuneRow, table
+from pcq.errors import PcqError
 from pcq.plan import Kept, Quantized
 from pcq.progress import Progress, silent
 from pcq.proxconnect import Telemetry, targets
@@ -35,23 +33,12 @@ from pcq.train.batches import own_randomness, seed_all
 from pcq.train.stopping import Interrupted
 
 if TYPE_CHECKING:
-    from pcq.scores import Scores
-    from pcq.train.activations import Weight8
-    from pcq.train.job import BatchNorm, Epoch, Job
+    from pcq.train.job import BatchNorm, Epoch
     from pcq.train.splits import Splits
 
 
 LOOKED_AT = 64
 """Samples of a split that tell whether the data is the same."""
-
-
-@dataclass(frozen=True)
-class FinetuneRow:
-    """One network of the final table: its scores on the samples held out and on the test split, if there is one."""
-
-    weights: str
-    val: "Scores"
-    test: "Scores | None"
 
 
 @dataclass(frozen=True)
@@ -340,23 +327,6 @@ def over(allocation: Allocation | None, size: int) -> tuple[str, ...]:
     return (f"The artifact takes {size:,} bytes, more than {allocation.budget}: ranges of activations are in it too.",)
 
 
-def forms8(planned: Planned, module: nn.Module) -> "dict[Tensor, Weight8]":
-    """The parameters whose layers get activations of 8 bits.
-
-    Raises:
-        PcqError: there are none.
-    """
-    from pcq.train.activations import weights8
-
-    entries = [entry for entry in planned.plan.quantized if entry.parameter.tied_to is None]
-    forms = {entry.parameter.name: (qtensor.blank(entry.quantizer, entry.rows), entry.rows) for entry in entries}
-    found = weights8(dict(module.named_parameters(remove_duplicate=False)), forms)
-    if not found:
-        raise PcqError("no layer of this network can run in int8", where="finetune.activations",
-                       allowed="weights with evenly spaced levels per tensor or channel")  # fmt: skip
-    return found
-
-
 @dataclass(frozen=True)
 class Files:
     """What a run writes."""
@@ -369,84 +339,6 @@ class Files:
     def beside(artifact: Path) -> "Files":
         stem = artifact.name.removesuffix(".safetensors")
         return Files(artifact, artifact.with_name(f"{stem}.metrics.jsonl"), artifact.with_name(f"{stem}.resume"))
-
-
-def build(planned: Planned) -> nn.Module:
-    """The network with the model's weights, float32, in eval mode.
-
-    Raises:
-        PcqError: the architecture is not known, or has other names for what it loads.
-    """
-    if planned.arch is None:
-        what = "training needs the architecture's code, and an exported program has none"
-        raise PcqError(
-            what if planned.source.make_module is not None else "the architecture is not known",
-            where=str(planned.model),
-            todo=name_it(planned.model),
-        )
-    module = models.build(planned.arch)
-    models.load_state(module, {name: planned.source.tensor(name) for name in planned.source.names}, planned.arch)
-    held = {*module.state_dict(), *(name for name, _ in module.named_buffers())}
-    if lost := [name for name in planned.source.names if name not in held]:
-        what = f"the network loads '{lost[0]}' under another name, by which it would be trained"
-        todo = "Load it into the network, save that one's state_dict(), and give that"
-        raise PcqError(what, where=str(planned.model), todo=todo)
-    return module.float().eval()
-
-
-def original_or_new(planned: Planned, original: nn.Module, seed: int | None) -> nn.Module:
-    """A network of its own to train: with the model's weights, or with random ones."""
-    assert planned.arch is not None
-    with torch.random.fork_rng():
-        torch.manual_seed(0 if seed is None else seed)
-        module = models.build(planned.arch).float()
-    for layer in module.modules():
-        if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
-            layer.sparse = False  # AdamW and weight decay take dense gradients only
-    bind_as(module, original)
-    if seed is None:
-        module.load_state_dict(original.state_dict())
-    return module
-
-
-def freeze(
-    module: nn.Module, planned: Planned, settings: Finetune, begin: starting.Start | None
-) -> dict[str, QuantizedTensor]:
-    """Take what ``settings.freeze`` matches out of training; its weights with levels are rounded now, or calibrated.
-
-    So are those that the network's own code has taken out. A tied parameter is matched by any of its names.
-
-    Raises:
-        PcqError: a pattern matches nothing, or all is frozen.
-    """
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    problems = [
-        PcqError(f"'{pattern}' matches no parameter", where="finetune.freeze", todo=did_you_mean(pattern, parameters))
-        for pattern in settings.freeze
-        if not any(fnmatchcase(name, pattern) for name in parameters)
-    ]
-    raise_all(problems)
-    for name in parameters:
-        if any(fnmatchcase(name, pattern) for pattern in settings.freeze):
-            parameters[name].requires_grad_(False)
-    chosen = {name for name in parameters if not parameters[name].requires_grad}
-    fixed = {}
-    for entry in planned.plan.quantized:
-        name = entry.parameter.name
-        if entry.parameter.tied_to is not None:
-            continue
-        if name in chosen:
-            if begin is not None:
-                fixed[name] = begin.quantized[name]
-            else:
-                fixed[name] = qtensor.quantize(entry.quantizer, parameters[name].detach(), entry.rows)
-            parameters[name].data.copy_(fixed[name].dequantize())
-    if {entry.parameter.name for entry in planned.plan.quantized if entry.parameter.tied_to is None} <= chosen:
-        what = (
-            "no weight with levels is left to train" if planned.plan.quantized else "the recipe gives no weight levels"
-        )
-        raise PcqError(what, where="finetune.freeze" if chosen else planned.recipe.name)
-    return fixed
 
 
 def fingerprint(
@@ -493,72 +385,3 @@ def stored(
             assert isinstance(entry, Kept), entry
             kept = floats[name] if name in floats else planned.source.tensor(name)  # a buffer that it does not save
             yield name, kept.cpu().to(getattr(torch, entry.parameter.dtype))
-
-
-def table(
-    job: "Job",
-    planned: Planned,
-    original: nn.Module,
-    begin: starting.Start | None,
-    artifact: Path,
-    progress: Progress,
-) -> tuple[FinetuneRow, ...]:
-    """Score the float network, its one-shot and calibrated quantizations, and the file that was written, read back."""
-    from pcq.scores import module_predictor
-    from pcq.train.activations import simulate
-
-    device = job.ranks.device
-    oneshot = original_or_new(planned, original.cpu(), None)
-    parameters = dict(oneshot.named_parameters(remove_duplicate=False))
-    for entry in planned.plan.quantized:
-        if entry.parameter.tied_to is None:
-            data = parameters[entry.parameter.name].data
-            data.copy_(qtensor.quantize(entry.quantizer, data, entry.rows).dequantize())
-    name8 = "fine-tuned, 8-bit activations"
-    again = checkpoint.read_artifact(artifact) if job.ranks.first else None
-    if again is not None:
-        tuned = load_network(again, artifact, planned.arch).module.float()
-        bind_as(tuned, original)
-    else:
-        tuned = original_or_new(planned, original, None)
-    job.ranks.share(tuned.state_dict().values())
-    sets = [each for each in (job.splits.val, job.splits.test) if each is not None]
-    labelled = job.splits.val.labels is not None
-    reference = module_predictor(original.to(device))
-    networks = {"float": original, "one-shot": oneshot}
-    if begin is not None:
-        networks["calibrated"] = original_or_new(planned, original, None)
-        networks["calibrated"].load_state_dict(versioned(networks["calibrated"], begin.tensors), strict=False)
-        job.ranks.share(networks["calibrated"].state_dict().values())
-    rows = []
-    last = [("fine-tuned", tuned)]
-    if job.weights8 is not None:
-        last += [(name8, tuned)]
-        quantized, known = job.ranks.agree(None if again is None else (again.quantized, again.activations)) or ({}, {})
-    for name, module in (*networks.items(), *last):
-        if name == name8:
-            simulate(module, quantized, known, *(x.to(device) for x in job.splits.val.given([0])))
-        if name == "float" and not labelled:
-            continue
-        compared = None if name == "float" else reference
-        scores = [
-            job.ranks.evaluate(
-                module_predictor(module.to(device)),
-                each,
-                reference=compared,
-                batch=job.settings.at_once,
-                progress=labelled_by(name, progress),
-            )
-            for each in sets
-        ]
-        rows.append(FinetuneRow(name, scores[0], scores[1] if len(scores) > 1 else None))
-    return tuple(rows)
-
-
-def labelled_by(name: str, progress: Progress) -> Progress:
-    """``progress`` of scoring the network ``name``."""
-
-    def told(stage: str, done: int, total: int) -> None:
-        progress(f"{stage} {name}", done, total)
-
-    return told
