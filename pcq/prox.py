@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pcq import prox_gpu
 from pcq.errors import PcqError
+from pcq.gpu import prox as prox_gpu
 from pcq.grids import Affine, Grid
 
 CHUNK = 1 << 17
@@ -184,7 +184,7 @@ def proximal(rows: Tensor, levels: Tensor | Grid, shifts: Shifts, *, out: Tensor
     levels are fine. In the exact middle of a gap the value is one of the two ends of the jump there. At strength 1
     the result is ``grid.decode(grid.encode(rows))``; at strength 0 it is the clipped input.
     On a CPU evenly spaced levels cost three to four copies of ``rows``, a few listed levels one to two a gap; on a GPU
-    all is one kernel (:mod:`pcq.prox_gpu`).
+    all is one kernel (:mod:`pcq.gpu.prox`).
     """
     assert rows.ndim == 2, rows.shape
     out = torch.empty_like(rows) if out is None else out

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pcq import qtensor, refit_gpu
+from pcq import qtensor
+from pcq.gpu import refit as refit_gpu
 from pcq.grids import Affine, Codebook, Grid, interleave
 from pcq.prox import CHUNK, FEW, blocks
 from pcq.quantizers import AdditivePowersOfTwo, Fixed, KMeans, LeastSquaresBinary, Ternary, Uniform

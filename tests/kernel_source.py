@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import pcq
-from pcq import kernels, prox_gpu, refit_gpu
+from pcq.gpu import kernels
+from pcq.gpu import prox as prox_gpu
+from pcq.gpu import refit as refit_gpu
 
 SHIM = f"""
 #include <cmath>
@@ -63,7 +64,7 @@ def compiled(folder: Path) -> dict[str, ctypes.CDLL]:
     for name, text in ((prox_gpu.SOURCE, PROX), (refit_gpu.SOURCE, REFIT)):
         file = folder / f"{name}.cpp"
         file.write_text(SHIM + text)
-        command = [str(compiler), "-O2", "-ffp-contract=off", "-shared", "-fPIC", f"-I{Path(pcq.__file__).parent}"]
+        command = [str(compiler), "-O2", "-ffp-contract=off", "-shared", "-fPIC", f"-I{Path(kernels.__file__).parent}"]
         subprocess.run([*command, "-o", str(file.with_suffix(".so")), str(file)], check=True)
         found[name] = ctypes.CDLL(str(file.with_suffix(".so")))
     return found

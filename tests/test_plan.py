@@ -14,7 +14,7 @@ from pcq import qtensor
 from pcq.errors import PcqError
 from pcq.plan import Kept, Parameter, Plan, Quantized, make_plan
 from pcq.recipe import Recipe, parse_recipe
-from pcq.recipe_schema import KINDS
+from pcq.recipe.schema import KINDS
 from pcq.rows import Rows
 from pcq.rules import Kind, Match, Position, Rule, Shape
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pcq import prox_gpu, refit_gpu
+from pcq.gpu import prox as prox_gpu
+from pcq.gpu import refit as refit_gpu
 from pcq.grids import Affine, Codebook, Grid
 from pcq.methods import METHODS
 from pcq.prox import BinaryRelax, Hard, L, Parq, Prox, ProxQuant, Shifts, proximal

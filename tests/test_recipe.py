@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from pcq.errors import PcqError, Problems
 from pcq.quantizers import Binary, Fixed, KMeans, LeastSquaresBinary, Quantizer, Ternary, Uniform
 from pcq.recipe import Recipe, load_recipe, parse_recipe, shipped_text
-from pcq.recipe_schema import KINDS
+from pcq.recipe.schema import KINDS
+from pcq.recipe.strict_yaml import SIZE, parse, scalar
 from pcq.rules import Kind, Match, Position, Rule, Shape
-from pcq.strict_yaml import SIZE, parse, scalar
 
 KINDS_ALLOWED = "Allowed: binary, ternary, lsb, uniform, kmeans, apot, fixed."
 QUOTE_STAR = 'Put the pattern in quotes, such as "*.bias".'

@@ -16,7 +16,7 @@ from pcq import shipped
 from pcq.errors import PcqError
 from pcq.plan import Parameter, make_plan
 from pcq.recipe import Recipe, json_schema, load_recipe, parse_recipe, shipped_recipes, shipped_text
-from pcq.strict_yaml import parse
+from pcq.recipe.strict_yaml import parse
 
 ROOT = Path(__file__).parent.parent
 NAMES = [each.name for each in shipped_recipes()]

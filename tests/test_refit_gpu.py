@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pcq import refit, refit_gpu
+from pcq import refit
+from pcq.gpu import refit as refit_gpu
 from pcq.grids import Codebook, Grid
 from pcq.methods import METHODS
 from pcq.proxconnect import ProxConnect, Target

@@ -25,7 +25,7 @@ def recipes_list(as_json: Json = False) -> None:
 @answers
 def recipes_show(name: Annotated[str, typer.Argument(help="A shipped recipe's name.", show_default=False)]) -> None:
     """Print a recipe's YAML, to read or to start your own from."""
-    from pcq.recipe import shipped_text
+    from pcq.shipped import shipped_text
 
     print(shipped_text(name), end="")
 

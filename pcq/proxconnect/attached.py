@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from pcq import prox_gpu, qtensor, shards
+from pcq import qtensor, shards
 from pcq.errors import CheckFailed, PcqError, raise_all
+from pcq.gpu import prox as prox_gpu
 from pcq.grids import Grid
 from pcq.methods import METHODS, Method, SignSwish
 from pcq.prox import Hard, Prox, proximal

@@ -23,9 +23,9 @@ from pcq.quantizers import (
     Ternary,
     Uniform,
 )
+from pcq.recipe.strict_yaml import Data
 from pcq.rules import Match, Position, Rule
 from pcq.settings import Finetune
-from pcq.strict_yaml import Data
 
 FORMAT = 1
 """The recipe format, a file's ``pcq: 1``."""

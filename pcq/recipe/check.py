@@ -10,10 +10,10 @@ from pydantic import ValidationError
 
 from pcq.budget import parse_budget
 from pcq.errors import PcqError, did_you_mean, raise_all
-from pcq.recipe_schema import FORMAT, KINDS, RecipeFile, required, spelled_out
+from pcq.recipe.schema import FORMAT, KINDS, RecipeFile, required, spelled_out
+from pcq.recipe.strict_yaml import Data, Document, Place
 from pcq.rules import Match, Rule
 from pcq.settings import Finetune
-from pcq.strict_yaml import Data, Document, Place
 
 
 def check(

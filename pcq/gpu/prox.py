@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pcq.gpu.kernels import THREADS, WEIGHTS, Arguments, built, launch
 from pcq.grids import Affine, Grid
-from pcq.kernels import THREADS, WEIGHTS, Arguments, built, launch
 
 _WEIGHT = struct.Struct("QQQQ7if")
 _MAP = struct.Struct("5f5ii")

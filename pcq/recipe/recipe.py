@@ -7,23 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from pcq.errors import PcqError, raise_all
-from pcq.recipe_check import check
-from pcq.recipe_schema import FORMAT, json_schema, kind_of, spell_out
-from pcq.rules import Match, Rule
+from pcq.recipe.check import check
+from pcq.recipe.schema import FORMAT, kind_of, spell_out
+from pcq.recipe.strict_yaml import Data, Document, Place, parse, read, scalar
+from pcq.rules import Rule
 from pcq.settings import Finetune
 from pcq.shipped import header, shipped_recipes, shipped_text
-from pcq.strict_yaml import Data, Document, Place, parse, read, scalar
-
-__all__ = [
-    "Match",
-    "Recipe",
-    "Rule",
-    "json_schema",
-    "load_recipe",
-    "parse_recipe",
-    "shipped_recipes",
-    "shipped_text",
-]
 
 
 @dataclass(frozen=True)

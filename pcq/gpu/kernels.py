@@ -1,4 +1,4 @@
-"""Kernels for a GPU, from the ``.cu`` files of this package: compiled when first needed, launched by their name.
+"""Kernels for a GPU, from the ``.cu`` files beside it: compiled when first needed, launched by their name.
 
 torch compiles them with the NVRTC that comes with it; no CUDA toolkit is asked. Where that does not work there is no
 kernel, which is said once, and what asked for it goes another way.
@@ -45,7 +45,7 @@ def _kernel(device: int, source: str, name: str) -> Callable[[Arguments, int], N
     """What launches it with these arguments on so many blocks; None, and a warning, where it cannot be built."""
     from torch.utils import cpp_extension
 
-    text = f"#define THREADS {THREADS}\n#define WEIGHTS {WEIGHTS}\n" + files("pcq").joinpath(source).read_text()
+    text = f"#define THREADS {THREADS}\n#define WEIGHTS {WEIGHTS}\n" + files("pcq.gpu").joinpath(source).read_text()
     home = cpp_extension.CUDA_HOME
     try:
         from torch.cuda import _utils

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pcq.kernels import WEIGHTS, built, launch
+from pcq.gpu.kernels import WEIGHTS, built, launch
 
 _WEIGHT = struct.Struct("QQ7i4x")
 _OUT = struct.Struct("QQQQi4x")

@@ -1,0 +1,1 @@
+"""What a GPU does in one launch for a whole network: the proximal maps, and the sums of refits."""
