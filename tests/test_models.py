@@ -25,7 +25,7 @@ from pcq import models, scores
 from pcq.commands import analyze, plan
 from pcq.errors import PcqError
 from pcq.inventory import PART, inventory
-from pcq.recognition import Slot, read_index, recognise, signature, tree_hash
+from pcq.models.recognition import Slot, read_index, recognise, signature, tree_hash
 from pcq.sources import open_source
 from pcq.spec import parse
 from pcq.torchvision_compat import import_torchvision
@@ -631,7 +631,7 @@ def test_parts_of_a_weight_are_left_float_and_say_what_to_do() -> None:
     for module in (old, new):
         dtypes = dict.fromkeys(shapes_of(module), "float32")
         for network in (module, None):
-            _, *parts = sorted(models.inventory(shapes_of(module), dtypes, network), key=lambda each: len(each.name))
+            _, *parts = sorted(inventory(shapes_of(module), dtypes, network), key=lambda each: len(each.name))
             assert [each.unfit for each in parts] == [PART, PART]
 
 

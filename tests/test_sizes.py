@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pcq import models
+from pcq.inventory import inventory
 from pcq.plan import Plan, make_plan
 from pcq.recipe import load_recipe
 from pcq.torchvision_compat import import_torchvision
@@ -16,7 +17,7 @@ def plan(name: str, recipe: str) -> Plan:
     state = module.state_dict()
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
     dtypes = {key: str(tensor.dtype).removeprefix("torch.") for key, tensor in state.items()}
-    return make_plan(load_recipe(recipe), models.inventory(shapes, dtypes, module, {}))
+    return make_plan(load_recipe(recipe), inventory(shapes, dtypes, module, {}))
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pcq import checkpoint, models, sources
+from pcq import checkpoint, sources
 from pcq.commands.budgeting import Allocation, allocate, everything, named
 from pcq.commands.calibrating import Calibrated, Calibration, calibrated, stored
 from pcq.commands.networks import architecture
 from pcq.data.inputs import MASK, names, needed
 from pcq.errors import CheckFailed, PcqError, raise_all
+from pcq.inventory import inventory
 from pcq.plan import Plan, Quantized, make_plan
 from pcq.progress import Progress, silent
 from pcq.qtensor import QuantizedTensor
@@ -126,7 +127,7 @@ def plan(
     if module is not None:  # `first` and `last` mean the network's order, not the file's
         ordered = [name for name in module.state_dict() if name in shapes]
         shapes = {name: shapes[name] for name in dict.fromkeys([*ordered, *shapes])}
-    parameters = models.inventory(shapes, dtypes, module, source.tied)
+    parameters = inventory(shapes, dtypes, module, source.tied)
     raise_all(
         [
             PcqError(

@@ -12,7 +12,7 @@ from pcq.commands.networks import load_network
 from pcq.commands.quantizing import Planned
 from pcq.commands.students import original_or_new
 from pcq.data.inputs import bind_as
-from pcq.loading import versioned
+from pcq.models import versioned
 from pcq.progress import Progress
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pcq.errors import PcqError
-from pcq.loading import versioned
+from pcq.models import versioned
 from pcq.progress import Progress, silent
 from pcq.train import augment, batchnorm, graphs, looks, saving
 from pcq.train.batches import Batches, own_randomness

@@ -1,7 +1,7 @@
-"""Make pcq/architectures.json: which torchvision and timm classification networks have which names and shapes.
+"""Make pcq/models/architectures.json: which torchvision and timm classification networks have which names and shapes.
 
     pip install --no-deps timm==1.0.31 && pip install huggingface_hub
-    python tests/benchmarks/index_architectures.py --out pcq/architectures.json
+    python tests/benchmarks/index_architectures.py --out pcq/models/architectures.json
 
 Every constructor is built twice on the meta device, with other numbers of classes and input channels, which shows the
 head and the stem. Constructors of equal signature are then compared by function, in float64 on the CPU: the same
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pcq.recognition import Slot, signature, tree_hash
+from pcq.models.recognition import Slot, signature, tree_hash
 from pcq.torchvision_compat import import_torchvision
 
 torchvision = import_torchvision()

@@ -23,27 +23,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pcq import weight_norm
 from pcq.errors import PcqError, did_you_mean, first_line
-from pcq.inventory import inventory
-from pcq.loading import check_shapes, first_of, load_state, mismatch, prefix_of
-from pcq.recognition import Ambiguous, Recognised, Shapes, recognise
+from pcq.models.loading import first_of
+from pcq.models.recognition import Shapes
 from pcq.spec import Spec, call, is_own, parse
 from pcq.torchvision_compat import declare_operators, import_torchvision
-
-__all__ = [
-    "Ambiguous",
-    "Recognised",
-    "as_transformers_loads",
-    "build",
-    "check_shapes",
-    "complete",
-    "example_shape",
-    "inventory",
-    "load_state",
-    "mismatch",
-    "prefix_of",
-    "recognise",
-    "with_input_channels",
-]
 
 HALVES = (torch.float16, torch.bfloat16)
 KINDS = "torchvision:NAME, timm:NAME, hf:FOLDER, file.py:function or package.module:function"

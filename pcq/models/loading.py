@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pcq import weight_norm
 from pcq.errors import PcqError
-from pcq.recognition import Ambiguous, Shapes, recognise
+from pcq.models.recognition import Ambiguous, Shapes, recognise
 
 COUNTER = "num_batches_tracked"
 LISTED = 3

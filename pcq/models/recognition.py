@@ -152,7 +152,7 @@ Index = dict[tuple[tuple[Slot, ...], tuple[Slot, ...]], dict[str, tuple[Network,
 @functools.cache
 def _index() -> Index:
     """(head, stem) -> signature -> the functions that have it."""
-    return read_index(json.loads(resources.files("pcq").joinpath("architectures.json").read_text("utf-8")))
+    return read_index(json.loads(resources.files("pcq.models").joinpath("architectures.json").read_text("utf-8")))
 
 
 def read_index(text: dict[str, Any]) -> Index:
