@@ -69,6 +69,20 @@ def test_quantize_prints_plan_and_ledger(tmp_path: Path, capsys: pytest.CaptureF
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
 
+def test_fixed_levels_of_another_size_than_the_weights_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    to = ("--arch", ARCH, "-o", tmp_path / "x.safetensors")
+    out, _ = run(capsys, "quantize", DIGITS, "--recipe", "paper-ternary", *to)
+    said = " ".join(out.split())
+    assert "Next to nothing is kept of 8 of 8 weights (" in said
+    assert "`--calib random`" not in said
+    fitted = ("--set", "rules.0.levels.scale=mse")
+    for recipe, sets, unfit in (("paper-ternary", (), 8), ("paper-ternary", fitted, 0), ("paper-binary", (), 0)):
+        got = answer(capsys, "quantize", DIGITS, "--recipe", recipe, *sets, *to)
+        assert len(got["unfit"]) == unfit
+
+
 def test_the_ledger_adds_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "x.safetensors"
     got = answer(capsys, "quantize", DIGITS, "--recipe", "ternary", "--arch", ARCH, "-o", path)

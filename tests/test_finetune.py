@@ -326,6 +326,17 @@ def test_a_run_on_data_that_augments_itself_goes_on_in_the_same_bytes(tmp_path: 
     assert result.path.read_bytes() == whole.path.read_bytes()
 
 
+def test_fixed_levels_of_another_size_than_the_weights_are_told(tmp_path: Path) -> None:
+    for recipe, sets, told in (
+        ("paper-ternary", [], True),
+        ("paper-ternary", ["rules.0.levels.scale=mse"], False),
+        ("paper-binary", [], False),
+        ("ternary-all", [], False),
+    ):
+        result = tune(tmp_path / "x.safetensors", recipe, steps=2, overrides=sets, force=True)
+        assert any("next to nothing was kept of" in note for note in result.warnings) == told
+
+
 def test_own_network_and_own_data(tmp_path: Path) -> None:
     own = tmp_path / "own.py"
     own.write_text(

@@ -18,8 +18,12 @@ from pcq.errors import CheckFailed, PcqError, raise_all
 from pcq.inventory import inventory
 from pcq.plan import Plan, Quantized, make_plan
 from pcq.progress import Progress, silent
-from pcq.qtensor import QuantizedTensor
+from pcq.qtensor import QuantizedTensor, Quantizer
+from pcq.quantizers import Fixed
 from pcq.recipe import Recipe, load_recipe
+
+NOTHING = 0.5
+"""dB of signal over noise, up or down, within which a weight is as good as 0."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,15 @@ class QuantizeResult:
     calibrated: Calibrated | None = None
     allocation: Allocation | None = None
     nan: tuple[str, ...] = ()
+
+    @property
+    def unfit(self) -> tuple[str, ...]:
+        """Weights whose levels do not fit their size; see :func:`unfit`."""
+        rows = {row.name: row for row in self.ledger}
+        entries = [entry for entry in self.planned.plan.quantized if entry.parameter.name in rows]
+        return tuple(
+            entry.parameter.name for entry in entries if unfit(entry.quantizer, rows[entry.parameter.name].sqnr)
+        )
 
 
 def plan(
@@ -220,16 +233,25 @@ def ledger_row(done: checkpoint.Done) -> LedgerRow:
     entry, value = done.entry, done.value
     assert isinstance(entry, Quantized), entry
     assert isinstance(value, QuantizedTensor), entry
-    lossy = done.noise > 0 and done.signal > 0
     return LedgerRow(
         done.name,
         entry.parameter.shape,
         entry.text,
         entry.rows.g,
         8 * value.nbytes / value.numel,
-        10 * math.log10(done.signal / done.noise) if lossy else math.inf,
+        sqnr(done.signal, done.noise),
         value.nbytes,
     )
+
+
+def sqnr(signal: float, noise: float) -> float:
+    """``10 log10(signal / noise)``; infinite where one of them is 0."""
+    return 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else math.inf
+
+
+def unfit(quantizer: Quantizer, ratio: float) -> bool:
+    """Whether next to nothing is kept of a weight by its SQNR: fixed levels are used as they are, whatever its size."""
+    return isinstance(quantizer, Fixed) and quantizer.scale == "none" and abs(ratio) < NOTHING
 
 
 def default_path(model: Path, recipe: str) -> Path:

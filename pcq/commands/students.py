@@ -7,13 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from pcq import models, qtensor
-from pcq.commands import starting
+from pcq.commands import quantizing, starting
 from pcq.commands.networks import name_it
 from pcq.commands.quantizing import Planned
 from pcq.data.inputs import bind_as
 from pcq.errors import PcqError, did_you_mean, raise_all
 from pcq.qtensor import QuantizedTensor
+from pcq.quantizers import Fixed
 from pcq.settings import Finetune
+from pcq.words import counted
 
 if TYPE_CHECKING:
     from pcq.train.activations import Weight8
@@ -95,6 +97,26 @@ def freeze(
         )
         raise PcqError(what, where="finetune.freeze" if chosen else planned.recipe.name)
     return fixed
+
+
+def unfit(planned: Planned, module: nn.Module) -> tuple[str, ...]:
+    """What to say where fixed levels are of another size than the weights that training starts from."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    entries = [entry for entry in planned.plan.quantized if entry.parameter.tied_to is None]
+    lost = []
+    for entry in entries:
+        if isinstance(entry.quantizer, Fixed):
+            weight = parameters[entry.parameter.name].detach()
+            error = weight - qtensor.quantize(entry.quantizer, weight, entry.rows).dequantize()
+            signal, noise = (float(each.double().square().sum()) for each in (weight, error))
+            lost += [entry.parameter.name] * quantizing.unfit(entry.quantizer, quantizing.sqnr(signal, noise))
+    if not lost:
+        return ()
+    return (
+        f"When training began, next to nothing was kept of {len(lost)} of {counted(len(entries), 'weight')}: fixed "
+        "levels are used as they are, and it has to bring the weights to their size. `scale: mse` beside them in the "
+        "recipe fits them to the weights.",
+    )
 
 
 def forms8(planned: Planned, module: nn.Module) -> "dict[Tensor, Weight8]":

@@ -9,6 +9,7 @@ from rich.text import Text
 from pcq import commands
 from pcq.plan import Kept, Quantized
 from pcq.report.forms import decibels, finite, render, shape, size, smaller, table, to_json
+from pcq.words import counted
 
 
 @render.register
@@ -94,7 +95,19 @@ def _(result: commands.QuantizeResult) -> RenderableType:
     if result.nan:
         names = ", ".join(result.nan[:3]) + ", ..." * (len(result.nan) > 3)
         total += f"\nNaN in what stays as it is, which the outputs may become too: {names}. Repair the checkpoint."
-    return Group(made, *parts, Text(total + (ROUNDED if _rounded_blindly(result) else "")))
+    if result.unfit:
+        total += f"\n{_unfit(result)}"
+    elif _rounded_blindly(result):
+        total += ROUNDED
+    return Group(made, *parts, Text(total))
+
+
+def _unfit(result: commands.QuantizeResult) -> str:
+    few = ", ".join(result.unfit[:3]) + ", ..." * (len(result.unfit) > 3)
+    return (
+        f"Next to nothing is kept of {len(result.unfit)} of {counted(len(result.ledger), 'weight')} ({few}): fixed "
+        "levels are used as they are, whatever the weights' size. `scale: mse` beside them in the recipe fits them."
+    )
 
 
 ROUNDED = (
@@ -187,5 +200,6 @@ def _(result: commands.QuantizeResult) -> dict[str, Any]:
         "seconds": result.seconds,
         "allocation": None if result.allocation is None else to_json(result.allocation),
         "nan": list(result.nan),
+        "unfit": list(result.unfit),
         "calibration": None if result.calibrated is None else to_json(result.calibrated),
     }
