@@ -17,9 +17,10 @@ from pcq import tape as tapes
 from pcq.calibrate.layers import find, patches
 from pcq.calibrate.oneshot import batches
 from pcq.calibrate.padding import counted, mask_at, real_rows
-from pcq.calibrate.steps import listed, of_each_sample, output_error
-from pcq.data.inputs import held_batch, of_tokens
+from pcq.calibrate.steps import agreement, counting, listed, of_each_sample, output_error
+from pcq.data.inputs import held_batch
 from pcq.errors import PcqError
+from pcq.logits import flat
 from pcq.progress import Progress, silent
 from pcq.qtensor import QuantizedTensor
 from pcq.tape import Tape
@@ -36,8 +37,8 @@ class Drift:
 
     Attributes:
         error: ``E ||y_q - y||^2 / E ||y - E y||^2``.
-        agreement: percent of samples with the same top-1; None for a single output.
-        kl: mean of ``KL(softmax(y) || softmax(y_q))`` in nats; None for a single output.
+        agreement: percent of samples with the same top-1; None of what is no prediction.
+        kl: mean of ``KL(softmax(y) || softmax(y_q))`` in nats; None likewise.
     """
 
     error: float
@@ -74,15 +75,15 @@ class WeightNoise:
 
 
 def drift(outputs: Tensor | Sequence[Tensor], aims: Tensor | Sequence[Tensor]) -> Drift:
-    """How far outputs ``[n, k]`` are from the float network's ``[n, k]``: all by their error, the first by the rest."""
+    """How far outputs ``[n, ...]`` are from the float network's: all by their error, the first by the rest."""
     error = output_error(listed(outputs), listed(aims))
     y, aim = listed(outputs)[0], listed(aims)[0]
-    if aim.shape[1] < 2:
+    alike = agreement(y, aim)
+    if alike is None:
         return Drift(error, None, None)
-    agreement = 100 * float((y.argmax(1) == aim.argmax(1)).float().mean())
-    sure, other = (F.log_softmax(x.double(), 1) for x in (aim, y))
+    sure, other = (F.log_softmax(flat(x, labelled=False).double(), 1) for x in (aim, y))
     apart = sure.exp() * (sure - other)
-    return Drift(error, agreement, max(float(apart.masked_fill(sure == -torch.inf, 0).sum(1).mean()), 0.0))
+    return Drift(error, alike, max(float(apart.masked_fill(sure == -torch.inf, 0).sum(1).mean()), 0.0))
 
 
 def weight_noise(weight: Tensor, quantized: QuantizedTensor) -> WeightNoise:
@@ -103,7 +104,7 @@ class Bench:
         tape: its pass.
         parts: the samples in batches.
         tensors: its parameters and buffers.
-        aim: what it puts out: ``[n, k]`` for each output.
+        aim: what it puts out: ``[n, ...]`` for each output.
         mask: which of its inputs masks tokens; those do not count.
     """
 
@@ -150,7 +151,7 @@ class Bench:
         floats = of_each_sample(tapes.output(self.tape, values), len(part[0]))
         if not floats:
             raise PcqError("the network puts out no numbers for each sample")
-        return [of_tokens(each, part, self.mask).float().flatten(1) for each in floats]
+        return [counting(each, part, self.mask).float() for each in floats]
 
     def one_by_one(
         self,

@@ -1,6 +1,7 @@
 """``pcq analyze``: every measurement against a slow twin, and rules to paste that do what they say."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,35 @@ def test_agreement_is_that_of_what_is_called_logits():
     assert agreement != 100
     assert Bench.of(module, (x,)).one_by_one({}, other)["head.weight"].agreement == agreement
     assert compared("", all_outputs(module, other, x), all_outputs(module, {}, x)).agreement == agreement
+
+
+class Shaped(torch.nn.Module):
+    """Puts out ``[n, *shape]``."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        torch.manual_seed(0)
+        self.shape, self.body = shape, torch.nn.Linear(6, math.prod(shape))
+
+    def forward(self, x):
+        return self.body(x).reshape(len(x), *self.shape)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3, 3), (4, 1), (2, 1, 1), (5,)])
+def test_what_is_no_prediction_agrees_in_nothing(shape):
+    """A number each, a map, states of tokens: what is largest in them says nothing."""
+    module, x = Shaped(*shape).eval(), torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
+    other = {"body.weight": module.body.weight.detach().sign()}
+    step = compared("", all_outputs(module, other, x), all_outputs(module, {}, x))
+    alone = Bench.of(module, (x,)).one_by_one({}, other)["body.weight"]
+    with torch.no_grad():
+        exact, coarse = (torch.func.functional_call(module, w, (x,)).reshape(40, -1) for w in ({}, other))
+    spread = (exact - exact.mean(0)).square().sum()
+    assert step.error == pytest.approx(float((coarse - exact).square().sum() / spread), rel=1e-4)
+    assert alone.error == pytest.approx(step.error)
+    assert alone.agreement == step.agreement
+    known = shape in ((2, 1, 1), (5,))
+    assert (step.agreement is not None) == (alone.kl is not None) == known
 
 
 class Net(torch.nn.Module):

@@ -130,6 +130,22 @@ def test_several_inputs_and_what_is_only_rounded(tmp_path: Path) -> None:
         quantize_onnx(path, "w4", out=tmp_path / "o.onnx", calibration="digits")
 
 
+def test_a_map_agrees_in_nothing(tmp_path: Path) -> None:
+    """The largest of a map's columns is no prediction."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["y"]),
+        helper.make_node("Reshape", ["y", "shape"], ["map"]),
+    ]
+    path = save(
+        tmp_path / "m.onnx", nodes, {"w": normal(32, 24), "shape": np.array([-1, 2, 3, 4])},
+        [helper.make_tensor_value_info("x", 1, ["n", 32])], ["map"],
+    )  # fmt: skip
+    np.savez(tmp_path / "x.npz", x=correlated(400, 32))
+    result = quantize_onnx(path, "binary-all", calibration=f"npz:{tmp_path / 'x.npz'}")
+    assert result.calibrated is not None
+    assert {step.agreement for step in result.calibrated.outcome.steps} == {None}
+
+
 def test_the_output_called_logits_says_what_agrees(tmp_path: Path) -> None:
     """The columns of the first output are equal: its argmax agrees whatever the weights are."""
     nodes = [

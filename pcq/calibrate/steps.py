@@ -17,7 +17,7 @@ from pcq.calibrate.oneshot import LayerReport, Settings, batches, calibrate
 from pcq.calibrate.padding import mask_at
 from pcq.data.inputs import filled, held_batch, of_tokens
 from pcq.errors import PcqError, first_line
-from pcq.logits import all_tensors
+from pcq.logits import all_tensors, flat, predicts
 from pcq.progress import Progress, silent
 from pcq.qtensor import QuantizedTensor, Quantizer
 from pcq.rows import Rows
@@ -34,7 +34,7 @@ class Step:
     Attributes:
         name: in words.
         error: ``E ||y_q - y||^2 / E ||y - E y||^2`` of the network's output; None: unknown.
-        agreement: percent of samples with the float network's top-1; None: unknown, or fewer than two outputs.
+        agreement: percent of samples with the float network's top-1; None: unknown, or the output is no prediction.
         reason: why it was not taken or not kept; empty if it was.
         seconds: that it took.
     """
@@ -87,10 +87,10 @@ def outputs(
 def all_outputs(
     module: nn.Module, tensors: Mapping[str, Tensor], x: Tensor | tuple[Tensor, ...], batch: int = 64
 ) -> tuple[Tensor, ...]:
-    """``module``'s floating outputs with ``tensors`` in place of its own: float32 ``[n, k]`` each.
+    """``module``'s floating outputs with ``tensors`` in place of its own: float32 ``[n, ...]`` each.
 
     ``x`` are samples, or an array of them for each input. Where one is an ``attention_mask`` and the network puts out
-    something for each token, n are the tokens that it does not mask.
+    something for each token, they are ``[m, 1, ...]`` of the m tokens that it does not mask.
 
     Raises:
         PcqError: the module does not take the samples.
@@ -113,7 +113,7 @@ def all_outputs(
             if not floats:
                 raise PcqError("the network puts out no numbers for each sample", where=type(module).__name__)
             real = tuple(each[:count] for each in given)
-            parts.append([of_tokens(each[:count], real, mask).float().flatten(1) for each in floats])
+            parts.append([counting(each[:count], real, mask).float() for each in floats])
     return tuple(torch.cat(each) for each in zip(*parts, strict=True))
 
 
@@ -122,8 +122,14 @@ def of_each_sample(result: object, n: int) -> list[Tensor]:
     return [leaf for leaf in all_tensors(result) if leaf.is_floating_point() and leaf.ndim and len(leaf) == n]
 
 
+def counting(y: Tensor, inputs: Sequence[Tensor], mask: int | None) -> Tensor:
+    """Of an output what counts: of tokens ``[m, 1, ...]`` those that input number ``mask`` does not mask."""
+    kept = of_tokens(y, inputs, mask)
+    return kept if kept is y else kept.unsqueeze(1)
+
+
 def output_error(y: Sequence[Tensor], aim: Sequence[Tensor]) -> float:
-    """``E ||y - aim||^2 / E ||aim - E aim||^2`` of outputs [n, k], over all of them.
+    """``E ||y - aim||^2 / E ||aim - E aim||^2`` of outputs ``[n, ...]``, over all of them.
 
     Raises:
         PcqError: ``aim``, the float network's, holds NaN.
@@ -138,25 +144,31 @@ def squares(y: Tensor, aim: Tensor) -> tuple[float, float]:
     Raises:
         PcqError: ``aim``, the float network's, holds NaN.
     """
+    y, aim = (each.double().reshape(len(each), -1) for each in (y, aim))
     if lost := int(aim.isnan().any(1).sum()):
         todo = "Repair the network, or leave those samples out"
         raise PcqError(f"it puts out NaN for {lost} of {len(aim)} samples", where="the float network", todo=todo)
     infinite = aim.isinf()
-    apart = (y.double() - aim.double()).masked_fill(infinite & (y == aim), 0)
-    aim = aim.double().masked_fill(infinite, 0)
+    apart = (y - aim).masked_fill(infinite & (y == aim), 0)
+    aim = aim.masked_fill(infinite, 0)
     mean = aim.sum(0) / (~infinite).sum(0).clamp(min=1)
     return float(apart.square().sum()), float((aim - mean).masked_fill(infinite, 0).square().sum())
 
 
 def compared(name: str, y: Tensor | Sequence[Tensor], aim: Tensor | Sequence[Tensor], seconds: float = 0.0) -> Step:
-    """The step after which the network puts out ``y [n, k]`` where the float one puts out ``aim``.
+    """The step after which the network puts out ``y [n, ...]`` where the float one puts out ``aim``.
 
     Of several outputs the error is that of all, the agreement that of the first.
     """
     y, aim = listed(y), listed(aim)
     error = output_error(y, aim)
-    agreement = 100 * float((y[0].argmax(1) == aim[0].argmax(1)).float().mean()) if aim[0].shape[1] > 1 else None
-    return Step(name, error, agreement, "", seconds)
+    return Step(name, error, agreement(y[0], aim[0]), "", seconds)
+
+
+def agreement(y: Tensor, aim: Tensor) -> float | None:
+    """Percent of samples with equal top-1; None of what is no prediction: maps, states of tokens, single numbers."""
+    y, aim = flat(y, labelled=False), flat(aim, labelled=False)
+    return 100 * float((y.argmax(1) == aim.argmax(1)).float().mean()) if predicts(aim) else None
 
 
 def listed(y: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:

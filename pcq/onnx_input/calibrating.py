@@ -25,8 +25,8 @@ from pcq.calibrate.layers import patches
 from pcq.calibrate.moments import Moments, Sums
 from pcq.calibrate.oneshot import LayerReport, Settings, View, bounded, centred, match, quadratic, solve
 from pcq.calibrate.padding import altered, unreached
-from pcq.calibrate.steps import Outcome, Step, better, squares
-from pcq.data.inputs import named_mask, of_tokens
+from pcq.calibrate.steps import Outcome, Step, agreement, better, counting, squares
+from pcq.data.inputs import named_mask
 from pcq.errors import PcqError, first_line
 from pcq.export import verify, writing
 from pcq.logits import main_name
@@ -208,15 +208,15 @@ class _Work:
             put_out = run(session, batch, self.path)
             inputs, at = _mask(batch)
             if at is not None:
-                put_out = [of_tokens(torch.from_numpy(np.array(y)), inputs, at).numpy() for y in put_out]
+                put_out = [counting(torch.from_numpy(np.array(y)), inputs, at).numpy() for y in put_out]
             found.append(put_out)
         return found
 
     def compared(
         self, name: str, tensors: _Tensors, held_out: Feeds, aim: Sequence[Sequence[Array]], seconds: float
     ) -> Step:
-        """``E ||y_q - y||^2 / E ||y - E y||^2`` over all float outputs, each about its mean; and the share of equal
-        argmax over the last axis of the one called ``logits``, else the first."""
+        """``E ||y_q - y||^2 / E ||y - E y||^2`` over all float outputs, each about its mean; and the agreement of the
+        one called ``logits``, else the first."""
         ours = self.outputs(tensors, held_out)
         floats = [i for i, array in enumerate(aim[0]) if np.issubdtype(array.dtype, np.floating)]
         if not floats:
@@ -233,11 +233,8 @@ class _Work:
             error, variance = error + apart, variance + each
         names = [value.name or "" for value in self.opened.model.graph.outputs]
         i = names.index(main_name([names[i] for i in floats]))
-        agreement = None
-        if aim[0][i].ndim > 1 and aim[0][i].shape[-1] > 1:
-            equal = [(a[i].argmax(-1) == b[i].argmax(-1)).reshape(-1) for a, b in zip(ours, aim, strict=True)]
-            agreement = 100 * float(np.concatenate(equal).mean())
-        return Step(name, error / max(variance, 1e-30), agreement, "", seconds)
+        joined = (np.concatenate([np.atleast_1d(part[i]) for part in parts]) for parts in (ours, aim))
+        return Step(name, error / max(variance, 1e-30), agreement(*map(torch.from_numpy, joined)), "", seconds)
 
 
 def run(session: ort.InferenceSession, batch: Mapping[str, Array], path: Path) -> list[Array]:

@@ -29,9 +29,10 @@ def _(result: commands.AnalyzeResult) -> RenderableType:
     notes = []
     if result.whole is not None:
         error, agreement, kl = _drift(result.whole)
+        like = "" if result.whole.agreement is None else f", agreement {agreement} %, KL {kl}"
         notes.append(
-            f"All quantized: output error {error}, agreement {agreement} %, KL {kl} against the float network, on "
-            f"{result.data}. Alone: only this weight is quantized; spared: only this one is float."
+            f"All quantized: output error {error}{like} against the float network, on {result.data}. "
+            "Alone: only this weight is quantized; spared: only this one is float."
         )
         if "invented" in result.data:
             notes.append("Invented samples order the weights; what the figures are on real data is not known.")
