@@ -219,6 +219,22 @@ def test_torchvisions_own_resnet50_is_told_by_its_modules() -> None:
     assert found.arch == "torchvision:resnet50?num_classes=1000"
 
 
+def test_a_network_that_is_needed_and_open_is_asked_for_with_the_candidates(tmp_path: Path) -> None:
+    """resnet18 without its module paths: whatever needs the network names those that it may be."""
+    states = pcq.models.build("torchvision:resnet18?num_classes=10").state_dict()
+    save_file(states, tmp_path / "net.safetensors")
+    np.savez(tmp_path / "x.npz", x=np.zeros((8, 3, 32, 32), np.float32))
+    data = f"npz:{tmp_path / 'x.npz'}"
+    candidates = r"fit \d networks .* which one it is:\s+`--arch 'torchvision:resnet18\?"
+    made = pcq.quantize(tmp_path / "net.safetensors", "binary-all")
+    with pytest.raises(PcqError, match=rf"does not record an architecture: .* {candidates}"):
+        pcq.export_onnx(made.path)
+    with pytest.raises(PcqError, match=rf"net.safetensors: calibration runs the network, .* {candidates}"):
+        analyze(tmp_path / "net.safetensors", "binary-all", calib=data)
+    with pytest.raises(PcqError, match=rf"net.safetensors: the architecture is not known: .* {candidates}"):
+        pcq.finetune(tmp_path / "net.safetensors", "binary-all", data)
+
+
 def test_pretrained_and_scratch_inception_differ_in_what_they_do_to_the_input() -> None:
     with pytest.raises(models.Ambiguous) as caught:
         recognise(known("torchvision:inception_v3"))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pcq import checkpoint, models
-from pcq.commands.networks import name_it
+from pcq.commands.networks import unknown
 from pcq.errors import PcqError, refuse_other
 from pcq.plan import Quantized
 from pcq.progress import Progress, silent
@@ -190,11 +190,8 @@ def float_network(planned: "Planned") -> nn.Module:
     if planned.arch is None:
         ready = source.module()
         if ready is None:
-            raise PcqError(
-                "calibration runs the network, and its architecture is not known",
-                where=str(planned.model),
-                todo=name_it(planned.model),
-            )
+            what = "calibration runs the network, and its architecture is not known"
+            raise unknown(what, planned.model, {name: source.shape(name) for name in source.names})
         return ready.eval()
     module = models.build(planned.arch)
     models.load_state(module, source.state_dict(), planned.arch)

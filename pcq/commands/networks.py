@@ -120,11 +120,8 @@ def load_network(stored: "checkpoint.Artifact", path: Path, arch: str | None = N
         return Network.of_program(stored.program_module(), "the exported program", stored.example_inputs())
     spec = arch or stored.arch
     if spec is None:
-        raise PcqError(
-            "the artifact does not record an architecture",
-            where=str(path),
-            todo=name_it(path),
-        )
+        shapes = {name: tuple(tensor.shape) for name, tensor in stored.state_dict().items()}
+        raise unknown("the artifact does not record an architecture", path, shapes)
     module = models.build(spec)
     models.load_state(module, stored.dequantized(), spec)
     return Network(module.eval(), spec, models.example_shape(spec))
@@ -164,11 +161,7 @@ def open_network(
             recognised = None
         spec = recognised.arch if recognised is not None else otherwise
     if spec is None:
-        raise PcqError(
-            "the architecture was not recognised",
-            where=str(path),
-            todo=name_it(path),
-        )
+        raise unknown("the architecture was not recognised", path, shapes)
     spec = models.complete(spec, shapes)
     module = models.build(spec)
     source = fitting(source, module, spec)
@@ -255,6 +248,15 @@ def fitting(source: sources.Source, module: nn.Module, spec: str) -> sources.Sou
         return sources.with_prefix(source, prefix)
     loaded = models.as_transformers_loads(spec, source.state_dict()) if spec.startswith("hf:") else None
     return source if loaded is None else sources.as_loaded(source, *loaded)
+
+
+def unknown(what: str, path: Path, shapes: models.Shapes) -> PcqError:
+    """Of weights whose architecture is needed and nobody said; where several networks fit them, these are named."""
+    try:
+        models.recognise(shapes)
+    except models.Ambiguous as error:
+        return PcqError(f"{what}: {error.what}", where=str(path), todo=error.todo)
+    return PcqError(what, where=str(path), todo=name_it(path))
 
 
 def name_it(path: Path) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pcq import models, qtensor
 from pcq.commands import quantizing, starting
-from pcq.commands.networks import name_it
+from pcq.commands.networks import unknown
 from pcq.commands.quantizing import Planned
 from pcq.data.inputs import bind_as
 from pcq.errors import PcqError, did_you_mean, raise_all
@@ -28,12 +28,10 @@ def build(planned: Planned) -> nn.Module:
         PcqError: the architecture is not known, or has other names for what it loads.
     """
     if planned.arch is None:
+        given = planned.source
         what = "training needs the architecture's code, and an exported program has none"
-        raise PcqError(
-            what if planned.source.make_module is not None else "the architecture is not known",
-            where=str(planned.model),
-            todo=name_it(planned.model),
-        )
+        what = what if given.make_module is not None else "the architecture is not known"
+        raise unknown(what, planned.model, {name: given.shape(name) for name in given.names})
     module = models.build(planned.arch)
     models.load_state(module, {name: planned.source.tensor(name) for name in planned.source.names}, planned.arch)
     held = {*module.state_dict(), *(name for name, _ in module.named_buffers())}
