@@ -47,6 +47,32 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return quantize(DIGITS, "ternary", out=tmp_path_factory.mktemp("a") / "a.safetensors", arch=ARCH).path
 
 
+class Noisy(nn.Module):
+    """Adds noise to what enters it, in eval mode, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x + torch.randn_like(x))
+        return out
+
+
+@pytest.mark.parametrize(("export", "name"), [(export_onnx, "out.onnx"), (export_pt2, "out.pt2")])
+def test_a_network_that_draws_random_numbers_is_told_so(
+    export: Callable[..., object], name: str, tmp_path: Path
+) -> None:
+    """Nothing can be compared with it."""
+    save_file(Noisy().state_dict(), tmp_path / "noisy.safetensors")
+    made = quantize(tmp_path / "noisy.safetensors", "binary-all", arch="tests.test_doors:Noisy")
+    with pytest.raises(PcqError, match=r"puts out something else in every run\. Take randomness out") as caught:
+        export(made.path, tmp_path / name, input_shape=(6,))
+    assert caught.value.exit_code == 2
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_the_state_dict_is_the_dequantized_one(artifact: Path, tmp_path: Path) -> None:
     result = export_state_dict(artifact, tmp_path / "f.safetensors")
     read, right = load_file(result.path), read_artifact(artifact).state_dict()

@@ -77,6 +77,10 @@ def export_pt2(
                 raise CheckFailed("was written and reads differently", where=name)
         off = max(_apart(made.network, read.module(), *inputs) for inputs in made.trials.values())
         if not off <= TOLERANCE:
+            if not max(_apart(made.network, made.network, *inputs) for inputs in made.trials.values()) <= TOLERANCE:
+                from pcq.export.verify import drawn
+
+                raise drawn(str(source))
             what = f"the program puts out something else: {off:.2g} of the outputs' scale away from the network's"
             raise CheckFailed(what, where=str(path), allowed=f"up to {TOLERANCE:g}")
     said = " and ".join(map(str, made.trials))
