@@ -152,7 +152,7 @@ class _Look:
         if number not in self.unmoved:
             op = self.tape.ops[self.tape.makers[number]]
             args, kwargs = pytree.tree_map(self, (op.args, dict(op.kwargs)))
-            made = pytree.tree_leaves(op.function(*args, **kwargs))
+            made = pytree.tree_leaves(_again(op, args, kwargs))
             self.unmoved.update(zip(op.outputs, (leaf for leaf in made if isinstance(leaf, Tensor)), strict=True))
         return self.unmoved[number]
 

@@ -422,6 +422,25 @@ def test_samples_may_lie_in_memory_in_another_order_than_those_recorded():
     torch.testing.assert_close(tapes.output(tape, values), module(x))
 
 
+class _Positions(nn.Module):
+    """Adds what it makes of a table alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.arange(24.0).reshape(2, 3, 4))
+
+    def forward(self, x):
+        return x + self.table.view(6, 4).sum(1)
+
+
+def test_so_may_tensors():
+    module, x = _Positions(), torch.randn(2, 6)
+    tape = tapes.record(module, (x,))
+    moved = module.table.transpose(0, 1).contiguous().transpose(0, 1)
+    values = tapes.run(tape, {"table": moved}, {tape.inputs[0]: x}, 0, len(tape.ops))
+    assert torch.equal(tapes.output(tape, values), module(x))
+
+
 @pytest.mark.parametrize("module", [_Random(), _Branching(), _Sharing()])
 def test_a_forward_pass_that_cannot_be_replayed_is_refused(module):
     with pytest.raises(PcqError):
