@@ -250,7 +250,7 @@ def fitting(source: sources.Source, module: nn.Module, spec: str) -> sources.Sou
     return source if loaded is None else sources.as_loaded(source, *loaded)
 
 
-def unknown(what: str, path: Path, shapes: models.Shapes) -> PcqError:
+def unknown(what: str, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> PcqError:
     """Of weights whose architecture is needed and nobody said; where several networks fit them, these are named."""
     try:
         models.recognise(shapes)
