@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from pcq import tape as tapes
 from pcq.calibrate.batchnorm import reestimate
 from pcq.calibrate.layers import find, patches
-from pcq.calibrate.moments import influence
+from pcq.calibrate.moments import influence, target
 from pcq.calibrate.oneshot import Settings, View, calibrate, moments
 from pcq.calibrate.quadratic import (
     Codes,
@@ -420,6 +420,12 @@ def test_samples_may_lie_in_memory_in_another_order_than_those_recorded():
     swapped = {tape.inputs[0]: x.contiguous(memory_format=torch.channels_last)}
     values = tapes.run(tape, tapes.state(module), swapped, 0, len(tape.ops))
     torch.testing.assert_close(tapes.output(tape, values), module(x))
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-44, 1e-37])
+def test_where_next_to_nothing_enters_the_target_is_the_weights(size):
+    weight, cov = torch.randn(1, 3, 6), torch.full((1, 6, 6), size)
+    torch.testing.assert_close(target(weight, cov, cov, 0.01), weight)
 
 
 class _Positions(nn.Module):

@@ -134,9 +134,10 @@ def influence(y: Tensor) -> Tensor:
 
 
 def damped(cov: Tensor, part: float) -> Tensor:
-    """``part`` of the mean diagonal of ``cov [G, n, n]``, as a diagonal to be added to it."""
+    """``part`` of the mean diagonal of ``cov [G, n, n]``, as a diagonal to be added to it; of 1 where next to nothing
+    enters: a part of that may be no number of float32."""
     diagonal = torch.diagonal(cov, dim1=1, dim2=2).mean(1)
-    return (part * torch.where(diagonal > 0, diagonal, 1.0))[:, None, None] * torch.eye(cov.shape[1])
+    return (part * torch.where(diagonal > 1e-30, diagonal, 1.0))[:, None, None] * torch.eye(cov.shape[1])
 
 
 def target(weight: Tensor, cov: Tensor, cross: Tensor, pull: float) -> Tensor:
