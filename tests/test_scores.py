@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pcq import qtensor
 from pcq.data import Data, from_arrays, open_data
+from pcq.data.inputs import refusing
 from pcq.demo.nets import resnet8
 from pcq.errors import CheckFailed, PcqError
 from pcq.export import write_onnx
@@ -280,3 +281,9 @@ def test_parts_make_the_whole_exactly() -> None:
     assert whole.n == 319
     assert whole.top5 is whole.reference_top1 is None
     assert whole.explained == pytest.approx(Likeness.of(y, aim).explained)
+
+
+def test_what_torchvisions_compiled_half_is_needed_for_is_told() -> None:
+    told = r"samples of 3x2: .* Install the torchvision that is built for this torch"
+    with pytest.raises(PcqError, match=told), refusing([torch.zeros(4, 3, 2)], "Give other samples"):
+        raise RuntimeError("Couldn't load custom C++ ops. This can happen if your PyTorch and torchvision differ")

@@ -15,13 +15,12 @@ from pcq.calibrate.equalization import equalize, most_common, pairs
 from pcq.calibrate.layers import find
 from pcq.calibrate.oneshot import LayerReport, Settings, batches, calibrate
 from pcq.calibrate.padding import mask_at
-from pcq.data.inputs import filled, held_batch, of_tokens
-from pcq.errors import PcqError, first_line
+from pcq.data.inputs import filled, held_batch, of_tokens, refusing
+from pcq.errors import PcqError
 from pcq.logits import all_tensors, flat, predicts
 from pcq.progress import Progress, silent
 from pcq.qtensor import QuantizedTensor, Quantizer
 from pcq.rows import Rows
-from pcq.words import dimensions
 
 MATCHED = 128
 """Samples that means and deviations are matched on after plain rounding."""
@@ -102,13 +101,8 @@ def all_outputs(
         for given in zip(*(each.split(held or batch) for each in inputs), strict=True):
             count = len(given[0])
             given = tuple(filled(each, held or count) for each in given)
-            try:
+            with refusing(given, "Give data of the shape that the network was trained on"):
                 result = torch.func.functional_call(module, dict(tensors), given)
-            except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
-                told = first_line(error)
-                where = "samples of " + " and ".join(dimensions(each.shape[1:]) for each in inputs)
-                todo = "Give data of the shape that the network was trained on"
-                raise PcqError(f"the network does not take them: {told}", where=where, todo=todo) from error
             floats = of_each_sample(result, len(given[0]))
             if not floats:
                 raise PcqError("the network puts out no numbers for each sample", where=type(module).__name__)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pcq.errors import PcqError, did_you_mean, first_line
+from pcq.words import dimensions
 
 LABELS = ("y", "labels")
 """Names of an array that is no input."""
@@ -206,11 +207,13 @@ def refusing(inputs: Sequence[Tensor], todo: str = "") -> Iterator[None]:
     try:
         yield
     except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
-        where = f"samples of {' and '.join('x'.join(map(str, x.shape[1:])) for x in inputs)}"
+        where = f"samples of {' and '.join(dimensions(x.shape[1:]) for x in inputs)}"
         said, whole = first_line(error), [x.dtype for x in inputs if not x.is_floating_point()]
         if whole and OTHER_TYPE.search(said):
             where += f" in {str(whole[0]).removeprefix('torch.')}"
             todo = "Give numbers in float32, or images in uint8"
+        if "custom C++ ops" in said:  # torchvision's
+            todo = "Install the torchvision that is built for this torch"
         raise PcqError(f"the network does not take them: {said}", where=where, todo=todo) from error
 
 

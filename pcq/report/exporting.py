@@ -64,7 +64,7 @@ def _int8(result: commands.ExportResult, int8: "Int8Report") -> RenderableType:
         f"({smaller(result.report.float_bytes, int8.nbytes)}; with float activations it takes "
         f"{size(int8.exact_bytes)}).",
         f"{running} of {len(int8.layers)} packed weights run in int8; ONNX Runtime {result.report.ort_version} fused "
-        f"{fused}" + (f"; {int8.unfused} were not fused and gain nothing." if int8.unfused else "."),
+        f"{fused}" + (f"; not fused, and gaining nothing: {int8.unfused}." if int8.unfused else "."),
         "Proved: every code bit-exact, and the integers and scales that ONNX Runtime unpacks.",
     ]
     if result.data:
