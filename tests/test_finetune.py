@@ -333,7 +333,11 @@ def test_fixed_levels_of_another_size_than_the_weights_are_told(tmp_path: Path) 
         ("paper-binary", [], False),
         ("ternary-all", [], False),
     ):
+        sets = [*sets, "finetune.refit=0"]
         result = tune(tmp_path / "x.safetensors", recipe, steps=2, overrides=sets, force=True)
+        assert result.rows[-1].val.top1 is not None
+        assert result.rows[-1].val.top1 < 50
+        assert any("finetune.refit: 0" in note for note in result.warnings) == ("paper" not in recipe or bool(sets[1:]))
         assert any("next to nothing was kept of" in note for note in result.warnings) == told
 
 
@@ -1335,6 +1339,13 @@ def test_warnings_in_words(changes: dict[str, Any], says: str | None) -> None:
     found = report.warnings(trained(**changes), Finetune())
     assert len(found) == (says is not None)
     assert says is None or says in found[0]
+
+
+def test_levels_that_could_be_fitted_again_and_are_not() -> None:
+    poor = trained(epochs=(Epoch(100, 1.0, 2.0, 40.0),))
+    assert "finetune.refit: 0" in report.warnings(poor, Finetune(refit=0))[0]
+    assert not report.warnings(poor, Finetune(refit=0), fitted=False)
+    assert not report.warnings(poor, Finetune())
 
 
 def test_weights_that_are_rounded_in_the_end_need_not_settle_before() -> None:

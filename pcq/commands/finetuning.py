@@ -19,7 +19,7 @@ from pcq.commands import starting
 from pcq.commands.budgeting import Allocation, allocate, named
 from pcq.commands.calibrating import Calibrated, Calibration, Method
 from pcq.commands.quantizing import Planned, default_path, plan
-from pcq.commands.students import build, forms8, freeze, original_or_new, unfit
+from pcq.commands.students import build, fitted, forms8, freeze, original_or_new, unfit
 from pcq.commands.tabling import FinetuneRow, table
 from pcq.errors import PcqError
 from pcq.plan import Kept, Quantized
@@ -307,7 +307,7 @@ def _finetune(
         trained.epochs,
         trained.batchnorm,
         trained.telemetry[-1],
-        (*splits.notes, *misfit, *report.warnings(trained, settings), *over(allocation, size)),
+        (*splits.notes, *misfit, *report.warnings(trained, settings, fitted(planned)), *over(allocation, size)),
         trained.steps,
         trained.resumed_at,
         trained.unquantized,

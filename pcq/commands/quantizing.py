@@ -251,7 +251,12 @@ def sqnr(signal: float, noise: float) -> float:
 
 def unfit(quantizer: Quantizer, ratio: float) -> bool:
     """Whether next to nothing is kept of a weight by its SQNR: fixed levels are used as they are, whatever its size."""
-    return isinstance(quantizer, Fixed) and quantizer.scale == "none" and abs(ratio) < NOTHING
+    return as_they_are(quantizer) and abs(ratio) < NOTHING
+
+
+def as_they_are(quantizer: Quantizer) -> bool:
+    """Whether its levels are listed, and used whatever the weights are."""
+    return isinstance(quantizer, Fixed) and quantizer.scale == "none"
 
 
 def default_path(model: Path, recipe: str) -> Path:

@@ -13,7 +13,6 @@ from pcq.commands.quantizing import Planned
 from pcq.data.inputs import bind_as
 from pcq.errors import PcqError, did_you_mean, raise_all
 from pcq.qtensor import QuantizedTensor
-from pcq.quantizers import Fixed
 from pcq.settings import Finetune
 from pcq.words import counted
 
@@ -97,13 +96,18 @@ def freeze(
     return fixed
 
 
+def fitted(planned: Planned) -> bool:
+    """Whether any of its levels are fitted to the weights."""
+    return not all(quantizing.as_they_are(entry.quantizer) for entry in planned.plan.quantized)
+
+
 def unfit(planned: Planned, module: nn.Module) -> tuple[str, ...]:
     """What to say where fixed levels are of another size than the weights that training starts from."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
     entries = [entry for entry in planned.plan.quantized if entry.parameter.tied_to is None]
     lost = []
     for entry in entries:
-        if isinstance(entry.quantizer, Fixed):
+        if quantizing.as_they_are(entry.quantizer):
             weight = parameters[entry.parameter.name].detach()
             error = weight - qtensor.quantize(entry.quantizer, weight, entry.rows).dequantize()
             signal, noise = (float(each.double().square().sum()) for each in (weight, error))

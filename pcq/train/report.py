@@ -19,8 +19,11 @@ RESTLESS = 1e-4
 """Share of the weights that change their level at each step, above which they have not settled."""
 
 
-def warnings(trained: Trained, settings: Finetune) -> tuple[str, ...]:
-    """One sentence for each thing that went less well than it could."""
+def warnings(trained: Trained, settings: Finetune, fitted: bool = True) -> tuple[str, ...]:
+    """One sentence for each thing that went less well than it could.
+
+    ``fitted``: whether the weights have levels that are fitted to them, and could be again while they train.
+    """
     found = []
     soft = [seen for seen in trained.telemetry if seen.strength < 1]
     last = trained.telemetry[-1]
@@ -55,7 +58,7 @@ def warnings(trained: Trained, settings: Finetune) -> tuple[str, ...]:
             f"The held-out score was {best[0]:.2f} % at step {best[1]:,} and {scores[-1][0]:.2f} % at the end: it got "
             "worse while training on the levels. Lower the learning rate (finetune.lr)."
         )
-    if settings.refit == 0 and trained.epochs and trained.epochs[-1].score < 50 and not posttraining:
+    if fitted and settings.refit == 0 and trained.epochs and trained.epochs[-1].score < 50 and not posttraining:
         found.append(
             "The levels stayed as first fitted (finetune.refit: 0); with refitted levels training goes further."
         )
