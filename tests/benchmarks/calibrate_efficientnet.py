@@ -1,13 +1,14 @@
 """EfficientNet-Lite0 calibrated on photos: top-1 of foolbox's 20, agreement with float on other photos.
 
     python -m tests.benchmarks.calibrate_efficientnet OUT.jsonl --debian FOLDER [--recipes w8 w6 w4 w3] [--seeds 0]
-        [--samples 512] [--refine 0] [--method proxconnect]
+        [--samples 512] [--refine 0] [--method proxconnect] [--subjects 4]
     python -m tests.benchmarks.calibrate_efficientnet OUT.jsonl --table
 
 The heads of ``efficientnet_lite0.py`` and ``calibrate_photos.py`` say how to get network and photos. Calibrated on
-photos of split ``calib``, scored on those of ``test``: some 320 crops, mostly of landscapes, and 340 views of objects;
-and on those of them that the float network is sure of, its choice having a probability of ``SURE`` or more. ``plain``
-has each recipe without calibration.
+photos of split ``calib``, scored on those of ``test``: some 320 crops, mostly of landscapes, and 340 views each of
+objects and of photos of one subject; and on those of them that the float network is sure of, its choice having a
+probability of ``SURE`` or more. ``plain`` has each recipe without calibration. ``--subjects N`` calibrates on N views
+of each photo of a subject as well.
 """
 
 import argparse
@@ -51,7 +52,7 @@ def chosen(path: Path, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def run(args: argparse.Namespace, recipe: str, seed: int, method: str, seen: Seen) -> record.Row:
     """One recipe and seed: quantize, then score on the 20 photos, on crops and on objects."""
     photos, labels = efficientnet_lite0.photos()
-    spec = f"{calibrate_photos.__file__}:samples?debian={args.debian}"
+    spec = f"{calibrate_photos.__file__}:samples?debian={args.debian}&subject={args.subjects}"
     asked = Calibration(spec, args.samples, args.method, seed=seed, refine=args.refine) if method != "plain" else None
     start = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
@@ -75,7 +76,9 @@ def run(args: argparse.Namespace, recipe: str, seed: int, method: str, seen: See
 
 
 def _agreement(row: record.Row, name: str) -> str:
-    """Of all images, then of those that float is sure of, where that was measured."""
+    """Of all images, then of those that float is sure of, as far as measured."""
+    if name not in row["agreement"]:
+        return ""
     sure = f" ({row['agreement_where_sure'][name]:.1f})" if "agreement_where_sure" in row else ""
     return f"{row['agreement'][name]:.1f}{sure}"
 
@@ -83,13 +86,14 @@ def _agreement(row: record.Row, name: str) -> str:
 def table(lines: list[record.Row]) -> str:
     """One row a run; in brackets the agreement where float is sure."""
     rows = [
-        [x["recipe"], x["seed"], x["samples"], x["method"], x["refine"], f"{x['bits']:.2f}", f"{x['bytes'] / 1e6:.2f}",
-         x["top1_of_20"], *(_agreement(x, name) for name in ("crops", "objects")), x["cpu_seconds"]]
+        [x["recipe"], x["seed"], x["samples"], x["subjects"], x["method"], x["refine"], f"{x['bits']:.2f}",
+         f"{x['bytes'] / 1e6:.2f}", x["top1_of_20"],
+         *(_agreement(x, name) for name in ("crops", "objects", "subjects")), x["cpu_seconds"]]
         for x in lines
     ]  # fmt: skip
     head = (
-        "| recipe | seed | samples | method | steps a block | bits | MB | top-1 of 20 | agreement %, crops | objects "
-        "| CPU s |"
+        "| recipe | seed | samples | views of subjects | method | steps a block | bits | MB | top-1 of 20 "
+        "| agreement %, crops | objects | subjects | CPU s |"
     )
     return record.markdown(head, rows)
 
@@ -97,10 +101,11 @@ def table(lines: list[record.Row]) -> str:
 def main() -> None:
     parser = record.arguments(__doc__)
     parser.add_argument("--debian", type=Path)
+    parser.add_argument("--subjects", type=int, default=0)
     record.recipe_arguments(parser, ("w8", "w6", "w4", "w3"))
     record.calibration_arguments(parser, samples=512, method="proxconnect", refine=0)
     args = parser.parse_args()
-    none = {"samples": 0, "method": "plain", "refine": 0}
+    none = {"samples": 0, "method": "plain", "refine": 0, "subjects": 0}
     alike = {name: getattr(args, name) for name in none}
     wanted: list[record.Row] = [{"recipe": recipe, "seed": 0} | none for recipe in args.recipes]
     wanted += [{"recipe": recipe, "seed": seed} | alike for seed in args.seeds for recipe in args.recipes]
@@ -110,6 +115,7 @@ def main() -> None:
         x = {
             "crops": calibrate_photos.crops("test", 18, skimage, args.debian),
             "objects": calibrate_photos.objects("test", 4, args.debian),
+            "subjects": calibrate_photos.subjects("test", 4, args.debian),
         }
         seen = {name: chosen(efficientnet_lite0.checkpoint(), each) for name, each in x.items()}
     record.fill(args, wanted, lambda key: run(args, key["recipe"], key["seed"], key["method"], seen), table)

@@ -1,13 +1,16 @@
-"""Real photos for measuring EfficientNet-Lite0: crops and cut-out objects, in three splits that share no photo.
+"""Real photos for measuring EfficientNet-Lite0: crops, cut-out objects, subjects, in three splits that share no photo.
 
 Sources, all read by path: the sample photos of scikit-image and scikit-learn, matplotlib's portrait, and the photos of
 Debian's picture packages (``apt-get download mate-backgrounds lomiri-wallpapers-16.04 lomiri-wallpapers-20.04
-ukui-wallpapers tuxpaint-stamps-default`` and ``dpkg -x`` into one folder). The last has photographed animals, food and
-things, cut out of their background; all else are mostly landscapes. Split by photo in the order of a hash of the file
-name: ``calib`` for calibration samples, ``valid`` for choosing settings, ``test`` for the numbers that are reported.
+ukui-wallpapers tuxpaint-stamps-default gcompris-qt-data`` and ``dpkg -x`` into one folder). tuxpaint's are animals,
+food and things, cut out of their background, gcompris's of one subject each (animals, fish, tools, mills, monuments);
+all else are mostly landscapes. Split by photo in the order of a hash of the file's name, or of the picture where it has
+none: ``calib`` for calibration samples, ``valid`` for choosing settings, ``test`` for the numbers that are reported.
 """
 
 import hashlib
+import io
+import re
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -29,6 +32,11 @@ OBJECTS = (
     *("animals", "clothes", "food", "hobbies", "household", "medical", "military", "people", "plants", "sports"),
     *("town", "vehicles"),
 )
+SUBJECTS = (
+    *("categorization", "erase", "explore_farm_animals", "explore_monuments", "explore_world_animals"),
+    "explore_world_music",
+)
+WEBP = re.compile(rb"RIFF(.{4})WEBP", re.DOTALL)
 ABSTRACT = ("mate/desktop", "mate/abstract", "ukui", "desert.png", "rollpaper.png", "city.png")
 
 
@@ -88,6 +96,31 @@ def objects(split: str, each: int, debian: Path, size: int = 224) -> Tensor:
     return scaled(out)
 
 
+def subjects(split: str, each: int, debian: Path, size: int = 224) -> Tensor:
+    """``each`` views of every photo of a subject of ``split``: float32 ``[n, 3, size, size]``, ``(x - 127) / 128``.
+
+    A view is a square of 70 to 100 percent of the shorter side, anywhere, mirrored half the time. The photos are those
+    without transparency in the resource files of some activities, where they lie as they are.
+    """
+    found = {}
+    for name in SUBJECTS:
+        held = (debian / f"usr/share/gcompris-qt/rcc/{name}.rcc").read_bytes()
+        for start in WEBP.finditer(held):
+            picture = held[start.start() : start.start() + 8 + int.from_bytes(start[1], "little")]
+            found[hashlib.sha256(picture).hexdigest()] = picture
+    out = []
+    opened = ((key, Image.open(io.BytesIO(found[key]))) for key in sorted(found))
+    photos = [(key, image) for key, image in opened if image.mode == "RGB" and min(image.size) >= 128]
+    for key, image in photos[SPLITS.index(split) :: len(SPLITS)]:
+        random = np.random.RandomState(zlib.crc32(key.encode()))
+        for _ in range(each):
+            side = int(min(image.size) * random.uniform(0.7, 1.0))
+            x, y = (random.randint(0, length - side + 1) for length in image.size)
+            view = image.resize((size, size), Image.Resampling.BICUBIC, (x, y, x + side, y + side), reducing_gap=2.0)
+            out.append(mirrored(view, random))
+    return scaled(out)
+
+
 def crops(split: str, each: int, skimage: Path, debian: Path, size: int = 224) -> Tensor:
     """``each`` random crops of every photo of ``split``: float32 ``[n, 3, size, size]``, ``(x - 127) / 128``.
 
@@ -109,11 +142,11 @@ def crops(split: str, each: int, skimage: Path, debian: Path, size: int = 224) -
     return scaled(out)
 
 
-def samples(split: str, debian: str, crop: int = 18, view: int = 4) -> Tensor:
+def samples(split: str, debian: str, crop: int = 18, view: int = 4, subject: int = 0) -> Tensor:
     """A data spec: ``tests/benchmarks/calibrate_photos.py:samples?debian=FOLDER``; ``train`` is ``calib``.
 
-    ``crop`` crops of each photo (about 330) and ``view`` views of each object (about 340); scikit-image is found
-    installed.
+    ``crop`` crops of each photo (about 330), ``view`` views of each object (about 340) and ``subject`` of each photo of
+    a subject; scikit-image is found installed.
     """
     import importlib.util
 
@@ -121,4 +154,5 @@ def samples(split: str, debian: str, crop: int = 18, view: int = 4) -> Tensor:
     if found is None or found.origin is None:
         raise FileNotFoundError("scikit-image is not installed")
     own = {"train": "calib", "val": "valid", "test": "test"}[split]
-    return torch.cat([crops(own, crop, Path(found.origin).parents[1], Path(debian)), objects(own, view, Path(debian))])
+    parts = [crops(own, crop, Path(found.origin).parents[1], Path(debian)), objects(own, view, Path(debian))]
+    return torch.cat(parts + [subjects(own, subject, Path(debian))] * (subject > 0))
