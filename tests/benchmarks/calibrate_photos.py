@@ -69,6 +69,14 @@ def mirrored(image: Image.Image, random: np.random.RandomState) -> Pixels:
     return pixels[:, ::-1] if random.rand() < 0.5 else pixels
 
 
+def part_of(image: Image.Image, least: float, size: int, random: np.random.RandomState) -> Pixels:
+    """A square anywhere, of ``least`` to 1 of the shorter side, mirrored half the time: float32 ``[size, size, 3]``."""
+    side = int(min(image.size) * random.uniform(least, 1.0))
+    x, y = (random.randint(0, length - side + 1) for length in image.size)
+    part = image.resize((size, size), Image.Resampling.BICUBIC, (x, y, x + side, y + side), reducing_gap=2.0)
+    return mirrored(part, random)
+
+
 def scaled(images: Sequence[Pixels]) -> Tensor:
     """As the network takes them: ``[n, 3, h, w]``, ``(x - 127) / 128``."""
     return (torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous() - 127) / 128
@@ -113,11 +121,7 @@ def subjects(split: str, each: int, debian: Path, size: int = 224) -> Tensor:
     photos = [(key, image) for key, image in opened if image.mode == "RGB" and min(image.size) >= 128]
     for key, image in photos[SPLITS.index(split) :: len(SPLITS)]:
         random = np.random.RandomState(zlib.crc32(key.encode()))
-        for _ in range(each):
-            side = int(min(image.size) * random.uniform(0.7, 1.0))
-            x, y = (random.randint(0, length - side + 1) for length in image.size)
-            view = image.resize((size, size), Image.Resampling.BICUBIC, (x, y, x + side, y + side), reducing_gap=2.0)
-            out.append(mirrored(view, random))
+        out += [part_of(image, 0.7, size, random) for _ in range(each)]
     return scaled(out)
 
 
@@ -134,11 +138,7 @@ def crops(split: str, each: int, skimage: Path, debian: Path, size: int = 224) -
         opened.draft("RGB", (1600, 1600))
         image = opened.convert("RGB")
         random = np.random.RandomState(zlib.crc32(path.name.encode()))
-        for _ in range(each):
-            side = int(min(image.size) * random.uniform(0.35, 1.0))
-            x, y = (random.randint(0, length - side + 1) for length in image.size)
-            crop = image.resize((size, size), Image.Resampling.BICUBIC, (x, y, x + side, y + side), reducing_gap=2.0)
-            out.append(mirrored(crop, random))
+        out += [part_of(image, 0.35, size, random) for _ in range(each)]
     return scaled(out)
 
 
