@@ -49,6 +49,15 @@ def chosen(path: Path, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x, choice, probability >= SURE
 
 
+def scored_photos(debian: Path) -> dict[str, Tensor]:
+    """What is scored on."""
+    return {
+        "crops": calibrate_photos.crops("test", 18, efficientnet_lite0.installed("skimage").parent, debian),
+        "objects": calibrate_photos.objects("test", 4, debian),
+        "subjects": calibrate_photos.subjects("test", 4, debian),
+    }
+
+
 def run(args: argparse.Namespace, recipe: str, seed: int, method: str, seen: Seen) -> record.Row:
     """One recipe and seed: quantize, then score on the 20 photos, on crops and on objects."""
     photos, labels = efficientnet_lite0.photos()
@@ -109,15 +118,8 @@ def main() -> None:
     alike = {name: getattr(args, name) for name in none}
     wanted: list[record.Row] = [{"recipe": recipe, "seed": 0} | none for recipe in args.recipes]
     wanted += [{"recipe": recipe, "seed": seed} | alike for seed in args.seeds for recipe in args.recipes]
-    seen: Seen = {}
-    if not args.table:
-        skimage = efficientnet_lite0.installed("skimage").parent
-        x = {
-            "crops": calibrate_photos.crops("test", 18, skimage, args.debian),
-            "objects": calibrate_photos.objects("test", 4, args.debian),
-            "subjects": calibrate_photos.subjects("test", 4, args.debian),
-        }
-        seen = {name: chosen(efficientnet_lite0.checkpoint(), each) for name, each in x.items()}
+    x = {} if args.table else scored_photos(args.debian)
+    seen = {name: chosen(efficientnet_lite0.checkpoint(), each) for name, each in x.items()}
     record.fill(args, wanted, lambda key: run(args, key["recipe"], key["seed"], key["method"], seen), table)
 
 
