@@ -406,6 +406,19 @@ def test_the_drop_is_points_with_labels_and_agreement_without() -> None:
     assert compare([exact], [int8 * np.nan], [None]).relative_l2 == float("inf")
 
 
+def test_how_many_of_the_sure_predictions_are_equal() -> None:
+    """Of logits, and of probabilities, which a softmax would flatten."""
+    logits = np.array([[9, 0, 0], [0, 9, -30], [0.1, 0, 0], [0, 0, 0.2]], np.float32)
+    other = logits[[0, 0, 1, 3]]
+    found = compare([logits], [other], [])
+    assert (found.sure, found.sure_equal, found.agreement) == (2, 1, 50.0)
+    shares = torch.from_numpy(logits).softmax(1).numpy()
+    found = compare([shares], [shares[[0, 0, 1, 3]]], [])
+    assert (found.sure, found.sure_equal, found.agreement) == (2, 1, 50.0)
+    maps = logits.reshape(1, 4, 3).repeat(5, 0).clip(0)
+    assert compare([maps], [maps * 1.1], []).sure == 0
+
+
 def test_outputs_that_are_masked_have_no_distance() -> None:
     exact = np.random.default_rng(0).normal(size=(8, 3, 4)).astype(np.float32)
     hidden = np.arange(12).reshape(3, 4) % 5 == 0

@@ -27,6 +27,10 @@ Outputs = Sequence[npt.NDArray[np.float32]]
 """Those of a network on all samples, the one that counts first."""
 
 
+SURE = 0.5
+"""Probability of a prediction that is no matter of luck."""
+
+
 @dataclass(frozen=True)
 class Drop:
     """The int8 file beside the exact one on held-out samples.
@@ -38,6 +42,8 @@ class Drop:
         exact, int8: top-1 in percent; None without labels.
         explained: of outputs that are not, percent of their variance about their mean, without tokens that a mask
             hides; see ``pcq.likeness.Likeness``.
+        sure: of predictions, how many the exact file gives a probability of ``SURE`` or more.
+        sure_equal: how many of these are equal.
     """
 
     n: int
@@ -46,6 +52,8 @@ class Drop:
     exact: float | None
     int8: float | None
     explained: float | None = None
+    sure: int = 0
+    sure_equal: int = 0
 
     @property
     def points(self) -> float:
@@ -65,13 +73,24 @@ def compare(exact: Outputs, int8: Outputs, labels: Sequence[Tensor | None], mask
     if not predicts(theirs):
         alike = Likeness.of(*(torch.from_numpy(each[0]) for each in seen))
         return Drop(len(theirs), distance, None, None, None, alike.explained)
+    sure = _sure(theirs)
     ours, theirs = ours.argmax(1), theirs.argmax(1)
     truth = torch.cat(known).numpy() if known and len(known) == len(labels) else None
     return Drop(
         len(theirs), distance, 100 * float((ours == theirs).mean()),
         None if truth is None else 100 * float((theirs == truth).mean()),
         None if truth is None else 100 * float((ours == truth).mean()),
+        sure=int(sure.sum()), sure_equal=int((ours == theirs)[sure].sum()),
     )  # fmt: skip
+
+
+def _sure(y: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+    """Which rows have a choice of probability ``SURE`` or more; what are no probabilities are taken for logits."""
+    shares = torch.from_numpy(y).double()
+    if not (bool((shares >= 0).all()) and torch.allclose(shares.sum(1), shares.new_ones(()), atol=1e-3)):
+        shares = shares.softmax(1)
+    found: npt.NDArray[np.bool_] = (shares.amax(1) >= SURE).numpy()
+    return found
 
 
 def _distance(ours: npt.NDArray[np.float32], exact: npt.NDArray[np.float32]) -> float:

@@ -94,7 +94,8 @@ def _said(drop: "Drop") -> str:
     points = (
         "" if drop.exact is None or drop.int8 is None else f"top-1 {drop.exact:.2f} % exact, {drop.int8:.2f} % int8, "
     )
-    same = "" if drop.agreement is None else f"{drop.agreement:.2f} % equal predictions, "
+    sure = f" ({drop.sure_equal} of the {drop.sure} that are sure)" if drop.sure else ""
+    same = "" if drop.agreement is None else f"{drop.agreement:.2f} % equal predictions{sure}, "
     same += "" if drop.explained is None else f"{drop.explained:.2f} % of the outputs' variance explained, "
     return f"{points}{same}outputs {drop.relative_l2:.1e} apart (relative L2)"
 
