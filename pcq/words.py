@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+LISTED = 3
+"""Names that a sentence has room for."""
+
 
 def dimensions(sizes: Sequence[int | None]) -> str:
     """``3x224x224``, with ``?`` for any size; without sizes ``one number``."""
@@ -11,3 +14,8 @@ def dimensions(sizes: Sequence[int | None]) -> str:
 def counted(number: int, noun: str, ending: str = "s") -> str:
     """``1 thread``, ``2,000 threads``."""
     return f"{number:,} {noun}{ending if number != 1 else ''}"
+
+
+def first_of(names: Sequence[str]) -> str:
+    """Names in a sentence: the first few."""
+    return f"{', '.join(names[:LISTED])}{', ...' if len(names) > LISTED else ''}"

@@ -103,15 +103,16 @@ def fitted(planned: Planned) -> bool:
 
 def unfit(planned: Planned, module: nn.Module) -> tuple[str, ...]:
     """What to say where fixed levels are of another size than the weights that training starts from."""
+    from pcq.sensitivity import weight_noise
+
     parameters = dict(module.named_parameters(remove_duplicate=False))
     entries = [entry for entry in planned.plan.quantized if entry.parameter.tied_to is None]
     lost = []
     for entry in entries:
         if quantizing.as_they_are(entry.quantizer):
             weight = parameters[entry.parameter.name].detach()
-            error = weight - qtensor.quantize(entry.quantizer, weight, entry.rows).dequantize()
-            signal, noise = (float(each.double().square().sum()) for each in (weight, error))
-            lost += [entry.parameter.name] * quantizing.unfit(entry.quantizer, quantizing.sqnr(signal, noise))
+            noise = weight_noise(weight, qtensor.quantize(entry.quantizer, weight, entry.rows))
+            lost += [entry.parameter.name] * quantizing.unfit(entry.quantizer, quantizing.sqnr(1.0, noise.share))
     if not lost:
         return ()
     return (

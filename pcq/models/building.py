@@ -23,10 +23,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pcq import weight_norm
 from pcq.errors import PcqError, did_you_mean, first_line
-from pcq.models.loading import first_of
 from pcq.models.recognition import Shapes
 from pcq.spec import Spec, call, is_own, parse
 from pcq.torchvision_compat import declare_operators, import_torchvision
+from pcq.words import first_of
 
 HALVES = (torch.float16, torch.bfloat16)
 KINDS = "torchvision:NAME, timm:NAME, hf:FOLDER, file.py:function or package.module:function"

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from pcq import weight_norm
 from pcq.errors import PcqError
 from pcq.models.recognition import Ambiguous, Shapes, recognise
+from pcq.words import first_of
 
 COUNTER = "num_batches_tracked"
-LISTED = 3
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,6 @@ class Mismatch:
         if shared < len(self.theirs) / 2:
             return f"Only {shared} of the checkpoint's {len(self.theirs)} names are the network's: another architecture"
         return "A variant of the architecture: another depth, width or version of the code"
-
-
-def first_of(names: Sequence[str]) -> str:
-    """Names in a sentence: the first few."""
-    return f"{', '.join(names[:LISTED])}{', ...' if len(names) > LISTED else ''}"
 
 
 def _size(shape: Sequence[int]) -> str:

@@ -9,7 +9,7 @@ from rich.text import Text
 from pcq import commands
 from pcq.plan import Kept, Quantized
 from pcq.report.forms import decibels, finite, render, shape, size, smaller, table, to_json
-from pcq.words import counted
+from pcq.words import counted, first_of
 
 
 @render.register
@@ -93,8 +93,8 @@ def _(result: commands.QuantizeResult) -> RenderableType:
     )
     parts = [render(part) for part in (result.allocation, result.calibrated) if part is not None]
     if result.nan:
-        names = ", ".join(result.nan[:3]) + ", ..." * (len(result.nan) > 3)
-        total += f"\nNaN in what stays as it is, which the outputs may become too: {names}. Repair the checkpoint."
+        named = first_of(result.nan)
+        total += f"\nNaN in what stays as it is, which the outputs may become too: {named}. Repair the checkpoint."
     if result.unfit:
         total += f"\n{_unfit(result)}"
     elif _rounded_blindly(result):
@@ -103,9 +103,9 @@ def _(result: commands.QuantizeResult) -> RenderableType:
 
 
 def _unfit(result: commands.QuantizeResult) -> str:
-    few = ", ".join(result.unfit[:3]) + ", ..." * (len(result.unfit) > 3)
+    lost = result.unfit
     return (
-        f"Next to nothing is kept of {len(result.unfit)} of {counted(len(result.ledger), 'weight')} ({few}): fixed "
+        f"Next to nothing is kept of {len(lost)} of {counted(len(result.ledger), 'weight')} ({first_of(lost)}): fixed "
         "levels are used as they are, whatever the weights' size. `scale: mse` beside them in the recipe fits them."
     )
 

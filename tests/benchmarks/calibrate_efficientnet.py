@@ -14,6 +14,7 @@ of each photo of a subject as well.
 import argparse
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -32,20 +33,24 @@ Seen = dict[str, tuple[Tensor, Tensor, Tensor]]
 """What is scored on -> images, the float network's choice for each, and whether it is sure of it."""
 
 
-def outputs(path: Path, x: Tensor) -> Tensor:
-    """The network's logits of each image."""
-    predict = module_predictor(pcq.open_network(path, ARCH).module)
+def outputs(predict: Callable[..., Tensor], x: Tensor) -> Tensor:
+    """A network's or file's logits of each image."""
     return torch.cat([predict(part) for part in x.split(16)])
+
+
+def logits(path: Path, x: Tensor) -> Tensor:
+    """Those of a checkpoint or an artifact."""
+    return outputs(module_predictor(pcq.open_network(path, ARCH).module), x)
 
 
 def predicted(path: Path, x: Tensor) -> Tensor:
     """The network's choice for each image."""
-    return outputs(path, x).argmax(1)
+    return logits(path, x).argmax(1)
 
 
 def chosen(path: Path, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The images with the network's choices, and whether it is sure."""
-    probability, choice = outputs(path, x).softmax(1).max(1)
+    probability, choice = logits(path, x).softmax(1).max(1)
     return x, choice, probability >= SURE
 
 

@@ -12,24 +12,16 @@ import argparse
 import tempfile
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 import pcq
 from pcq.commands import Calibration
 from pcq.commands.exporting import Int8
-from pcq.export import verify
+from pcq.scores import onnx_predictor
 from tests.benchmarks import calibrate_photos, efficientnet_lite0, record
-from tests.benchmarks.calibrate_efficientnet import ARCH, Seen, chosen, scored_photos
+from tests.benchmarks.calibrate_efficientnet import ARCH, Seen, chosen, outputs, scored_photos
 
 FILES = ("exact", "int8, --vnni", "int8")
-
-
-def choices(path: Path, x: Tensor) -> Tensor:
-    """The file's choice for each image."""
-    session = verify.open_session(str(path), optimised=True)
-    name = session.get_inputs()[0].name
-    return torch.cat([torch.from_numpy(session.run(None, {name: part.numpy()})[0]).argmax(1) for part in x.split(16)])
 
 
 def run(args: argparse.Namespace, recipe: str, seed: int, seen: Seen) -> record.Row:
@@ -47,12 +39,12 @@ def run(args: argparse.Namespace, recipe: str, seed: int, seen: Seen) -> record.
         for name in FILES:
             how = Int8(spec, samples=args.samples, max_drop=100, vnni="vnni" in name) if name != "exact" else None
             done = pcq.export_onnx(made.path, Path(folder) / f"{name}.onnx", input_shape=(3, 224, 224), int8=how)
-            got = {place: choices(done.path, x) for place, (x, _, _) in seen.items()}
+            got = {place: outputs(onnx_predictor(done.path), x).argmax(1) for place, (x, _, _) in seen.items()}
             exact = exact or got
             row[name] = {
                 "bytes": done.report.nbytes if done.int8 is None else done.int8.nbytes,
                 "in_int8": 0 if done.int8 is None else sum(each.activations is not None for each in done.int8.layers),
-                "top1_of_20": int((choices(done.path, photos) == labels).sum()),
+                "top1_of_20": int((outputs(onnx_predictor(done.path), photos).argmax(1) == labels).sum()),
             }
             for kind, aims in (("float", {place: aim for place, (_, aim, _) in seen.items()}), ("exact", exact)):
                 equal = {place: got[place] == aim for place, aim in aims.items()}
