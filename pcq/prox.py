@@ -24,7 +24,7 @@ from pcq.errors import PcqError
 from pcq.gpu import prox as prox_gpu
 from pcq.grids import Affine, Grid
 
-CHUNK = 1 << 17
+CHUNK = 1 << 18
 """Weights worked on at a time on a CPU, so that the temporaries stay in its cache."""
 
 FEW = 8
@@ -273,8 +273,9 @@ def _beyond(table: Tensor, shifts: Shifts) -> Kernel:
 def _even(grid: Affine, shifts: Shifts, clipped: bool) -> Kernel:
     """In units of the step, L is the nearest code plus the shrunk rest: one scalar function for all rows and gaps.
 
-    Codes are counted from the zero point where it is a whole number, which saves moving there and back. Where it is
-    not, a map without jumps is rather taken as the nearest middle of a gap plus a ramp, which needs no shrinking.
+    Codes are counted from the zero point where it is a multiple of 1/2, which saves moving there and back. Where it is
+    no whole number, a map without jumps is rather taken as the nearest middle of a gap plus a ramp, which needs no
+    shrinking.
     Monotone to the last bit: every operation is, and the rest never passes 1/2.
     """
     (r, v, _), slope = shifts.half_gaps, shifts.slope
@@ -285,8 +286,9 @@ def _even(grid: Affine, shifts: Shifts, clipped: bool) -> Kernel:
     aside = 0.5 if ramps else 0.0
     moved, low = True, -aside
     origin = zero.float()[:, None] - aside if isinstance(zero, Tensor) else zero - aside
-    if not (hard or isinstance(zero, Tensor) or (zero - aside) % 1):
-        moved, low = False, -zero
+    halves = False
+    if not (hard or isinstance(zero, Tensor) or (zero - aside) % 0.5):
+        moved, low, halves = False, -zero, (zero - aside) % 1 != 0
     high = low + grid.count - 1
 
     def shift(x: Tensor, which: slice, sign: int) -> Tensor:
@@ -296,7 +298,10 @@ def _even(grid: Affine, shifts: Shifts, clipped: bool) -> Kernel:
         rest = shift(torch.div(weights, _of(step, which), out=result if hard else scratch), which, 1)
         if clipped:
             rest.clamp_(low, high)
-        code = rest.round_() if hard else torch.round(rest, out=result)
+        if halves:
+            code = torch.floor(rest, out=result).add_(0.5)
+        else:
+            code = rest.round_() if hard else torch.round(rest, out=result)
         if not clipped:
             code.clamp_(low, high)
         if not hard:

@@ -11,11 +11,12 @@ network as for one weight.
 
 import itertools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pcq import qtensor
@@ -41,17 +42,21 @@ def settles(quantizer: qtensor.Quantizer) -> bool:
 def refit(quantizer: qtensor.Quantizer, rows: Tensor, grid: Grid) -> Grid:
     """``rows [g, n]`` float32 and the grid last used for them -> a grid of the same form, at least as good.
 
-    What chooses its levels by another rule than least squares (absmax, mean, fixed levels), or quickly, or is not known
+    What chooses its levels by another rule than least squares (absmax, fixed levels), or quickly, or is not known
     here, is fitted anew; zero points are kept. Rows whose weights all have one code are fitted anew too, so that none
     stays stuck at zero.
     """
+    factor = _per_magnitude(quantizer)
+    if factor is not None and isinstance(grid, Affine):
+        return _of_mean(grid, _magnitudes(rows) / rows.shape[1], factor)
     if not follows(quantizer, grid):
         return quantizer.fit(rows)
     if isinstance(grid, Affine):
         scale, stuck = _ratio(*_affine_sums(rows, grid), grid.scale)
         moved: Grid = Affine(scale, grid.zero_point, grid.count)
     else:
-        moved, stuck = _moved(quantizer, grid, *_cells(rows, grid))
+        sides = _cells_of_magnitudes if isinstance(quantizer, LeastSquaresBinary) else _cells
+        moved, stuck = _moved(quantizer, grid, *sides(rows, grid.levels().expand(rows.shape[0], -1)))
     return _with_rows(moved, stuck, quantizer.fit(rows[stuck])) if bool(stuck.any()) else moved
 
 
@@ -155,8 +160,12 @@ def _by_sums(quantizer: qtensor.Quantizer, grid: Grid, counts: Tensor, sums: Ten
     if factor is None:
         return _moved(quantizer, grid, counts[:, : grid.count], sums[:, : grid.count])
     assert isinstance(grid, Affine), grid
-    mean = (sums[:, 1] - sums[:, 0]) / counts.sum(1)
-    return Affine((mean * factor).clamp(max=torch.finfo(torch.float32).max).float(), grid.zero_point, grid.count), None
+    return _of_mean(grid, (sums[:, 1] - sums[:, 0]) / counts.sum(1), factor), None
+
+
+def _of_mean(grid: Affine, mean: Tensor, factor: float) -> Affine:
+    """The scale is ``factor`` mean magnitudes: float64 ``[g]``."""
+    return Affine((mean * factor).clamp(max=torch.finfo(torch.float32).max).float(), grid.zero_point, grid.count)
 
 
 def _per_magnitude(quantizer: qtensor.Quantizer) -> float | None:
@@ -191,32 +200,53 @@ def _ratio(above: Tensor, below: Tensor, before: Tensor) -> tuple[Tensor, Tensor
     return torch.where(stuck, before.double(), above / torch.where(below > 0, below, 1.0)).float(), stuck
 
 
+def _magnitudes(rows: Tensor) -> Tensor:
+    """The sum of the magnitudes of each row's weights: float64 ``[g]``."""
+    total = rows.new_zeros(rows.shape[0], dtype=torch.float64)
+    for which, part, scratch in _pieces(rows):
+        total[which] += torch.abs(rows[which, part], out=scratch).sum(1, dtype=torch.float64)
+    return total
+
+
+def _pieces(rows: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Slices of ``rows`` that are worked on at a time, and a buffer of the shape of each."""
+    size = min(CHUNK, rows.numel()) if rows.device.type == "cpu" else rows.numel()
+    scratch = rows.new_empty(size)
+    for which, part in blocks(rows, size):
+        shape = rows[which, part].shape
+        yield which, part, scratch[: shape.numel()].view(shape)
+
+
 def _affine_sums(rows: Tensor, grid: Affine) -> tuple[Tensor, Tensor]:
     """``<weights, codes>`` and ``<codes, codes>`` of each row, codes counted from the zero point: float64 ``[g]``."""
     step = torch.where(grid.scale > 0, grid.scale, 1.0)[:, None]
     zero = grid.zeros()
     above, below = rows.new_zeros(2, rows.shape[0], dtype=torch.float64)
-    size = min(CHUNK, rows.numel()) if rows.device.type == "cpu" else rows.numel()
-    scratch = rows.new_empty(size)
-    for which, part in blocks(rows, size):
+    for which, part, scratch in _pieces(rows):
         weights = rows[which, part]
-        code = torch.div(weights, step[which], out=scratch[: weights.numel()].view_as(weights)).add_(zero[which])
+        code = torch.div(weights, step[which], out=scratch).add_(zero[which])
         code.round_().clamp_(0, grid.count - 1).sub_(zero[which])
         above[which] += torch.linalg.vecdot(weights, code)
         below[which] += torch.linalg.vecdot(code, code)
     return above, below
 
 
-def _cells(rows: Tensor, grid: Codebook) -> tuple[Tensor, Tensor]:
-    """How many weights of each row are nearest to each of its levels, and their sum: float64 ``[g, k]`` each."""
-    g, k = rows.shape[0], grid.count
-    counts, sums = rows.new_zeros(2, g, k, dtype=torch.float64)
-    levels = grid.levels().expand(g, -1)
-    middles = (levels[:, 1:] + levels[:, :-1]) / 2
-    size = min(CHUNK, rows.numel()) if rows.device.type == "cpu" else rows.numel()
-    scratch = rows.new_empty(size)
-    for which, part in blocks(rows, size):
-        weights = rows[which, part]
+def _cells_of_magnitudes(rows: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`_cells`, for ``±v1 ± .. ± vb``: a weight and the level nearest to it may both change their sign, which
+    halves the levels to look at."""
+    counts, sums = _cells(rows, levels[:, levels.shape[1] // 2 :], torch.abs)
+    return F.pad(counts, (counts.shape[1], 0)), F.pad(sums, (sums.shape[1], 0))
+
+
+def _cells(
+    rows: Tensor, levels: Tensor, of: Callable[[Tensor], Tensor] = lambda weights: weights
+) -> tuple[Tensor, Tensor]:
+    """How many weights of each row, or numbers made ``of`` them, are nearest to each of its ``levels [g, k]``, and
+    their sum: float64 ``[g, k]`` each."""
+    counts, sums = levels.new_zeros(2, *levels.shape, dtype=torch.float64)
+    middles, k = (levels[:, 1:] + levels[:, :-1]) / 2, levels.shape[1]
+    for which, part, scratch in _pieces(rows):
+        weights = of(rows[which, part])
         if k > FEW:
             offset = torch.arange(weights.shape[0], device=rows.device)[:, None] * k
             index = (torch.searchsorted(middles[which].contiguous(), weights.contiguous()) + offset).flatten()
@@ -227,9 +257,7 @@ def _cells(rows: Tensor, grid: Codebook) -> tuple[Tensor, Tensor]:
         counts[which, 0] += weights.shape[1]
         sums[which, 0] += weights.sum(1)
         for level in range(1, k):
-            above = torch.gt(
-                weights, middles[which, level - 1 : level], out=scratch[: weights.numel()].view_as(weights)
-            )
+            above = torch.gt(weights, middles[which, level - 1 : level], out=scratch)
             count, total = above.sum(1), above.mul_(weights).sum(1)
             counts[which, level] += count
             counts[which, level - 1] -= count

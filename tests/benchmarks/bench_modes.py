@@ -13,7 +13,6 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import subprocess
 import tempfile
 from dataclasses import asdict
@@ -24,6 +23,7 @@ import networks
 import onnxruntime
 import torch
 from bench_export import write_float
+from bench_prox import processor
 from torch import Tensor, nn
 
 import pcq
@@ -120,7 +120,7 @@ def machine() -> str:
     name = (
         "with VNNI" if "avx512_vnni" in flags else "without VNNI" if "avx512f" in flags else "without AVX512 and VNNI"
     )
-    return f"{platform.machine()}, {os.cpu_count()} cores of a virtual machine {name}"
+    return f"{processor()}, {os.cpu_count()} cores of a virtual machine {name}"
 
 
 def markdown(rows_of: dict[str, list[dict[str, object]]]) -> str:
