@@ -304,7 +304,10 @@ def _even(grid: Affine, shifts: Shifts, clipped: bool) -> Kernel:
             code = rest.round_() if hard else torch.round(rest, out=result)
         if not clipped:
             code.clamp_(low, high)
-        if not hard:
+        if not hard and slope == 1:
+            torch.sub(rest, code, out=code).clamp_(-r / 2, r / 2)
+            torch.sub(rest, code, out=code)
+        elif not hard:
             rest.sub_(code)
             if ramps:
                 code.add_(rest.mul_(slope).clamp_(-0.5, 0.5))
