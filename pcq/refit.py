@@ -11,7 +11,7 @@ network as for one weight.
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,8 +55,8 @@ def refit(quantizer: qtensor.Quantizer, rows: Tensor, grid: Grid) -> Grid:
         scale, stuck = _ratio(*_affine_sums(rows, grid), grid.scale)
         moved: Grid = Affine(scale, grid.zero_point, grid.count)
     else:
-        sides = _cells_of_magnitudes if isinstance(quantizer, LeastSquaresBinary) else _cells
-        moved, stuck = _moved(quantizer, grid, *sides(rows, grid.levels().expand(rows.shape[0], -1)))
+        cells = _mirrored_cells if isinstance(quantizer, LeastSquaresBinary) else _cells
+        moved, stuck = _moved(quantizer, grid, *cells(rows, grid.levels().expand(rows.shape[0], -1)))
     return _with_rows(moved, stuck, quantizer.fit(rows[stuck])) if bool(stuck.any()) else moved
 
 
@@ -231,22 +231,20 @@ def _affine_sums(rows: Tensor, grid: Affine) -> tuple[Tensor, Tensor]:
     return above, below
 
 
-def _cells_of_magnitudes(rows: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """As :func:`_cells`, for ``±v1 ± .. ± vb``: a weight and the level nearest to it may both change their sign, which
-    halves the levels to look at."""
-    counts, sums = _cells(rows, levels[:, levels.shape[1] // 2 :], torch.abs)
+def _mirrored_cells(rows: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`_cells`, for levels ``±v1 ± .. ± vb``: a weight and the level nearest to it may both change their sign,
+    which leaves half of the levels to look at."""
+    counts, sums = _cells(rows, levels[:, levels.shape[1] // 2 :], magnitudes=True)
     return F.pad(counts, (counts.shape[1], 0)), F.pad(sums, (sums.shape[1], 0))
 
 
-def _cells(
-    rows: Tensor, levels: Tensor, of: Callable[[Tensor], Tensor] = lambda weights: weights
-) -> tuple[Tensor, Tensor]:
-    """How many weights of each row, or numbers made ``of`` them, are nearest to each of its ``levels [g, k]``, and
-    their sum: float64 ``[g, k]`` each."""
+def _cells(rows: Tensor, levels: Tensor, magnitudes: bool = False) -> tuple[Tensor, Tensor]:
+    """How many weights of each row, or their magnitudes, are nearest to each of its ``levels [g, k]``, and their sum:
+    float64 ``[g, k]`` each."""
     counts, sums = levels.new_zeros(2, *levels.shape, dtype=torch.float64)
     middles, k = (levels[:, 1:] + levels[:, :-1]) / 2, levels.shape[1]
     for which, part, scratch in _pieces(rows):
-        weights = of(rows[which, part])
+        weights = rows[which, part].abs() if magnitudes else rows[which, part]
         if k > FEW:
             offset = torch.arange(weights.shape[0], device=rows.device)[:, None] * k
             index = (torch.searchsorted(middles[which].contiguous(), weights.contiguous()) + offset).flatten()
