@@ -405,6 +405,10 @@ def test_mean_and_std_of_tokens_are_refused(option: dict[str, float]) -> None:
     [
         ({"z": np.zeros(3)}, "it holds z"),
         ({"x": np.zeros((3, 2)), "y": np.zeros(2)}, r"labels have shape \[2\]"),
+        (
+            {"x": np.zeros((3, 2)), "y": np.zeros((3, 4, 4))},
+            r"shape \[3, 4, 4\]\. Allowed: \[3\], .*give the samples alone",
+        ),
         ({"x": np.zeros((2, 2)), "y": np.array([0.5, 1])}, "not whole numbers"),
         ({"x": np.zeros((2, 2)), "y": np.array([-1, 1])}, "a label is -1"),
         ({"x": np.zeros((0, 2))}, "there are no samples"),
@@ -516,6 +520,10 @@ def sparse(): return X.to_sparse(), Y
 def sparse_samples():
     for x, y in zip(X, Y): yield x.to_sparse(), y
 def halves(): return torch.utils.data.TensorDataset(X, Y + 0.7)
+MAPS = torch.zeros(6, 4, 4).long()
+def maps(): return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, MAPS))
+def map_batches(): return [(X[:4], MAPS[:4]), (X[4:], MAPS[4:])]
+def maps_in_turn(): yield from map_batches()
 def endless(): return torch.utils.data.TensorDataset(X, Y / 0)
 def waves(): return torch.utils.data.TensorDataset(X * 1j, Y)
 def scaled(by=1): return X * by, Y
@@ -619,6 +627,10 @@ def test_own_functions_get_split_and_options(own: str) -> None:
         ("sparse_samples", "a tensor is sparse"),
         ("halves", "the labels are not whole numbers"),
         ("endless", "the labels are not whole numbers"),
+        *(
+            (maps, r"labels have shape \[6, 4, 4\]\. Allowed: \[6\], class numbers\. Maps, .*give the samples alone")
+            for maps in ("maps", "map_batches", "maps_in_turn")
+        ),
         ("waves", "the numbers are complex"),
         ("aray", "has no 'aray'.*Did you mean 'arrays'"),
     ],

@@ -34,6 +34,8 @@ PLAIN = (SequentialSampler, RandomSampler, DistributedSampler)
 """Samplers that take every sample, in an order of their own."""
 ASKED = 64
 
+ALONE = "Maps, sequences and the like are not read: give the samples alone, to compare outputs with the float network's"
+
 
 @runtime_checkable
 class Indexed(Protocol):
@@ -207,7 +209,9 @@ def _labels(name: str, labels: Tensor | None, n: int) -> Tensor | None:
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.ndim != 1 or len(labels) != n:
-        raise PcqError(f"the labels have shape {list(labels.shape)}", where=name, allowed=f"[{n}], class numbers")
+        todo = ALONE if labels.ndim > 1 else ""
+        what = f"the labels have shape {list(labels.shape)}"
+        raise PcqError(what, where=name, allowed=f"[{n}], class numbers", todo=todo)
     if labels.is_floating_point() and not (labels.isfinite() & (labels == labels.round())).all():
         raise PcqError("the labels are not whole numbers", where=name, allowed="class numbers, counted from 0")
     labels = labels.long()
@@ -352,7 +356,7 @@ def _is_batch(item: Any) -> bool:
         return any(np.ndim(item[name]) for name in LABELS if name in item)
     x, y = _parts(item)
     arrays = isinstance(x, (Tensor, np.ndarray)) and isinstance(y, (Tensor, np.ndarray))
-    return arrays and y.ndim == 1 and x.ndim > 0 and len(x) == len(y) > 1
+    return arrays and y.ndim > 0 and x.ndim > 0 and len(x) == len(y) > 1
 
 
 def _refuse_more(item: Any, name: str) -> None:
@@ -380,6 +384,8 @@ def _indexed(spec: Spec, split: str, found: Indexed) -> Data:
     first = tensor(first, name)
     labels = None
     if label is not None:
+        if (one := tensor(label, name)).numel() != 1:
+            _labels(name, one.expand(len(found), *one.shape), len(found))
         with running(spec, "reading its labels"):
             given = _told(found)
             if given is None:
@@ -442,7 +448,7 @@ def _collected(name: str, split: str, items: list[Any]) -> Data:
         x, y = _parts(item)
         x, y = tensor(x, name), None if y is None else tensor(y, name)
         xs.append(x[None] if y is not None and y.ndim == 0 else x)
-        ys.append(None if y is None else y.reshape(-1))
+        ys.append(None if y is None else y.reshape(-1) if y.numel() == y.shape[:1].numel() else y)
     if not xs:
         raise PcqError("the iterable is empty", where=name)
     if any(y is None for y in ys) != all(y is None for y in ys) or len({x.shape[1:] for x in xs}) > 1:
