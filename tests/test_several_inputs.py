@@ -25,6 +25,7 @@ from pcq.data.inputs import in_order, inputs, names
 from pcq.errors import NoSplit, PcqError
 from pcq.export import open_packed, verify
 from pcq.export.scheme import usual_sizes
+from pcq.export.tracing import trace
 from pcq.settings import Finetune
 from pcq.train.splits import open_splits
 from pcq.train.step import loss_of
@@ -599,6 +600,54 @@ def test_a_file_of_open_length_is_proved_at_two(tmp_path: Path, monkeypatch: pyt
     np.savez(tmp_path / "tokens.npz", **{name: array.numpy() for name, array in _samples().items()})
     pcq.export_onnx(packed(tmp_path, Masked()), tmp_path / "x.onnx", example=f"npz:{tmp_path / 'tokens.npz'}")
     assert seen == [(1, 6)] * 2 + [(3, 3)] * 2 + [(4, 6)] * 2
+
+
+class Wave(nn.Module):
+    """Takes a wave of any length, but not below ``fewest`` samples, and a picture of any size."""
+
+    def __init__(self, fewest: int = 0) -> None:
+        super().__init__()
+        self.first, self.second, self.fewest = nn.Conv1d(1, 16, 5, 2), nn.Conv2d(1, 16, 3), fewest
+
+    def forward(self, wave: Tensor, picture: Tensor) -> Tensor:
+        torch._check(wave.shape[1] > self.fewest)
+        return self.first(wave[:, None]).mean(2) + self.second(picture).amax((2, 3))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("fewest", "tried"), [(8, [(16,), (1, 5, 6)]), (31, None)])
+def test_every_size_that_a_program_leaves_open_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fewest: int, tried: list[tuple[int, ...]] | None
+) -> None:
+    seen = []
+    prove = verify.prove
+
+    def noted(path, weights, predicted, run, trials, *rest):  # type: ignore[no-untyped-def]
+        seen.extend([tuple(x.shape[1:]) for x in trial.values] for trial in trials)
+        return prove(path, weights, predicted, run, trials, *rest)
+
+    monkeypatch.setattr(verify, "prove", noted)
+    net, given, any_ = Wave(fewest).eval(), (torch.zeros(2, 33), torch.zeros(2, 1, 10, 12)), torch.export.Dim.AUTO
+    sizes = ({0: any_, 1: any_}, {0: any_, 2: any_, 3: any_})
+    torch.export.save(torch.export.export(net, given, dynamic_shapes=sizes), tmp_path / "wave.pt2")
+    artifact = pcq.quantize(tmp_path / "wave.pt2", "w8", out=tmp_path / "w.safetensors").path
+    report = pcq.export_onnx(artifact, tmp_path / "wave.onnx").report
+    assert seen == [[(33,), (1, 10, 12)], tried or [(32,), (1, 5, 6)]]
+    assert report.dynamic_length
+
+
+class Halves(nn.Module):
+    """Of two lengths, one twice the other."""
+
+    def forward(self, whole: Tensor, half: Tensor) -> Tensor:
+        return whole.reshape(whole.shape[0], half.shape[1], 2).sum(2) + half
+
+
+def test_sizes_that_do_not_go_together_are_not_tried() -> None:
+    given, n, t = (torch.zeros(2, 12), torch.zeros(2, 6)), torch.export.Dim("n"), torch.export.Dim("t", max=99)
+    program = torch.export.export(Halves(), given, dynamic_shapes=({0: n, 1: 2 * t}, {0: n, 1: t}))
+    traced = trace(program, given, 20)
+    assert traced.others == ({}, {})
+    assert [str(value.shape[1]).isdigit() for value in traced.model.graph.inputs if value.shape] == [False, False]
 
 
 def test_a_program_with_named_inputs_runs_in_int8(tmp_path: Path) -> None:

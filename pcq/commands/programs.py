@@ -102,8 +102,8 @@ def _of_network(
     network: Network, source: Path, input_shape: tuple[int, ...] | None, given: tuple[Tensor, ...]
 ) -> _Program:
     """Traced, for any batch if torch manages it; on the samples ``given``, or else random ones."""
-    from pcq.data.inputs import names, needed, shortened, taken
-    from pcq.export.tracing import other_lengths
+    from pcq.data.inputs import names, needed, resized, taken
+    from pcq.export.tracing import other_sizes
 
     if len(given) < len(needed(network.module)):
         network.refuse_several(source)
@@ -123,7 +123,7 @@ def _of_network(
     if len(batches) > 1:  # the last also at another length of tokens, where that is open
         last = samples(batches[-1])
         called = [*names(network.module), *[""] * len(last)][: len(last)]
-        trials[batches[-1]] = (shortened(called, last, other_lengths(program, last)), {})
+        trials[batches[-1]] = (resized(called, last, other_sizes(program, last)), {})
     signature = program.module_call_graph[0].signature
     assert signature is not None
     signature.out_spec = _named(signature.out_spec)

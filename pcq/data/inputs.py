@@ -190,11 +190,14 @@ def of_any_length(inputs: Sequence[Tensor]) -> list[bool]:
     return [x.ndim == 2 and not x.is_floating_point() and x.shape[1] > 1 and x.shape[1] not in frames for x in inputs]
 
 
-def shortened(names: Sequence[str], inputs: Sequence[Tensor], lengths: Sequence[int | None]) -> tuple[Tensor, ...]:
-    """The inputs of these ``names``, those with a length cut to it; a mask then hides no token."""
-    cut = [x if length is None else x[:, :length] for x, length in zip(inputs, lengths, strict=True)]
-    hides = [length is not None and hides_tokens(name) for name, length in zip(names, lengths, strict=True)]
-    return tuple(torch.ones_like(x) if mask else x for x, mask in zip(cut, hides, strict=True))
+def resized(names: Sequence[str], inputs: Sequence[Tensor], sizes: Sequence[Mapping[int, int]]) -> tuple[Tensor, ...]:
+    """The inputs of these ``names``, cut along the axes in ``sizes`` to those; a mask then hides no token."""
+    made = []
+    for name, x, one in zip(names, inputs, sizes, strict=True):
+        for axis, size in one.items():
+            x = x.narrow(axis, 0, size)
+        made.append(torch.ones_like(x) if one and hides_tokens(name) else x)
+    return tuple(made)
 
 
 @contextmanager
@@ -406,7 +409,12 @@ def _lookups(module: Callable[..., object], inputs: tuple[Tensor, ...]) -> tuple
     return lookups.sizes, refused
 
 
-def _refused(module: Callable[..., object], *inputs: Tensor) -> str | None:
+def runs(network: Callable[[Sequence[Tensor]], object], inputs: Sequence[Tensor]) -> bool:
+    """Whether the network takes these inputs."""
+    return _refused(network, inputs) is None
+
+
+def _refused(module: Callable[..., object], *inputs: Any) -> str | None:
     try:
         with torch.no_grad():
             module(*inputs)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from pcq.data.inputs import hides_tokens, named_mask, shortened
+from pcq.data.inputs import hides_tokens, named_mask, resized
 from pcq.errors import PcqError, did_you_mean, raise_all
 from pcq.export import norms, passes, scheme, verify, writing
 from pcq.export.facts import Target, target
@@ -56,7 +56,7 @@ class OnnxReport:
         folded: weights whose scales have taken in the BatchNorm behind them.
         agreements: the runs beside torch.
         dynamic_batch: whether the file takes any number of samples.
-        dynamic_length: whether it takes tokens of any length.
+        dynamic_length: whether it takes samples of other sizes, such as tokens of any length; it was tried on some.
         opset, ir_version, target_ort: what the file is written for.
         ort_version: the ONNX Runtime it was tried in.
         resident: predicted bytes of all tensors in memory while the network runs.
@@ -168,7 +168,7 @@ def write_onnx(
             for name, weight in kept.items()
         ),
         unused=packing.unused, shared=packing.shared, agreements=agreements, dynamic_batch=any(traced.batched),
-        dynamic_length=any(traced.lengths),
+        dynamic_length=any(traced.others),
         opset=file.opset, ir_version=file.ir_version, target_ort=goal.ort, ort_version=onnxruntime.__version__,
         seconds=time.perf_counter() - start, resident=packing.plan.resident + file.float_bytes,
         transient=packing.plan.transient, loading=packing.plan.loading, load=packing.plan.load, level4=level4,
@@ -337,13 +337,13 @@ def _usual(traced: Traced) -> dict[str, list[int]]:
 
 
 def _trials(traced: Traced, samples: Sequence[Sequence[Tensor]]) -> list[verify.Trial]:
-    """Random inputs at two batch sizes (one, if it is fixed), tokens at two lengths if these are open, and samples."""
+    """Random inputs at two batch sizes (one, if it is fixed), of two sizes if these are open, and samples."""
     any_ = any(traced.batched)
     batches: list[int | None] = [traced.smallest_batch, traced.smallest_batch + 2] if any_ else [None]
-    batches += [None] * (not any_ and any(traced.lengths))
+    batches += [None] * (not any_ and any(traced.others))
     generator = torch.Generator().manual_seed(0)
     names = [value.name or "" for value in traced.model.graph.inputs]
-    examples = [traced.example, shortened(names, traced.example, traced.lengths)]
+    examples = [traced.example, resized(names, traced.example, traced.others)]
     trials = [
         verify.Trial("random", tuple(
             _random(leaf, batch if moves else None, generator, whole=hides_tokens(name))

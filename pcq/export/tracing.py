@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from pcq.data.inputs import names, of_any_length
+from pcq.data.inputs import names, of_any_length, resized, runs
 from pcq.errors import PcqError, raise_all
 from pcq.logits import NAME, main_output, tensors
 
@@ -72,7 +72,8 @@ class Traced:
         used: the names that ``forward`` uses.
         example: one tensor for each input of the graph, in its order.
         batched: for each input, whether its first dimension is the batch and can be any size.
-        lengths: for each input of tokens or a mask ``[n, t]`` whose length can be any size, another one to try.
+        others: for each input the axes of a sample whose size is open, such as the length of tokens, and another size
+            to try; none where the network does not take those sizes.
         smallest_batch: the fewest samples the network takes at once.
         run: the network itself: inputs -> its tensor outputs in the graph's order.
     """
@@ -81,7 +82,7 @@ class Traced:
     used: frozenset[str]
     example: tuple[Tensor, ...]
     batched: tuple[bool, ...]
-    lengths: tuple[int | None, ...]
+    others: tuple[dict[int, int], ...]
     smallest_batch: int
     run: Callable[[Sequence[Tensor]], list[Tensor]]
 
@@ -136,8 +137,11 @@ def trace(network: nn.Module | ExportedProgram, example: Example | None, opset: 
     if len(graph.outputs) > 1:
         _name_main(graph, result(leaves))
     used, smallest = _signature(program.exported_program, tensors_of(network))
-    lengths = tuple(other_lengths(program.exported_program, leaves))
-    return Traced(program.model, used, leaves, batched, lengths, smallest, run)
+    others = other_sizes(program.exported_program, leaves)
+    several = [_several(leaf) if moves else leaf for leaf, moves in zip(leaves, batched, strict=True)]
+    if any(others) and not runs(run, resized(names, several, others)):
+        others = [{} for _ in leaves]
+    return Traced(program.model, used, leaves, batched, tuple(others), smallest, run)
 
 
 def _name_main(graph: ir.Graph, result: Any) -> None:
@@ -271,12 +275,14 @@ def _signature(program: ExportedProgram | None, tensors: Mapping[str, Tensor]) -
     return used, next(iter(_open_sizes(program, 0)), None) or 1
 
 
-def other_lengths(program: ExportedProgram | None, leaves: Sequence[Tensor]) -> list[int | None]:
-    """Of each input of tokens whose length the program leaves open another length to try."""
-    return [
-        min(leaf.shape[1], max(2, fewest, leaf.shape[1] // 2)) if moves and fewest else None
-        for leaf, fewest, moves in zip(leaves, _open_sizes(program, 1), of_any_length(leaves), strict=True)
-    ]
+def other_sizes(program: ExportedProgram | None, leaves: Sequence[Tensor]) -> list[dict[int, int]]:
+    """Of each input the axes behind the first whose size the program leaves open, and another size to try."""
+    found: list[dict[int, int]] = [{} for _ in leaves]
+    for axis in range(1, max(leaf.ndim for leaf in leaves)):
+        for one, leaf, fewest in zip(found, leaves, _open_sizes(program, axis), strict=True):
+            if fewest:
+                one[axis] = min(leaf.shape[axis], max(2, fewest, leaf.shape[axis] // 2))
+    return found
 
 
 def _open_sizes(program: ExportedProgram | None, axis: int) -> list[int | None]:

@@ -34,8 +34,8 @@ def _(result: commands.ExportResult) -> RenderableType:
         f"scale, in {len(proof.agreements)} runs of ONNX Runtime {proof.ort_version} with and without graph "
         f"optimisation; size {proof.nbytes:,} bytes.",
         f"Opset {proof.opset}, IR {proof.ir_version}: runs on ONNX Runtime {proof.target_ort} and later; "
-        f"{'dynamic' if proof.dynamic_batch else 'fixed'} batch{', any length' * proof.dynamic_length}; "
-        f"{proof.seconds:.1f} s.",
+        f"{'dynamic' if proof.dynamic_batch else 'fixed'} batch"
+        f"{', samples of other sizes too' * proof.dynamic_length}; {proof.seconds:.1f} s.",
         f"Predicted: {proof.predicted:,} bytes; loads {proof.load}; {size(proof.resident)} of weights in memory"
         f"{transient}, about {size(proof.loading)} more while loading.",
         "Leave the runtime's default optimisation on; do not run onnxsim or onnxslim on the file: they unpack it.",
