@@ -364,6 +364,35 @@ def two_heads(path: Path) -> None:
     write_onnx(network, weights, (torch.zeros(1, 4, 8, 8),), path)
 
 
+class Aside(nn.Module):
+    """A map and another beside it, as a segmentation's auxiliary one: 8 bits see little of what enters either."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.main, self.aux = nn.Conv2d(4, 8, 3), nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.relu(self.a(x))
+        some, more = (torch.tensor([spike, *[1.0] * 7])[:, None, None] for spike in (10, 30))
+        return self.main(x * some), self.aux(x * more)
+
+
+def test_what_only_moves_an_output_that_does_not_count_stays(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network, exact, out = Aside(), tmp_path / "exact.onnx", tmp_path / "int8.onnx"
+    weights = quantize(network, ("255 levels",))
+    for name in ("main.weight", "aux.weight"):
+        weights[name].codes[:, 0] = 127  # the spiked channel counts for nothing
+        network.get_parameter(name).data.copy_(weights[name].dequantize())
+    write_onnx(network, weights, (torch.zeros(1, 4, 8, 8),), exact)
+    x = torch.randn(64, 4, 8, 8)
+    report = write_int8(exact, out, lambda: [x[:32]], [(x[32:], None)], max_drop=0.2)
+    assert report.first_drop is not None
+    assert report.first_drop.points > 0.2
+    assert report.first_drop.relative_l2 < 0.5
+    assert report.fallen_back == ("main.weight",)
+
+
 def test_every_output_is_measured(tmp_path: Path) -> None:
     """One that int8 destroys is not passed over because predictions come from another."""
     exact, out = tmp_path / "exact.onnx", tmp_path / "int8.onnx"

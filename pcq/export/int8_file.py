@@ -2,7 +2,8 @@
 
 The codes in the file stay as they are; what is new are ranges, and the place of each layer: *static*, *dynamic*
 (pcq.export.int8) or float. Layers whose int8 costs more than is allowed go back to float, worst first: they are ranked
-by how far the network's outputs move when that layer alone runs in int8, and as few of them as suffice go back.
+by how far the network's outputs (where it costs points only, the one that counts) move when that layer alone
+runs in int8, and as few of them as suffice go back.
 """
 
 import json
@@ -159,7 +160,8 @@ def write_int8(
         first = measured = work.try_out(path, chosen, spans, held_out, progress)
         fallen: list[str] = []
         if measured is not None and not _accepted(measured, max_drop):
-            ranked = work.rank(path, chosen, spans, held_out, progress)
+            count = None if measured.relative_l2 > FARTHEST else 1
+            ranked = work.rank(path, chosen, spans, held_out, count, progress)
             low, high = 0, len(ranked)
             best: Drop | None = None
             while high - low > 1:  # low falls short, high serves (all of them back is the exact file)
@@ -321,9 +323,10 @@ class _Work:
         return compare(*seen, [y for _, y in samples], token_mask(self.takes, samples))
 
     def rank(
-        self, path: Path, sites: Sequence[Site], spans: Mapping[str, Range], samples: Samples, progress: Progress
-    ) -> list[Site]:
-        """Worst first: by how far the outputs move where that layer alone runs in int8."""
+        self, path: Path, sites: Sequence[Site], spans: Mapping[str, Range], samples: Samples, count: int | None,
+        progress: Progress,
+    ) -> list[Site]:  # fmt: skip
+        """Worst first: by how far the first ``count`` outputs (None: all) move where that layer alone runs in int8."""
         few: list[tuple[Batch, Tensor | None]] = []
         left = RANKED_ON
         for x, y in samples:
@@ -331,12 +334,12 @@ class _Work:
                 part = tuple(each[:left] for each in each_input(x))
                 few.append((part, None if y is None else y[:left]))
                 left -= len(part[0])
-        exact, mask = outputs(self.exact, few), token_mask(self.takes, few)
+        exact, mask = outputs(self.exact, few)[:count], token_mask(self.takes, few)
         moved: dict[int, float] = {}
         for i, site in enumerate(sites):
             progress("rank layers", i, len(sites))
             self.write(path, [site], spans)
-            moved[i] = compare(exact, outputs(path, few), [None] * len(few), mask).relative_l2
+            moved[i] = compare(exact, outputs(path, few)[:count], [None] * len(few), mask).relative_l2
         return [sites[i] for i in sorted(moved, key=lambda i: -moved[i])]
 
     def prove(self, path: Path, converted: Converted, progress: Progress) -> dict[str, int]:
