@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pcq.activations import Range
 from pcq.errors import CheckFailed, PcqError
-from pcq.export import int8, read_packed, verify, write_int8, write_onnx
+from pcq.export import drop, int8, int8_file, read_packed, verify, write_int8, write_onnx
 from pcq.export.drop import compare
 from pcq.export.integers import Channels, Integers, expected, integers, lower_int8
 from pcq.export.ranges import Method, narrowed
@@ -301,7 +301,7 @@ def test_float_layers_stay_float(residual: tuple[Path, Weights], samples: list[T
         write_int8(exact, out, None)
 
 
-def test_what_costs_too_much_goes_back_worst_first(tmp_path: Path) -> None:
+def test_what_costs_too_much_goes_back_worst_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One layer's input has a number 10,000 times the others': its 8 bits see nothing else."""
 
     class Spiked(nn.Module):
@@ -325,8 +325,17 @@ def test_what_costs_too_much_goes_back_worst_first(tmp_path: Path) -> None:
     exact, out = tmp_path / "exact.onnx", tmp_path / "int8.onnx"
     write_onnx(network, weights, (torch.zeros(1, 4, 8, 8),), exact)
     x = torch.randn(544, 4, 8, 8)
-    held_out: list[tuple[Tensor, Tensor | None]] = [(x[32:], None)]
-    report = write_int8(exact, out, lambda: [x[:32]], held_out, max_drop=10)
+    held_out: list[tuple[Tensor, Tensor | None]] = [(x[32:288], None), (x[288:], None)]
+    ran, stages, outputs = [], [], int8_file.outputs
+
+    def noted(path: Path, samples: drop.Samples, *told: Callable[[int], None]) -> drop.Outputs:
+        ran.append((path, sum(len(drop.each_input(x)[0]) for x, _ in samples)))
+        return outputs(path, samples, *told)
+
+    monkeypatch.setattr(int8_file, "outputs", noted)
+    report = write_int8(exact, out, lambda: [x[:32]], held_out, max_drop=10, progress=lambda *one: stages.append(one))
+    assert ran.count((exact, 512)) == 1  # however often it is compared with
+    assert [one for one in stages if "measure" in one[0]][:3] == [("measure 3 layers in int8", i, 2) for i in range(3)]
     assert report.fallen_back == ("c.weight",)
     assert report.first_drop is not None
     assert report.drop is not None

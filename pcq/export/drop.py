@@ -1,6 +1,6 @@
 """What an ONNX file's outputs lose against another's, on samples."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,8 +116,11 @@ def arrays(batch: Batch) -> list[npt.NDArray[Any]]:
     return [x.numpy() for x in each_input(batch)]
 
 
-def outputs(path: Path, samples: Samples) -> Outputs:
-    """The output that counts, on all samples; behind it the others that hold floats for each sample."""
+def outputs(path: Path, samples: Samples, told: Callable[[int], None] = lambda done: None) -> Outputs:
+    """The output that counts, on all samples; behind it the others that hold floats for each sample.
+
+    ``told`` is called with the number of batches done.
+    """
     session: ort.InferenceSession = verify.open_session(str(path), optimised=True)
     names = [value.name for value in session.get_inputs()]
     made = {value.name: value for value in session.get_outputs()}
@@ -127,7 +130,10 @@ def outputs(path: Path, samples: Samples) -> Outputs:
     ]
     try:
         feeds = (dict(zip(names, arrays(x), strict=True)) for x, _ in samples)
-        runs = [session.run([main, *others], feed) for feed in feeds]
+        runs = []
+        for feed in feeds:
+            runs.append(session.run([main, *others], feed))
+            told(len(runs))
         return [np.concatenate(parts) for parts in zip(*runs, strict=True)]
     except Exception as error:  # onnxruntime's exceptions share no class of their own
         raise PcqError(f"the network does not take the samples: {first_line(error)}", where="--calib") from error

@@ -24,13 +24,14 @@ from pcq.activations import FULL, HALF, Range
 from pcq.errors import CheckFailed, PcqError
 from pcq.export import scheme, verify, writing
 from pcq.export.cpu import described
-from pcq.export.drop import Batch, Drop, Samples, compare, each_input, outputs, token_mask
+from pcq.export.drop import Batch, Drop, Outputs, Samples, compare, each_input, outputs, token_mask
 from pcq.export.int8 import Activations, Converted, Placement, Site, convert, find_sites, place
 from pcq.export.integers import expected
 from pcq.export.lowering import is_signed
 from pcq.export.ranges import Method, observe
 from pcq.export.reading import PackedFile, open_packed
 from pcq.progress import Progress, silent
+from pcq.words import counted
 
 FUSED = {"Conv": "QLinearConv", "Gemm": "QGemm", "MatMul": "DynamicQuantizeMatMul"}
 PARTLY_FUSED = "MatMulIntegerToFloat"
@@ -135,8 +136,9 @@ def write_int8(
         raise PcqError("BatchNorm is folded into the scales of this file, so its integers would not be those of "
                        "training", where=str(exact), todo="Write it with fold=False")  # fmt: skip
     work = _Work(
-        exact, file, ranges=ranges, vnni=vnni, known=known or {}, calibration=calibration, external_above=external_above
-    )
+        exact, file, ranges=ranges, vnni=vnni, known=known or {}, calibration=calibration, held_out=held_out,
+        external_above=external_above,
+    )  # fmt: skip
     found = find_sites(ir.load(exact), file.weights)
     reasons = dict(found.left)
     chosen = _without(found.sites, keep, reasons)
@@ -157,18 +159,17 @@ def write_int8(
                        todo="; ".join(f"{name}: {why}" for name, why in list(reasons.items())[:3]))  # fmt: skip
     spans = work.observe(chosen, progress)
     with writing.draft(out) as path:
-        first = measured = work.try_out(path, chosen, spans, held_out, progress)
+        first = measured = work.try_out(path, chosen, spans, progress)
         fallen: list[str] = []
         if measured is not None and not _accepted(measured, max_drop):
             count = None if measured.relative_l2 > FARTHEST else 1
-            ranked = work.rank(path, chosen, spans, held_out, count, progress)
+            ranked = work.rank(path, chosen, spans, count, progress)
             low, high = 0, len(ranked)
             best: Drop | None = None
             while high - low > 1:  # low falls short, high serves (all of them back is the exact file)
                 middle = (low + high) // 2
-                progress("fall back", middle, len(ranked))
                 rest = [site for site in chosen if site not in ranked[:middle]]
-                tried = work.try_out(path, rest, spans, held_out, progress)
+                tried = work.try_out(path, rest, spans, progress)
                 if tried is not None and _accepted(tried, max_drop):
                     high, best = middle, tried
                 else:
@@ -183,7 +184,7 @@ def write_int8(
             fallen = [site.weight for site in ranked[:high]]
             reasons |= dict.fromkeys(fallen, "int8 costs more here than is allowed")
             chosen = [site for site in chosen if site not in ranked[:high]]
-            measured = work.try_out(path, chosen, spans, held_out, progress)
+            measured = work.try_out(path, chosen, spans, progress)
         progress("check int8", 0, 1)
         data, converted, tops = work.write(path, chosen, spans)
         fused = work.prove(path, converted, progress)
@@ -241,7 +242,13 @@ class _Work:
     vnni: bool
     known: Mapping[str, Range]
     calibration: Batches | None
+    held_out: Samples
     external_above: int
+
+    @cached_property
+    def wanted(self) -> Outputs:
+        """The exact file's outputs on the samples held out."""
+        return outputs(self.exact, self.held_out)
 
     @cached_property
     def takes(self) -> list[str]:
@@ -311,25 +318,23 @@ class _Work:
             value.type = value.shape = None
         return writing.save(model, path, self.external_above), converted, tops
 
-    def try_out(
-        self, path: Path, sites: Sequence[Site], spans: Mapping[str, Range], samples: Samples, progress: Progress
-    ) -> Drop | None:
+    def try_out(self, path: Path, sites: Sequence[Site], spans: Mapping[str, Range], progress: Progress) -> Drop | None:
         """Write it and measure it; None without samples."""
         self.write(path, sites, spans)
-        if not samples:
+        if not self.held_out:
             return None
-        progress("measure", 0, len(samples))
-        seen = outputs(self.exact, samples), outputs(path, samples)
-        return compare(*seen, [y for _, y in samples], token_mask(self.takes, samples))
+        stage = f"measure {counted(len(sites), 'layer')} in int8"
+        progress(stage, 0, len(self.held_out))
+        seen = self.wanted, outputs(path, self.held_out, lambda done: progress(stage, done, len(self.held_out)))
+        return compare(*seen, [y for _, y in self.held_out], token_mask(self.takes, self.held_out))
 
     def rank(
-        self, path: Path, sites: Sequence[Site], spans: Mapping[str, Range], samples: Samples, count: int | None,
-        progress: Progress,
-    ) -> list[Site]:  # fmt: skip
+        self, path: Path, sites: Sequence[Site], spans: Mapping[str, Range], count: int | None, progress: Progress
+    ) -> list[Site]:
         """Worst first: by how far the first ``count`` outputs (None: all) move where that layer alone runs in int8."""
         few: list[tuple[Batch, Tensor | None]] = []
         left = RANKED_ON
-        for x, y in samples:
+        for x, y in self.held_out:
             if left > 0:
                 part = tuple(each[:left] for each in each_input(x))
                 few.append((part, None if y is None else y[:left]))
