@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pcq.errors import CheckFailed, PcqError
 from pcq.export import OnnxReport, facts, layouts, open_packed, passes, read_packed, verify, write_onnx, writing
-from pcq.export.tracing import advice
+from pcq.export.tracing import advice, trace
 from pcq.grids import Affine, Codebook, Grid
 from pcq.qtensor import QuantizedTensor
 from pcq.rows import Rows
@@ -397,6 +397,11 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(PcqError, match=r"Allowed: 1\.17 to"):
         write_onnx(network, weights, (torch.zeros(1, 4, 6),), tmp_path / "m.onnx", target_ort="1.16")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_samples_that_the_network_does_not_take_are_named() -> None:
+    with pytest.raises(PcqError, match=r"^samples of 4x7: the network does not take them: .*4x7 and 6x10"):
+        trace(Mlp().eval(), (torch.zeros(1, 4, 7),), 20)
 
 
 def test_a_fixed_batch_is_named(tmp_path: Path) -> None:

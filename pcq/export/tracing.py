@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from pcq.data.inputs import names, of_any_length, resized, runs
+from pcq.data.inputs import names, of_any_length, refusing, resized, runs
 from pcq.errors import PcqError, raise_all
 from pcq.logits import NAME, main_output, tensors
 
@@ -95,8 +95,8 @@ def trace(network: nn.Module | ExportedProgram, example: Example | None, opset: 
     program keeps the dimensions it was exported with; without an example its own is taken.
 
     Raises:
-        PcqError: the network is in training mode or not on the CPU; torch cannot export it, or would leave
-            something out; its batch size is fixed.
+        PcqError: the network is in training mode or not on the CPU; it does not take the example; torch cannot export
+            it, or would leave something out; its batch size is fixed.
     """
     if example is None and isinstance(network, ExportedProgram) and network.example_inputs is not None:
         example = tuple(pytree.tree_leaves(network.example_inputs))
@@ -111,8 +111,13 @@ def trace(network: nn.Module | ExportedProgram, example: Example | None, opset: 
         module: nn.Module = network.module()
     else:
         _check(network)
-        program = _export(network, inputs, opset)
         module = network
+        try:
+            program = _export(network, inputs, opset)
+        except PcqError:
+            with refusing(leaves), torch.no_grad():  # where the samples are at fault, not the code
+                _called(network, inputs)
+            raise
     graph = program.model.graph
     if len(graph.inputs) != len(leaves):
         raise PcqError(f"the network has {len(graph.inputs)} inputs, the example {len(leaves)}", where="export")
@@ -129,7 +134,9 @@ def trace(network: nn.Module | ExportedProgram, example: Example | None, opset: 
 
     def result(values: Sequence[Tensor]) -> Any:
         with torch.no_grad():
-            return module(**dict(zip(inputs, values, strict=True))) if isinstance(inputs, dict) else module(*values)
+            return _called(
+                module, dict(zip(inputs, values, strict=True)) if isinstance(inputs, dict) else tuple(values)
+            )
 
     def run(values: Sequence[Tensor]) -> list[Tensor]:
         return tensors(result(values))
@@ -159,6 +166,10 @@ def tensors_of(network: nn.Module | ExportedProgram) -> dict[str, Tensor]:
         return {name: value for name, value in network.state_dict.items() if isinstance(value, Tensor)}
     named = dict(network.named_parameters(remove_duplicate=False))
     return named | dict(network.named_buffers(remove_duplicate=False))
+
+
+def _called(network: nn.Module, inputs: dict[str, Tensor] | tuple[Tensor, ...]) -> Any:
+    return network(**inputs) if isinstance(inputs, dict) else network(*inputs)
 
 
 def _export(network: nn.Module, inputs: dict[str, Tensor] | tuple[Tensor, ...], opset: int) -> torch.onnx.ONNXProgram:
