@@ -61,7 +61,7 @@ def _int8(result: commands.ExportResult, int8: "Int8Report") -> RenderableType:
     fused = ", ".join(f"{count} {kind}" for kind, count in int8.fused.items()) or "nothing"
     lines = [
         f"{size(result.report.float_bytes)} of float weights and tensors -> {size(int8.nbytes)} on disk "
-        f"({smaller(result.report.float_bytes, int8.nbytes)}; with float activations it takes "
+        f"({smaller(result.report.float_bytes, int8.nbytes)}; with float activations and nothing folded it takes "
         f"{size(int8.exact_bytes)}).",
         f"{running} of {len(int8.layers)} packed weights run in int8; ONNX Runtime {result.report.ort_version} fused "
         f"{fused}" + (f"; not fused, and gaining nothing: {int8.unfused}." if int8.unfused else "."),
