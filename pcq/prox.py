@@ -304,17 +304,16 @@ def _even(grid: Affine, shifts: Shifts, clipped: bool) -> Kernel:
             code = rest.round_() if hard else torch.round(rest, out=result)
         if not clipped:
             code.clamp_(low, high)
-        if not hard and slope == 1:
+        if ramps:
+            code.add_(rest.sub_(code).mul_(slope).clamp_(-0.5, 0.5))
+        elif not hard and np.float32(slope) == 1:  # as below, quicker
             torch.sub(rest, code, out=code).clamp_(-r / 2, r / 2)
             torch.sub(rest, code, out=code)
         elif not hard:
             rest.sub_(code)
-            if ramps:
-                code.add_(rest.mul_(slope).clamp_(-0.5, 0.5))
-            else:
-                if r > 0:
-                    torch.ops.aten.softshrink.out(rest, r / 2, out=rest)
-                code.add_(rest, alpha=slope)
+            if r > 0:
+                torch.ops.aten.softshrink.out(rest, r / 2, out=rest)
+            code.add_(rest, alpha=slope)
         return shift(code, which, -1).mul_(_of(scale, which))
 
     return kernel

@@ -25,22 +25,23 @@ __device__ __forceinline__ float even(float w, float scale, float zero, int fixe
                                       const Map& m) {
   const int ramps = m.smooth && !(fixed && zero == rintf(zero));
   const float origin = ramps ? __fsub_rn(zero, 0.5f) : zero;
-  const int moved = m.hard || !fixed || origin != rintf(origin);
+  const int moved = m.hard || !fixed || 2 * origin != rintf(2 * origin);
+  const int halves = !moved && origin != rintf(origin);
   const float low = moved ? (ramps ? -0.5f : 0.0f) : -zero, high = __fadd_rn(low, top);
   float rest = __fdiv_rn(w, scale > 0 ? scale : 1.0f);
   if (moved) rest = __fadd_rn(rest, origin);
   if (clipped) rest = clamped(rest, low, high);
-  float code = rintf(rest);
+  float code = halves ? __fadd_rn(floorf(rest), 0.5f) : rintf(rest);
   if (!clipped) code = clamped(code, low, high);
-  if (!m.hard) {
+  if (ramps) {
+    code = __fadd_rn(code, clamped(__fmul_rn(__fsub_rn(rest, code), m.slope), -0.5f, 0.5f));
+  } else if (!m.hard && m.slope == 1) {
+    code = __fsub_rn(rest, clamped(__fsub_rn(rest, code), -m.shrink, m.shrink));
+  } else if (!m.hard) {
     rest = __fsub_rn(rest, code);
-    if (ramps) {
-      code = __fadd_rn(code, clamped(__fmul_rn(rest, m.slope), -0.5f, 0.5f));
-    } else {
-      if (m.shrink > 0)
-        rest = rest > m.shrink ? __fsub_rn(rest, m.shrink) : rest < -m.shrink ? __fadd_rn(rest, m.shrink) : 0.0f;
-      code = fmaf(m.slope, rest, code);
-    }
+    if (m.shrink > 0)
+      rest = rest > m.shrink ? __fsub_rn(rest, m.shrink) : rest < -m.shrink ? __fadd_rn(rest, m.shrink) : 0.0f;
+    code = fmaf(m.slope, rest, code);
   }
   return __fmul_rn(moved ? __fsub_rn(code, origin) : code, scale);
 }
