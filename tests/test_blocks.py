@@ -115,18 +115,18 @@ def test_latents_round_to_the_codes_and_stay_where_they_were_otherwise(quantizer
 
 
 def test_refinement_lowers_the_error_on_other_samples():
-    net, x = calibration_net(), torch.randn(128, 1, 8, 8, generator=torch.Generator().manual_seed(3))
-    fresh = torch.randn(200, 1, 8, 8, generator=torch.Generator().manual_seed(4))
+    net, x = calibration_net(), torch.randn(256, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    fresh = torch.randn(1000, 1, 8, 8, generator=torch.Generator().manual_seed(4))
     plan, parts = _plan(net, Binary()), batches((x,), 32)
     start = calibrate(net, plan, (x,), Settings(rounds=1, steps=20))
     tape, found = _blocks(net, parts[0][0])
     own = tapes.state(net)
     before = {n: t.clone() for n, t in own.items()}
-    result = refine(tape, found, start.quantized, start.changed, own, parts, 80)
+    result = refine(tape, found, start.quantized, start.changed, own, parts, 160)
     assert all(torch.equal(before[n], t) for n, t in tapes.state(net).items())
     assert [report.weights for report in result.blocks] == [block.weights for block in found]
     assert sum(report.after < report.before for report in result.blocks) >= 3
-    assert result.samples == 128
+    assert result.samples == 256
 
     def error(tensors: dict[str, Tensor]) -> float:
         with torch.no_grad():
