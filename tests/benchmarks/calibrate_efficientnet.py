@@ -22,12 +22,11 @@ from torch import Tensor
 
 import pcq
 from pcq.commands import Calibration
+from pcq.export.drop import SURE
 from pcq.scores import module_predictor
 from tests.benchmarks import calibrate_photos, efficientnet_lite0, record
 
 ARCH = f"{efficientnet_lite0.__file__}:network"
-
-SURE = 0.5
 
 Seen = dict[str, tuple[Tensor, Tensor, Tensor]]
 """What is scored on -> images, the float network's choice for each, and whether it is sure of it."""
@@ -54,13 +53,16 @@ def chosen(path: Path, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x, choice, probability >= SURE
 
 
-def scored_photos(debian: Path) -> dict[str, Tensor]:
-    """What is scored on."""
-    return {
-        "crops": calibrate_photos.crops("test", 18, efficientnet_lite0.installed("skimage").parent, debian),
-        "objects": calibrate_photos.objects("test", 4, debian),
-        "subjects": calibrate_photos.subjects("test", 4, debian),
+def scored(args: argparse.Namespace) -> Seen:
+    """What is scored on, as the float network sees it; nothing where only a table is asked for."""
+    if args.table:
+        return {}
+    x = {
+        "crops": calibrate_photos.crops("test", 18, efficientnet_lite0.installed("skimage").parent, args.debian),
+        "objects": calibrate_photos.objects("test", 4, args.debian),
+        "subjects": calibrate_photos.subjects("test", 4, args.debian),
     }
+    return {name: chosen(efficientnet_lite0.checkpoint(), each) for name, each in x.items()}
 
 
 def run(args: argparse.Namespace, recipe: str, seed: int, method: str, seen: Seen) -> record.Row:
@@ -123,8 +125,7 @@ def main() -> None:
     alike = {name: getattr(args, name) for name in none}
     wanted: list[record.Row] = [{"recipe": recipe, "seed": 0} | none for recipe in args.recipes]
     wanted += [{"recipe": recipe, "seed": seed} | alike for seed in args.seeds for recipe in args.recipes]
-    x = {} if args.table else scored_photos(args.debian)
-    seen = {name: chosen(efficientnet_lite0.checkpoint(), each) for name, each in x.items()}
+    seen = scored(args)
     record.fill(args, wanted, lambda key: run(args, key["recipe"], key["seed"], key["method"], seen), table)
 
 

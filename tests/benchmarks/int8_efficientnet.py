@@ -19,7 +19,7 @@ from pcq.commands import Calibration
 from pcq.commands.exporting import Int8
 from pcq.scores import onnx_predictor
 from tests.benchmarks import calibrate_photos, efficientnet_lite0, record
-from tests.benchmarks.calibrate_efficientnet import ARCH, Seen, chosen, outputs, scored_photos
+from tests.benchmarks.calibrate_efficientnet import ARCH, Seen, outputs, scored
 
 FILES = ("exact", "int8, --vnni", "int8")
 
@@ -39,12 +39,13 @@ def run(args: argparse.Namespace, recipe: str, seed: int, seen: Seen) -> record.
         for name in FILES:
             how = Int8(spec, samples=args.samples, max_drop=100, vnni="vnni" in name) if name != "exact" else None
             done = pcq.export_onnx(made.path, Path(folder) / f"{name}.onnx", input_shape=(3, 224, 224), int8=how)
-            got = {place: outputs(onnx_predictor(done.path), x).argmax(1) for place, (x, _, _) in seen.items()}
+            predict = onnx_predictor(done.path)
+            got = {place: outputs(predict, x).argmax(1) for place, (x, _, _) in seen.items()}
             exact = exact or got
             row[name] = {
                 "bytes": done.report.nbytes if done.int8 is None else done.int8.nbytes,
                 "in_int8": 0 if done.int8 is None else sum(each.activations is not None for each in done.int8.layers),
-                "top1_of_20": int((outputs(onnx_predictor(done.path), photos).argmax(1) == labels).sum()),
+                "top1_of_20": int((outputs(predict, photos).argmax(1) == labels).sum()),
             }
             for kind, aims in (("float", {place: aim for place, (_, aim, _) in seen.items()}), ("exact", exact)):
                 equal = {place: got[place] == aim for place, aim in aims.items()}
@@ -84,8 +85,7 @@ def main() -> None:
     wanted: list[record.Row] = [
         {"recipe": recipe, "seed": seed, "samples": args.samples} for seed in args.seeds for recipe in args.recipes
     ]
-    x = {} if args.table else scored_photos(args.debian)
-    seen = {name: chosen(efficientnet_lite0.checkpoint(), each) for name, each in x.items()}
+    seen = scored(args)
     record.fill(args, wanted, lambda key: run(args, key["recipe"], key["seed"], seen), table, "onnxruntime")
 
 
