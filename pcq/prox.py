@@ -290,6 +290,7 @@ def _even(grid: Affine, shifts: Shifts, clipped: bool) -> Kernel:
     if not (hard or isinstance(zero, Tensor) or (zero - aside) % 0.5):
         moved, low, halves = False, -zero, (zero - aside) % 1 != 0
     high = low + grid.count - 1
+    slopes_1 = not (hard or ramps) and np.float32(slope) == 1  # then quicker
 
     def shift(x: Tensor, which: slice, sign: int) -> Tensor:
         return x.add_(_of(origin, which) if isinstance(origin, Tensor) else origin, alpha=sign) if moved else x
@@ -306,7 +307,7 @@ def _even(grid: Affine, shifts: Shifts, clipped: bool) -> Kernel:
             code.clamp_(low, high)
         if ramps:
             code.add_(rest.sub_(code).mul_(slope).clamp_(-0.5, 0.5))
-        elif not hard and np.float32(slope) == 1:  # as below, quicker
+        elif slopes_1:
             torch.sub(rest, code, out=code).clamp_(-r / 2, r / 2)
             torch.sub(rest, code, out=code)
         elif not hard:

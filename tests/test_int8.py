@@ -3,8 +3,9 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -328,9 +329,9 @@ def test_what_costs_too_much_goes_back_worst_first(tmp_path: Path, monkeypatch: 
     held_out: list[tuple[Tensor, Tensor | None]] = [(x[32:288], None), (x[288:], None)]
     ran, stages, outputs = [], [], int8_file.outputs
 
-    def noted(path: Path, samples: drop.Samples, *told: Callable[[int], None]) -> drop.Outputs:
+    def noted(path: Path, samples: drop.Samples, *rest: Any) -> drop.Outputs:
         ran.append((path, sum(len(drop.each_input(x)[0]) for x, _ in samples)))
-        return outputs(path, samples, *told)
+        return outputs(path, samples, *rest)
 
     monkeypatch.setattr(int8_file, "outputs", noted)
     report = write_int8(exact, out, lambda: [x[:32]], held_out, max_drop=10, progress=lambda *one: stages.append(one))

@@ -1,6 +1,6 @@
 """What an ONNX file's outputs lose against another's, on samples."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from pcq.errors import PcqError, first_line
 from pcq.export import verify
 from pcq.likeness import Likeness
 from pcq.logits import flat, main_name, predicts
+from pcq.progress import Progress, silent
 
 Batch = Tensor | tuple[Tensor, ...]
 """Of the network's input, or of all of its inputs in their order."""
@@ -116,11 +117,8 @@ def arrays(batch: Batch) -> list[npt.NDArray[Any]]:
     return [x.numpy() for x in each_input(batch)]
 
 
-def outputs(path: Path, samples: Samples, told: Callable[[int], None] = lambda done: None) -> Outputs:
-    """The output that counts, on all samples; behind it the others that hold floats for each sample.
-
-    ``told`` is called with the number of batches done.
-    """
+def outputs(path: Path, samples: Samples, stage: str = "", progress: Progress = silent) -> Outputs:
+    """The output that counts, on all samples; behind it the others that hold floats for each sample."""
     session: ort.InferenceSession = verify.open_session(str(path), optimised=True)
     names = [value.name for value in session.get_inputs()]
     made = {value.name: value for value in session.get_outputs()}
@@ -130,10 +128,11 @@ def outputs(path: Path, samples: Samples, told: Callable[[int], None] = lambda d
     ]
     try:
         feeds = (dict(zip(names, arrays(x), strict=True)) for x, _ in samples)
-        runs = []
+        runs: list[list[npt.NDArray[np.float32]]] = []
+        progress(stage, 0, len(samples))
         for feed in feeds:
             runs.append(session.run([main, *others], feed))
-            told(len(runs))
+            progress(stage, len(runs), len(samples))
         return [np.concatenate(parts) for parts in zip(*runs, strict=True)]
     except Exception as error:  # onnxruntime's exceptions share no class of their own
         raise PcqError(f"the network does not take the samples: {first_line(error)}", where="--calib") from error

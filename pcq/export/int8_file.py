@@ -324,8 +324,7 @@ class _Work:
         if not self.held_out:
             return None
         stage = f"measure {counted(len(sites), 'layer')} in int8"
-        progress(stage, 0, len(self.held_out))
-        seen = self.wanted, outputs(path, self.held_out, lambda done: progress(stage, done, len(self.held_out)))
+        seen = self.wanted, outputs(path, self.held_out, stage, progress)
         return compare(*seen, [y for _, y in self.held_out], token_mask(self.takes, self.held_out))
 
     def rank(

@@ -145,8 +145,7 @@ def trace(network: nn.Module | ExportedProgram, example: Example | None, opset: 
         _name_main(graph, result(leaves))
     used, smallest = _signature(program.exported_program, tensors_of(network))
     others = other_sizes(program.exported_program, leaves)
-    several = [_several(leaf) if moves else leaf for leaf, moves in zip(leaves, batched, strict=True)]
-    if any(others) and not runs(run, resized(names, several, others)):
+    if any(others) and not runs(run, resized(names, _several(leaves, batched), others)):
         others = [{} for _ in leaves]
     return Traced(program.model, used, leaves, batched, tuple(others), smallest, run)
 
@@ -178,7 +177,7 @@ def _export(network: nn.Module, inputs: dict[str, Tensor] | tuple[Tensor, ...], 
     leaves = list(inputs.values()) if isinstance(inputs, dict) else list(inputs)
     batch = leaves[0].shape[0] if leaves[0].ndim else 0
     moving = [leaf.ndim > 0 and leaf.shape[0] == batch for leaf in leaves]
-    several = [_several(leaf) if moves else leaf for leaf, moves in zip(leaves, moving, strict=True)]
+    several = _several(leaves, moving)
     shapes: list[dict[int, str]] = [{0: "batch"} if moves else {} for moves in moving]
     takes = list(inputs) if isinstance(inputs, dict) else [*names(network), *[""] * len(leaves)][: len(leaves)]
     more = _left_open(network, inputs) if isinstance(network, torch.fx.GraphModule) else _lengths(takes, leaves)
@@ -223,9 +222,10 @@ def _left_open(program: torch.fx.GraphModule, inputs: Mapping[str, Tensor] | Seq
     return found
 
 
-def _several(leaf: Tensor) -> Tensor:
-    """A batch of one doubled: torch takes a dimension of size 1 for a constant."""
-    return torch.cat([leaf, leaf]) if leaf.shape[0] == 1 else leaf
+def _several(leaves: Sequence[Tensor], batched: Sequence[bool]) -> list[Tensor]:
+    """Of those that are ``batched`` a batch of one doubled: torch takes a dimension of size 1 for a constant."""
+    pairs = zip(leaves, batched, strict=True)
+    return [torch.cat([leaf, leaf]) if moves and leaf.shape[0] == 1 else leaf for leaf, moves in pairs]
 
 
 def _check(module: nn.Module) -> None:
