@@ -530,12 +530,64 @@ def test_the_command_says_what_is_wrong_once(place: Path, capfd: pytest.CaptureF
     assert json.loads(out)["exit_code"] == 2
 
 
-def test_torchrun_prints_one_result(place: Path, sharded: list[Any]) -> None:
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pcq"]
-    told = "finetune net.pt -d digits --arch own.py:net -r r.yaml -o run.safetensors --json --shard --steps"
+def torchrun(place: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     env = {**os.environ, "PYTHONPATH": str(Path(pcq.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
-    words = [*start, *told.split(), str(SHORT)]
-    done = subprocess.run(words, cwd=place, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run([*start, *words], cwd=place, env=env, capture_output=True, text=True, timeout=300)
+
+
+def test_torchrun_prints_one_result(place: Path, sharded: list[Any]) -> None:
+    told = "finetune net.pt -d digits --arch own.py:net -r r.yaml -o run.safetensors --json --shard --steps"
+    done = torchrun(place, "-m", "pcq", *told.split(), str(SHORT))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["bytes_after"] == (place / "run.safetensors").stat().st_size
     assert apart(place, "run", "sharded") == 0
+
+
+ENDING = """
+import sys
+from pathlib import Path
+
+from pcq.train.ranks import current, joined
+
+with joined():
+    import torch._dynamo  # some optimizers do, and it takes the group as the default of arguments
+
+    current().wait()
+threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+sys.exit(f"still there: {threads}" if "pt_gloo_runloop" in threads else 0)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the system does not list a process's threads")
+def test_the_group_ends_with_the_run(tmp_path: Path) -> None:
+    """Threads of gloo that live on abort Python's shutdown now and then."""
+    (tmp_path / "ending.py").write_text(ENDING)
+    done = torchrun(tmp_path, "ending.py")
+    assert done.returncode == 0, done.stderr
+
+
+LEAVING = """
+import atexit
+
+import pcq.__main__
+import pcq.cli
+
+
+class Last:
+    def __del__(self):
+        print("shut down", flush=True)
+
+
+last = Last()
+pcq.cli.run = lambda: print("told") or 3
+atexit.register(print, "at exit")
+pcq.__main__.main()
+"""
+
+
+@pytest.mark.parametrize(("world", "shut"), [("1", ["shut down"]), ("2", [])])
+def test_a_process_of_torchrun_leaves_without_pythons_shutdown(world: str, shut: list[str]) -> None:
+    env = {**os.environ, "WORLD_SIZE": world}
+    done = subprocess.run([sys.executable, "-c", LEAVING], env=env, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout.splitlines(), done.stderr) == (3, ["told", "at exit", *shut], "")

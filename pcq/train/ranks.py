@@ -37,6 +37,10 @@ T = TypeVar("T")
 PATIENCE = timedelta(minutes=30)
 """How long one process waits for another, which may be reading its data."""
 
+LETTING_GO = 0.1
+"""Seconds that gloo's threads, which live on with the group that FSDP2's caches keep, have to let go of tensors: done
+while Python shuts down, it aborts the process (https://github.com/pytorch/pytorch/issues/190489)."""
+
 CPU = torch.device("cpu")
 
 _joins = itertools.count()
@@ -236,6 +240,7 @@ def joined() -> Iterator[None]:
     if missing:
         todo = "Start several processes by torchrun --nproc-per-node N -m pcq …, or one with WORLD_SIZE unset"
         raise PcqError(f"WORLD_SIZE is {world}, but {', '.join(missing)} is not set", where="environment", todo=todo)
+    from torch.distributed import nn as _keeper  # noqa: F401 - imported while there is a group, it would keep it for good
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
@@ -268,6 +273,7 @@ def joined() -> Iterator[None]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+            time.sleep(LETTING_GO)
 
 
 def _choose_gpu() -> None:
