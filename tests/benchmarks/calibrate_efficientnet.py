@@ -1,14 +1,14 @@
 """EfficientNet-Lite0 calibrated on photos: top-1 of foolbox's 20, agreement with float on other photos.
 
     python -m tests.benchmarks.calibrate_efficientnet OUT.jsonl --debian FOLDER [--recipes w8 w6 w4 w3] [--seeds 0]
-        [--samples 512] [--refine 0] [--method proxconnect] [--subjects 4]
+        [--samples 512] [--refine 0] [--method proxconnect] [--subjects 4] [--valid]
     python -m tests.benchmarks.calibrate_efficientnet OUT.jsonl --table
 
 The heads of ``efficientnet_lite0.py`` and ``calibrate_photos.py`` say how to get network and photos. Calibrated on
 photos of split ``calib``, scored on those of ``test``: some 320 crops, mostly of landscapes, and 340 views each of
 objects and of photos of one subject; and on those of them that the float network is sure of, its choice having a
 probability of ``SURE`` or more. ``plain`` has each recipe without calibration. ``--subjects N`` calibrates on N views
-of each photo of a subject as well.
+of each photo of a subject as well, ``--valid`` on the photos of split ``valid`` too, by which settings were chosen.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def scored(args: argparse.Namespace) -> Seen:
 def run(args: argparse.Namespace, recipe: str, seed: int, method: str, seen: Seen) -> record.Row:
     """One recipe and seed: quantize, then score on the 20 photos, on crops and on objects."""
     photos, labels = efficientnet_lite0.photos()
-    spec = f"{calibrate_photos.__file__}:samples?debian={args.debian}&subject={args.subjects}"
+    spec = f"{calibrate_photos.__file__}:samples?debian={args.debian}&subject={args.subjects}&valid={int(args.valid)}"
     asked = Calibration(spec, args.samples, args.method, seed=seed, refine=args.refine) if method != "plain" else None
     start = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
@@ -100,10 +100,10 @@ def _agreement(row: record.Row, name: str) -> str:
 
 
 def table(lines: list[record.Row]) -> str:
-    """One row a run; in brackets the agreement where float is sure."""
+    """One row a run; in brackets the agreement where float is sure; ``+`` for samples of split ``valid`` as well."""
     rows = [
-        [x["recipe"], x["seed"], x["samples"], x["subjects"], x["method"], x["refine"], f"{x['bits']:.2f}",
-         f"{x['bytes'] / 1e6:.2f}", x["top1_of_20"],
+        [x["recipe"], x["seed"], f"{x['samples']}{' +' * x['valid']}", x["subjects"], x["method"], x["refine"],
+         f"{x['bits']:.2f}", f"{x['bytes'] / 1e6:.2f}", x["top1_of_20"],
          *(_agreement(x, name) for name in ("crops", "objects", "subjects")), x["cpu_seconds"]]
         for x in lines
     ]  # fmt: skip
@@ -118,10 +118,11 @@ def main() -> None:
     parser = record.arguments(__doc__)
     parser.add_argument("--debian", type=Path)
     parser.add_argument("--subjects", type=int, default=0)
+    parser.add_argument("--valid", action="store_true")
     record.recipe_arguments(parser, ("w8", "w6", "w4", "w3"))
     record.calibration_arguments(parser, samples=512, method="proxconnect", refine=0)
     args = parser.parse_args()
-    none = {"samples": 0, "method": "plain", "refine": 0, "subjects": 0}
+    none = {"samples": 0, "method": "plain", "refine": 0, "subjects": 0, "valid": False}
     alike = {name: getattr(args, name) for name in none}
     wanted: list[record.Row] = [{"recipe": recipe, "seed": 0} | none for recipe in args.recipes]
     wanted += [{"recipe": recipe, "seed": seed} | alike for seed in args.seeds for recipe in args.recipes]

@@ -142,17 +142,21 @@ def crops(split: str, each: int, skimage: Path, debian: Path, size: int = 224) -
     return scaled(out)
 
 
-def samples(split: str, debian: str, crop: int = 18, view: int = 4, subject: int = 0) -> Tensor:
+def samples(split: str, debian: str, crop: int = 18, view: int = 4, subject: int = 0, valid: int = 0) -> Tensor:
     """A data spec: ``tests/benchmarks/calibrate_photos.py:samples?debian=FOLDER``; ``train`` is ``calib``.
 
     ``crop`` crops of each photo (about 330), ``view`` views of each object (about 340) and ``subject`` of each photo of
-    a subject; scikit-image is found installed.
+    a subject; with ``valid=1`` those of split ``valid`` are samples for training as well, for settings that were chosen
+    before. scikit-image is found installed.
     """
     import importlib.util
 
     found = importlib.util.find_spec("skimage")
     if found is None or found.origin is None:
         raise FileNotFoundError("scikit-image is not installed")
-    own = {"train": "calib", "val": "valid", "test": "test"}[split]
-    parts = [crops(own, crop, Path(found.origin).parents[1], Path(debian)), objects(own, view, Path(debian))]
-    return torch.cat(parts + [subjects(own, subject, Path(debian))] * (subject > 0))
+    own = {"train": ("calib", "valid")[: 1 + bool(valid)], "val": ("valid",), "test": ("test",)}[split]
+    parts = []
+    for each in own:
+        parts += [crops(each, crop, Path(found.origin).parents[1], Path(debian)), objects(each, view, Path(debian))]
+        parts += [subjects(each, subject, Path(debian))] * (subject > 0)
+    return torch.cat(parts)
