@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.calibrate_efficientnet OUT.jsonl --debian FOLDER [--recipes w8 w6 w4 w3] [--seeds 0]
         [--samples 512] [--refine 0] [--method proxconnect] [--subjects 4] [--valid]
+    python -m tests.benchmarks.calibrate_efficientnet OUT.jsonl --debian FOLDER --disturbed
     python -m tests.benchmarks.calibrate_efficientnet OUT.jsonl --table
 
 The heads of ``efficientnet_lite0.py`` and ``calibrate_photos.py`` say how to get network and photos. Calibrated on
@@ -9,15 +10,21 @@ photos of split ``calib``, scored on those of ``test``: some 320 crops, mostly o
 objects and of photos of one subject; and on those of them that the float network is sure of, its choice having a
 probability of ``SURE`` or more. ``plain`` has each recipe without calibration. ``--subjects N`` calibrates on N views
 of each photo of a subject as well, ``--valid`` on the photos of split ``valid`` too, by which settings were chosen.
+``--disturbed`` has the float network itself instead, on the same pictures moved by a pixel or saved as JPEG: how much
+of the agreement is noise.
 """
 
 import argparse
+import io
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 import pcq
@@ -65,6 +72,43 @@ def scored(args: argparse.Namespace) -> Seen:
     return {name: chosen(efficientnet_lite0.checkpoint(), each) for name, each in x.items()}
 
 
+def as_jpeg(quality: int, x: Tensor) -> Tensor:
+    """The images after they were saved at that quality."""
+    saved = []
+    for image in (x * 128 + 127).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy():
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "JPEG", quality=quality)
+        saved.append(np.asarray(Image.open(file), np.float32))
+    return calibrate_photos.scaled(saved)
+
+
+DISTURBED: dict[str, Callable[[Tensor], Tensor]] = {
+    "one pixel to the left": lambda x: torch.cat([x[..., 1:], x[..., -1:]], -1),
+    "JPEG, quality 95": partial(as_jpeg, 95),
+    "JPEG, quality 90": partial(as_jpeg, 90),
+}
+
+
+def agreement(seen: Seen, predict: Callable[[Tensor], Tensor]) -> record.Row:
+    """In percent: of all images, and of those that float is sure of."""
+    right = {name: (predict(x) == exact).float() for name, (x, exact, _) in seen.items()}
+    return {
+        "agreement": {name: 100 * float(each.mean()) for name, each in right.items()},
+        "agreement_where_sure": {name: 100 * float(right[name][sure].mean()) for name, (_, _, sure) in seen.items()},
+        "images": {name: len(each) for name, each in right.items()},
+        "images_sure": {name: int(sure.sum()) for name, (_, _, sure) in seen.items()},
+    }
+
+
+def run_float(disturbed: str, seen: Seen) -> record.Row:
+    """The float network on images that are disturbed."""
+    path, change = efficientnet_lite0.checkpoint(), DISTURBED[disturbed]
+    photos, labels = efficientnet_lite0.photos()
+    top1 = int((predicted(path, change(photos)) == labels).sum())
+    bits = {"bits": 32, "bytes": path.stat().st_size, "top1_of_20": top1}
+    return bits | agreement(seen, lambda x: predicted(path, change(x))) | {"cpu_seconds": 0}
+
+
 def run(args: argparse.Namespace, recipe: str, seed: int, method: str, seen: Seen) -> record.Row:
     """One recipe and seed: quantize, then score on the 20 photos, on crops and on objects."""
     photos, labels = efficientnet_lite0.photos()
@@ -78,14 +122,10 @@ def run(args: argparse.Namespace, recipe: str, seed: int, method: str, seen: See
         )  # fmt: skip
         cpu = time.process_time() - start
         top1 = int((predicted(made.path, photos) == labels).sum())
-        right = {name: (predicted(made.path, x) == exact).float() for name, (x, exact, _) in seen.items()}
+        found = agreement(seen, lambda x: predicted(made.path, x))
     steps = made.calibrated.outcome.steps if made.calibrated is not None else ()
     return {
-        "bits": made.bits, "bytes": made.bytes_after, "top1_of_20": top1,
-        "agreement": {name: 100 * float(each.mean()) for name, each in right.items()},
-        "agreement_where_sure": {name: 100 * float(right[name][sure].mean()) for name, (_, _, sure) in seen.items()},
-        "images": {name: len(each) for name, each in right.items()},
-        "images_sure": {name: int(sure.sum()) for name, (_, _, sure) in seen.items()}, "cpu_seconds": round(cpu),
+        "bits": made.bits, "bytes": made.bytes_after, "top1_of_20": top1, **found, "cpu_seconds": round(cpu),
         "steps": [[s.name, s.error, s.agreement, s.reason, round(s.seconds)] for s in steps],
         "peak_mb": record.peak_mb(),
     }  # fmt: skip
@@ -119,6 +159,7 @@ def main() -> None:
     parser.add_argument("--debian", type=Path)
     parser.add_argument("--subjects", type=int, default=0)
     parser.add_argument("--valid", action="store_true")
+    parser.add_argument("--disturbed", action="store_true")
     record.recipe_arguments(parser, ("w8", "w6", "w4", "w3"))
     record.calibration_arguments(parser, samples=512, method="proxconnect", refine=0)
     args = parser.parse_args()
@@ -126,8 +167,16 @@ def main() -> None:
     alike = {name: getattr(args, name) for name in none}
     wanted: list[record.Row] = [{"recipe": recipe, "seed": 0} | none for recipe in args.recipes]
     wanted += [{"recipe": recipe, "seed": seed} | alike for seed in args.seeds for recipe in args.recipes]
+    if args.disturbed:
+        wanted = [{"recipe": "float", "seed": 0} | none | {"method": name} for name in DISTURBED]
     seen = scored(args)
-    record.fill(args, wanted, lambda key: run(args, key["recipe"], key["seed"], key["method"], seen), table)
+
+    def one(key: record.Row) -> record.Row:
+        if args.disturbed:
+            return run_float(key["method"], seen)
+        return run(args, key["recipe"], key["seed"], key["method"], seen)
+
+    record.fill(args, wanted, one, table)
 
 
 if __name__ == "__main__":
