@@ -4,6 +4,7 @@ A multiple-choice knapsack: of every weight's options one is taken, ``min sum lo
 in whole bytes. :func:`solve` is exact unless it says otherwise.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,9 +54,9 @@ def parse_budget(text: str) -> Budget:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", text)
     unit = found[2].lower() if found else ""
     number = float(found[1]) if found else 0.0
-    if number > 0 and unit in ("bit", "bits"):
+    if 0 < number < math.inf and unit in ("bit", "bits"):
         return Bits(number)
-    if number > 0 and unit in ("byte", "bytes", *_UNITS):
+    if 0 < number < math.inf and unit in ("byte", "bytes", *_UNITS):
         return Bytes(int(number * _UNITS.get(unit, 1)))
     raise PcqError(f"'{text}' is not a budget", where="budget", allowed="such as 3MB, 900kB, 2.8MiB, 2.5bits")
 
@@ -137,6 +138,7 @@ def solve(
     cheapest = np.array([int(cost[0]) for cost, _, _ in groups], np.int64)
     if int(cheapest.sum()) > budget:
         return None
+    budget = min(budget, sum(int(cost[-1]) for cost, _, _ in groups))  # more than the dearest take is no use
     slope, known = _relaxed(groups, budget)
     best = sum(float(groups[i][1][k]) for i, k in enumerate(known))
     least = [float((loss + slope * cost).min()) for cost, loss, _ in groups]

@@ -96,6 +96,12 @@ def test_hundreds_of_weights_are_solved_exactly():
     assert 0.999 * budget < found.cost <= budget
 
 
+def test_a_budget_beyond_all_numbers_of_a_machine_takes_what_loses_least():
+    found = solve([[3, 9, 5], [1, 2, 4]], [[4.0, 0.5, 1.0], [3.0, 1.0, 0.2]], 10**40)
+    assert found is not None
+    assert (found.choice, found.cost, found.gap) == ((1, 2), 13, 0.0)
+
+
 @pytest.mark.parametrize(
     ("text", "means"),
     [("3MB", Bytes(3_000_000)), ("2.5 MiB", Bytes(2_621_440)), ("900kB", Bytes(900_000)), ("120 bytes", Bytes(120)),
@@ -106,7 +112,9 @@ def test_what_a_budget_says(text, means):
     assert parse_budget(text) == means
 
 
-@pytest.mark.parametrize("text", ["3", "MB", "-3MB", "3 parsecs", "0MB", "0bits", "1e3kB", ""])
+@pytest.mark.parametrize(
+    "text", ["3", "MB", "-3MB", "3 parsecs", "0MB", "0bits", "1e3kB", "", f"{'9' * 400}MB", f"{'9' * 400}bits"]
+)
 def test_what_is_no_budget(text):
     with pytest.raises(PcqError, match="is not a budget"):
         parse_budget(text)
