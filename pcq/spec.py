@@ -21,6 +21,7 @@ from typing import Any
 
 from pcq.errors import PcqError, did_you_mean
 from pcq.torchvision_compat import declare_operators
+from pcq.words import kind
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def _target(spec: Spec, where: str) -> Callable[..., object]:
             raise PcqError(f"it has no '{part}'", where=where, todo=did_you_mean(part, names))
         target = getattr(target, part)
     if not callable(target):
-        raise PcqError(f"'{spec.name}' is a {type(target).__name__}, not a function or class", where=where)
+        raise PcqError(f"'{spec.name}' is {kind(target)}, not a function or class", where=where)
     called: Callable[..., object] = target
     return called
 

@@ -1,4 +1,4 @@
-"""Numbers and shapes in words."""
+"""Numbers, shapes and kinds in words."""
 
 from collections.abc import Sequence
 
@@ -19,3 +19,9 @@ def counted(number: int, noun: str, ending: str = "s") -> str:
 def first_of(names: Sequence[str]) -> str:
     """Names in a sentence: the first few."""
     return f"{', '.join(names[:LISTED])}{', ...' if len(names) > LISTED else ''}"
+
+
+def kind(value: object) -> str:
+    """What it is an instance of: ``an int``, ``a Linear``; ``None``."""
+    name = type(value).__name__
+    return "None" if value is None else f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"

@@ -615,7 +615,7 @@ def test_own_functions_get_split_and_options(own: str) -> None:
         ("leaves", r"leaves\(\) raised SystemExit: 0"),
         ("raises", r"raises\(\) raised KeyError.*See line \d+ of .*mine\.py"),
         ("breaks", "disk on fire"),
-        ("number", "returned a int"),
+        ("number", "returned an int"),
         ("pil", "samples are not tensors but Image"),
         ("threes", r"it yields 3 values at a time\. Allowed: x alone, or \(x, y\)"),
         ("triples", r"it yields 3 values at a time\. Allowed: x alone, or \(x, y\)"),

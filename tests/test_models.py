@@ -391,7 +391,7 @@ def test_nothing_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
         ("resnet18", "not an architecture.*Allowed: torchvision:NAME"),
         ("torchvsion:resnet18", "not an architecture.*Did you mean 'torchvision'"),
         ("OWN:nett", "has no 'nett'.*Did you mean 'net'"),
-        ("OWN:nothing", "returned a NoneType, not a torch.nn.Module"),
+        ("OWN:nothing", "returned None, not a torch.nn.Module"),
         ("OWN:raises", r"raises\(\) raised ValueError: no weights at hand.*See line 11 of .*nets\.py"),
         ("OWN:lazy", r"lazy layers, whose weights have no shape.*Let 'lazy' run it on a sample"),
         ("OWN:Counts?in_features=3&out_features=2", r"holds something that is no tensor \(_extra_state\)"),

@@ -175,6 +175,15 @@ def test_mistakes_are_answered(change, says: str, tmp_path: Path) -> None:
         draw_inputs(Calibration(f"npz:{tmp_path / 's.npz'}"), Tokens())
 
 
+@pytest.mark.parametrize("command", ["quantize", "analyze"])
+@pytest.mark.parametrize("shape", [[], ["--input", "6"]])
+def test_no_samples_are_invented_for_several_inputs(command: str, shape: list[str], model: Path, capsys) -> None:
+    line = [command, str(model), "-r", "w4", "--arch", f"{__file__}:network", "--calib", "random", *shape]
+    assert cli.run(line) == 2
+    says = "this network takes 2 inputs (input_ids, attention_mask). Give real ones"
+    assert f"samples are invented as pictures, and {says}" in capsys.readouterr().err
+
+
 def _labelled(folder: Path, **change: np.ndarray | None) -> tuple[Path, torch.Tensor, torch.Tensor]:
     """Arrays in another order than the network's, labels, and what the network puts out."""
     samples = _samples()

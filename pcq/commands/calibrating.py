@@ -166,18 +166,24 @@ def painted(planned: "Planned", network: nn.Module, shape: tuple[int, ...] | Non
     """The shape of samples to invent: what was given, or the architecture's own.
 
     Raises:
-        PcqError: it is not known, or the network takes whole numbers.
+        PcqError: it is not known, or the network takes whole numbers or several inputs.
     """
-    from pcq.data.inputs import taken
+    from pcq.data.inputs import needed, taken
 
+    if len(takes := needed(network)) > 1:
+        raise _not_pictures(f"{len(takes)} inputs ({', '.join(takes)})")
     shape = shape or (models.example_shape(planned.arch) if planned.arch else None)
     if shape is None:
         todo = "Give it: --input 3x224x224 (channels, height, width)"
         raise PcqError("to invent samples, one sample's shape has to be known", where="--calib random", todo=todo)
     if taken(network, shape).ids is not None:
-        what = "samples are invented as pictures, and this network takes whole numbers, such as tokens"
-        raise PcqError(what, where="--calib random", todo="Give real ones, such as --calib npz:FILE")
+        raise _not_pictures("whole numbers, such as tokens")
     return shape
+
+
+def _not_pictures(takes: str) -> PcqError:
+    what = f"samples are invented as pictures, and this network takes {takes}"
+    return PcqError(what, where="--calib random", todo="Give real ones, such as --calib npz:FILE")
 
 
 def float_network(planned: "Planned") -> nn.Module:

@@ -24,7 +24,7 @@ from pcq.data.dataset import Data
 from pcq.data.inputs import LABELS, Several, channels_first, is_images, per_channel, refuse, tensor
 from pcq.errors import CheckFailed, NoSplit, PcqError
 from pcq.spec import Spec, call, running, takes
-from pcq.words import dimensions
+from pcq.words import dimensions, kind
 
 NAMES = (("x", "y"), ("images", "labels"), ("data", "labels"), ("X", "y"))
 SPLIT = re.compile("_(test|val|train)$")
@@ -259,7 +259,7 @@ def open_own(spec: Spec, split: str) -> Data:
             items = list(found)
         return _collected(name, split, items)
     allowed = "arrays (x, y), a map-style data set, or an iterable of batches (x, y)"
-    raise PcqError(f"it returned a {type(found).__name__}", where=name, allowed=allowed)
+    raise PcqError(f"it returned {kind(found)}", where=name, allowed=allowed)
 
 
 def _named(name: str, split: str, found: Mapping[Any, Any]) -> Data:

@@ -26,7 +26,7 @@ from pcq.errors import PcqError, did_you_mean, first_line
 from pcq.models.recognition import Shapes
 from pcq.spec import Spec, call, is_own, parse
 from pcq.torchvision_compat import declare_operators, import_torchvision
-from pcq.words import first_of
+from pcq.words import first_of, kind
 
 HALVES = (torch.float16, torch.bfloat16)
 KINDS = "torchvision:NAME, timm:NAME, hf:FOLDER, file.py:function or package.module:function"
@@ -239,7 +239,7 @@ def _own(spec: Spec) -> nn.Module:
     found = _inside(call(spec))
     if not isinstance(found, nn.Module):
         todo = f"Let '{spec.name}' return the network itself"
-        raise PcqError(f"it returned a {type(found).__name__}, not a torch.nn.Module", where=str(spec), todo=todo)
+        raise PcqError(f"it returned {kind(found)}, not a torch.nn.Module", where=str(spec), todo=todo)
     if any(is_lazy(tensor) for tensor in (*found.parameters(), *found.buffers())):
         todo = f"Let '{spec.name}' run it on a sample before it returns it"
         raise PcqError(

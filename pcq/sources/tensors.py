@@ -12,6 +12,7 @@ from pcq.errors import PcqError, raise_all
 from pcq.sources.safetensors import DTYPES
 from pcq.sources.source import Entry, Source
 from pcq.sources.wrappers import listed
+from pcq.words import kind
 
 
 def tensor_entries(
@@ -84,7 +85,7 @@ def overlap(a: Tensor, b: Tensor) -> bool:
 def unusable(tensor: Tensor) -> tuple[str, str] | None:
     """Why a tensor cannot be kept, and what to do; None if it can."""
     if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
-        return f"is a {type(tensor).__name__}, not a plain tensor", "Save it as one"
+        return f"is {kind(tensor)}, not a plain tensor", "Save it as one"
     if tensor.is_quantized:
         return "is quantized already", "Give the float network, or call .dequantize() on it"
     if tensor.layout != torch.strided:

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from pcq.errors import PcqError, did_you_mean
+from pcq.words import kind
 
 WRAPPER = re.compile(
     r"state_dict|model(_state_dict|_state)?|ema(_model|_state_dict)?|model_ema|state_dict_ema"
@@ -46,7 +47,7 @@ def find_state(loaded: Any, path: Path, key: str | None = None) -> tuple[str, An
             raise NoSuchState(key, path)
         return "", loaded, []
     if not isinstance(loaded, Mapping):
-        found = "a single tensor without a name" if isinstance(loaded, Tensor) else f"a {type(loaded).__name__}"
+        found = "a single tensor without a name" if isinstance(loaded, Tensor) else kind(loaded)
         todo = "Save model.state_dict() instead"
         raise PcqError(f"it holds {found}, not a state dict", where=str(path), todo=todo)
     inner = dict(candidates(loaded))

@@ -13,6 +13,7 @@ from pcq.errors import PcqError
 from pcq.logits import flat, main_output, predicts
 from pcq.settings import Finetune
 from pcq.train.ranks import ALONE, Ranks
+from pcq.words import kind
 
 TEMPERATURE = 2.0
 """By which outputs are divided before networks are compared (arXiv 1503.02531)."""
@@ -61,7 +62,7 @@ def logits(out: Any, labelled: bool = True) -> Tensor:
     if isinstance(out, Tensor):
         out = flat(out, labelled)
     if not isinstance(out, Tensor) or (labelled and out.ndim != 2):
-        found = f"of shape {list(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+        found = f"of shape {list(out.shape)}" if isinstance(out, Tensor) else kind(out)
         todo = "Leave the labels out: it then follows the float network" if isinstance(out, Tensor) else ""
         raise PcqError(f"its output is {found}", where="the network", allowed="a tensor [b, classes]", todo=todo)
     return out
