@@ -275,26 +275,48 @@ def test_kmeans_repeats_a_level_rather_than_invent_one(n: int) -> None:
     assert KMeans(5).fit(rows).levels().unique(dim=1).unique().tolist() == torch.tensor([0.7, 2.0]).tolist()
 
 
-@pytest.mark.parametrize("kind", ["normal", "heavy"])
-@pytest.mark.parametrize(("k", "slack"), [(4, 1e-3), (16, 3e-3), (64, 5e-2)])
+@pytest.mark.parametrize("kind", ["normal", "heavy", "outliers"])
+@pytest.mark.parametrize(("k", "n", "slack"), [(4, 600, 1e-3), (16, 600, 3e-3), (64, 600, 5e-2), (100, 1200, 5e-2)])
 def test_kmeans_of_longer_rows_is_nearly_optimal(
-    k: int, slack: float, kind: str, monkeypatch: pytest.MonkeyPatch
+    k: int, n: int, slack: float, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = normal(2, 600, kind=kind)
+    rows = normal(2, n, kind=kind)
     found = squared_error(KMeans(k).fit(rows), rows)
-    monkeypatch.setattr(kmeans, "EXACT_POINTS", 600)
+    monkeypatch.setattr(kmeans, "EXACT_POINTS", n)
     exact = squared_error(KMeans(k).fit(rows), rows)
     assert bool((exact <= found * TIGHT).all())
     assert bool((found <= exact * (1 + slack)).all())
 
 
-@pytest.mark.parametrize("n", [100, 700])
-def test_kmeans_levels_are_the_means_of_what_they_are_nearest_to(n: int) -> None:
+def test_kmeans_leaves_half_of_the_bins_to_the_others_where_one_weight_is_far_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By gaps alone all bins but a few would lie in the one before it: 36 times the least error."""
+    rows = normal(2, 600)
+    rows[:, 0] = 500
+    found = squared_error(KMeans(64).fit(rows), rows)
+    monkeypatch.setattr(kmeans, "EXACT_POINTS", 600)
+    assert bool((found <= 4 * squared_error(KMeans(64).fit(rows), rows)).all())
+
+
+@pytest.mark.parametrize("k", [4, 16, 64])
+def test_kmeans_of_few_different_weights_is_optimal_however_long_the_row(
+    k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pick = torch.randint(0, 256, (2, 900), generator=torch.Generator().manual_seed(k))
+    rows = normal(1, 256, kind="heavy")[0][pick]
+    found = squared_error(KMeans(k).fit(rows), rows)
+    monkeypatch.setattr(kmeans, "EXACT_POINTS", 900)
+    assert bool((found <= squared_error(KMeans(k).fit(rows), rows) * TIGHT).all())
+
+
+@pytest.mark.parametrize(("n", "k"), [(100, 6), (700, 6), (2000, 24)])
+def test_kmeans_levels_are_the_means_of_what_they_are_nearest_to(n: int, k: int) -> None:
     rows = normal(4, n)
-    grid = KMeans(6).fit(rows)
+    grid = KMeans(k).fit(rows)
     codes = grid.encode(rows).long()
     for row, code, levels in zip(rows, codes, grid.levels(), strict=True):
-        means = torch.tensor([row[code == j].double().mean() for j in range(6)])
+        means = torch.tensor([row[code == j].double().mean() for j in range(k)])
         assert torch.allclose(levels, means.float(), rtol=1e-6)
 
 
