@@ -143,6 +143,20 @@ def test_the_noise_of_a_covariance_is_about_the_best_damping(m: int) -> None:
     assert ours < (0.75 if m == 64 else 1.001) * none
 
 
+def test_without_the_cross_moments_all_others_are_the_same() -> None:
+    weight, x_f, x_q = drawn(5, 60, 4, 0.5)
+    found = []
+    for crossed in (True, False):
+        sums = Sums(weight, centred=True, crossed=crossed)
+        for p_f, p_q in zip(x_f.chunk(5, 1), x_q.chunk(5, 1), strict=True):
+            sums.add(p_f, p_q)
+        found.append(sums.moments())
+    one, other = found
+    for name in ("mean", "cov", "y_mean", "y_var"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+    assert all(torch.equal(mine[0], theirs[0]) for mine, theirs in zip(one.halves, other.halves, strict=True))
+
+
 def test_a_mean_that_nothing_takes_up_is_in_the_moments(monkeypatch: pytest.MonkeyPatch) -> None:
     """A Linear without bias and BatchNorm: an error of the mean would stay, so it counts."""
     torch.manual_seed(0)
@@ -214,6 +228,26 @@ def test_the_pull_does_not_know_which_half_came_first() -> None:
         assert pull(weight, replace(found, halves=found.halves[::-1])) == chosen[-1]
     assert len(set(chosen)) > 1
     assert pull(weight, replace(found, halves=())) == PULLS[0]
+
+
+def test_the_pull_is_that_of_a_twin_that_looks_at_the_samples() -> None:
+    """Targets of half the samples tried on the other half, harder and harder until it is worse."""
+    chosen = []
+    for seed in range(30):
+        weight, x_f, x_q = drawn(seed, (20, 40, 400)[seed % 3], 16, (0.05, 0.3, 2.0)[seed // 3 % 3])
+        found = summed(weight, x_f, x_q, 2, centred=False).moments()
+        halves = list(zip(x_f.double().chunk(2, 1), x_q.double().chunk(2, 1), strict=True))
+        losses = []
+        for part in (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0):
+            lost = 0.0
+            for (cov, cross), (f, q) in zip(found.halves, halves[::-1], strict=True):
+                aim = target(weight, cov, cross, part).double()
+                lost += float((f @ weight.double().mT - q @ aim.mT).square().mean())
+            losses.append(lost)
+        rising = [i for i in range(6) if losses[i + 1] > losses[i]]
+        chosen.append(pull(weight, found))
+        assert chosen[-1] == (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)[rising[0] if rising else 6], seed
+    assert len(set(chosen)) > 4
 
 
 def test_the_noise_is_the_formula_and_no_more_than_what_there_is() -> None:
