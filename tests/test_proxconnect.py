@@ -18,7 +18,7 @@ from pcq import qtensor
 from pcq.errors import CheckFailed, PcqError
 from pcq.grids import Affine, Codebook, Grid
 from pcq.methods import METHODS, Inside, Method, SignSwish
-from pcq.prox import Hard, L, Parq, ProxQuant, Shifts, proximal
+from pcq.prox import BinaryRelax, Hard, L, Parq, ProxQuant, Shifts, proximal
 from pcq.proxconnect import ProxConnect, Target, targets
 from pcq.proxconnect.state import grid_from, grid_state
 from pcq.quantizers import AdditivePowersOfTwo, Binary, Fixed, KMeans, LeastSquaresBinary, Quantizer, Ternary, Uniform
@@ -343,6 +343,23 @@ def test_sign_swish_and_its_slope(levels: list[float]) -> None:
         x = 5 * rows / levels[1]
         want = levels[1] * (2 * torch.sigmoid(x) * (1 + x * (1 - torch.sigmoid(x))) - 1)
         torch.testing.assert_close(value, want, rtol=1e-12, atol=1e-12)
+
+
+def test_the_methods_are_those_of_the_papers() -> None:
+    smooth = SignSwish(5.0)
+    assert {
+        "binaryconnect": Method("weight", "latent", Hard()),  # arXiv 1511.00363
+        "proxconnect": Method("weight", "latent", L(1.0, 1.0, clip=True)),  # arXiv 2110.13220
+        "reverse": Method("latent", "weight", L(1.0, 1.0, clip=False)),  # the same
+        "proxquant": Method("weight", "weight", ProxQuant()),  # arXiv 1810.00861
+        "binaryrelax": Method("weight", "latent", BinaryRelax()),  # arXiv 1801.06313
+        "parq": Method("weight", "latent", Parq()),  # arXiv 2503.15748
+        "bnn": Method("weight", "latent", Hard(), Inside()),  # arXiv 2402.17710, down to bnn++
+        "bnn+": Method("weight", "latent", Hard(), smooth),
+        "bnn++": Method("weight", "latent", smooth, smooth),
+        "posttraining": Method("latent", "latent", Hard()),
+    } == METHODS
+    assert [name for name, method in METHODS.items() if method.posttraining] == ["posttraining"]
 
 
 def test_inside_is_one_on_the_levels_and_between() -> None:

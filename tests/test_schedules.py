@@ -60,6 +60,8 @@ def test_cosine_is_half_a_wave() -> None:
 
 
 def test_what_is_not_said() -> None:
+    assert Linear() == Linear(0.0, 0.75, 0.0)
+    assert Cosine() == Cosine(0.0, 0.75)
     assert MirroredSigmoid() == MirroredSigmoid(0.0, 0.75, 10.0)
     assert Geometric() == Geometric(0.0, 0.75, 1.0, 100.0)
     assert Theory() == Theory(0.75, 0.01)
