@@ -22,7 +22,7 @@ from pcq.errors import CheckFailed, PcqError
 from pcq.export import drop, int8, int8_file, read_packed, verify, write_int8, write_onnx
 from pcq.export.drop import compare
 from pcq.export.integers import Channels, Integers, expected, integers, lower_int8
-from pcq.export.ranges import Method, narrowed
+from pcq.export.ranges import Method, narrowed, observe
 from pcq.grids import Affine, Codebook
 from pcq.qtensor import QuantizedTensor
 from pcq.rows import Rows
@@ -490,6 +490,68 @@ def test_ranges_hold_zero_and_lie_within_what_was_seen(seed: int, positive: bool
         assert span.high - span.low > 0
     assert squared(spans["mse"]) <= squared(Range(low, high)) * 1.001
     assert squared(spans["mse"]) <= squared(spans["entropy"]) * 1.02
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile", "mse", "entropy"])
+def test_observed_ranges_are_those_of_all_batches_together(method: Method, tmp_path: Path) -> None:
+    """Of an input, of what is computed within and of an output; 0 lies within, also where it was not seen."""
+    nodes = [onnx.helper.make_node("Neg", ["x"], ["inner"]), onnx.helper.make_node("Exp", ["inner"], ["y"])]
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", 50]) for name in "xy"]
+    graph = onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:])
+    model = onnx.helper.make_model(graph, ir_version=9, opset_imports=[onnx.helper.make_opsetid("", 20)])
+    onnx.save(model, tmp_path / "m.onnx")
+    x = torch.randn(30, 50, generator=torch.Generator().manual_seed(0)) / torch.tensor([1.0, 0.2, 4.0] * 10)[:, None]
+    tops = {"y": 255, "x": 127, "inner": 63}
+    found = observe(tmp_path / "m.onnx", tops, lambda: x.split(8), method)
+    for name, numbers in {"x": x, "inner": -x, "y": (-x).exp()}.items():
+        low, high = min(0.0, float(numbers.min())), float(numbers.max())
+        counts = np.histogram(numbers.numpy(), 2048, (low, high))[0].astype(float)
+        want = narrowed(counts, low, high, method, tops[name]) if method != "minmax" else Range(low, high, tops[name])
+        assert found[name].top == tops[name]
+        assert (found[name].low, found[name].high) == pytest.approx((want.low, want.high), rel=1e-2, abs=1e-2)
+    with pytest.raises(CheckFailed, match="not finite"):
+        observe(tmp_path / "m.onnx", tops, lambda: [x, x * torch.inf], method)
+
+
+@pytest.mark.parametrize(("low", "high"), [(-2.0, 3.0), (0.0, 3.0), (-2.0, 0.0)])
+def test_percentiles_leave_as_little_as_they_may_at_either_end(low: float, high: float) -> None:
+    counts = np.random.default_rng(0).integers(0, 20, 2048).astype(float)
+    span, edges, most = narrowed(counts, low, high, "percentile"), np.linspace(low, high, 2049), 1e-4 * counts.sum()
+    for end, of, ends in (("low", edges[1:] <= span.low, low), ("high", edges[:-1] >= span.high, high)):
+        assert counts[of].sum() < most or ends == 0, end
+        assert ends or (span.low if end == "low" else span.high) == 0
+    assert not low or counts[edges[:-1] <= span.low].sum() >= most
+    assert not high or counts[edges[1:] >= span.high].sum() >= most
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("method", ["mse", "entropy"])
+def test_narrowed_ranges_are_a_slow_twins(method: Method, seed: int) -> None:
+    """The best of 48 common factors, then of 48 for either end; losses bin by bin."""
+    random, top = np.random.default_rng(seed), (15, 255)[seed % 2]
+    numbers = random.standard_t(2 + seed // 2, 5_000)
+    low, high = min(0.0, numbers.min()) * (seed != 3), numbers.max()
+    counts, edges = np.histogram(numbers, 400, (low, high))
+    share, middles, width = counts / counts.sum(), (edges[1:] + edges[:-1]) / 2, (high - low) / 400
+
+    def loss(span: Range) -> float:
+        scale, zero = float(span.scale), int(span.zero_point)
+        codes = [min(max(round(x / scale) + zero, 0), top) for x in middles]
+        if method == "mse":
+            return float(sum(p * (x - (c - zero) * scale) ** 2 for p, x, c in zip(share, middles, codes, strict=True)))
+        seen = [(p, c, span.low <= x <= span.high) for p, x, c in zip(share, middles, codes, strict=True)
+                if p > 0 and abs(x) > 0.501 * width]  # fmt: skip
+        apart = 0.0
+        for p, c, inside in seen:
+            fellows = [within for _, other, within in seen if other == c]
+            whole = sum(q for q, other, _ in seen if other == c)
+            apart += p * np.log(p / (whole / sum(fellows) if inside else 1e-9))
+        return float(apart)
+
+    parts = np.linspace(1, 0.1, 48)
+    best = min((Range(low * part, high * part, top) for part in parts), key=loss)
+    ends = [Range(best.low * a, best.high * b, top) for a, b in [(p, 1) for p in parts] + [(1, p) for p in parts]]
+    assert loss(narrowed(counts.astype(float), low, high, method, top)) == pytest.approx(min(map(loss, ends)), rel=1e-9)
 
 
 @pytest.mark.parametrize("method", ["percentile", "mse", "entropy"])
