@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from pcq import tape as tapes
+from pcq.calibrate import starts
 from pcq.calibrate.batchnorm import reestimate
 from pcq.calibrate.layers import find, patches
 from pcq.calibrate.moments import influence, target
@@ -28,7 +29,7 @@ from pcq.calibrate.quadratic import (
     proxconnect,
     refit,
 )
-from pcq.calibrate.starts import best_of, improved, search
+from pcq.calibrate.starts import best_of, better, improved, search
 from pcq.calibrate.steps import Step, calibrate_measured, less_like
 from pcq.calibrate.streams import Streams
 from pcq.demo.nets import resnet8
@@ -262,6 +263,60 @@ def test_the_search_is_never_worse_than_its_first_start(quantizer, seed):
     levels = found.grid.levels()
     assert (levels.diff(dim=1) >= 0).all()
     assert int(found.codes.max()) < grid.count
+
+
+def test_of_channels_that_share_levels_all_or_none_are_taken():
+    for seed in range(30):
+        q = _problem(seed, groups=1, r=6)
+        grid, row = Ternary().fit(q.target.reshape(1, -1)), torch.zeros_like(_per_channel(q))
+        tried = [best_of(q, grid, row, [(factor, 0)]) for factor in (1.0, 1.1)]
+        sums = [float(q.loss(codes.decode()).sum()) for codes in tried]
+        assert float(q.loss(better(q, *tried).decode()).sum()) == min(sums)
+
+
+def test_a_start_is_improved_by_levels_and_two_sweeps():
+    lost = torch.zeros(4)
+    for seed in range(20):
+        q = _problem(seed, r=6, n=12)
+        start = gptq(q, Uniform(3).fit(q.target.flatten(0, 1)), _per_channel(q))
+        refitted = refit(q, start)
+        made = start, refitted, descend(q, refitted, 1)[0], improved(q, start)
+        lost += torch.stack([q.loss(codes.decode()).sum() for codes in made])
+    assert (lost.diff() < -0.001 * lost[0]).all(), lost
+
+
+SCALES = (1.0, 1.14, 1.32, 0.9, 1.06, 1.22, 0.96, 1.45)
+NEARBY = (0.92, 0.96, 1.0, 1.04, 1.08)
+
+
+@pytest.mark.parametrize(("most", "limit"), [(25, ""), (3, "_NUMBERS"), (3, "_PRODUCTS"), (1, "_NUMBERS")])
+@pytest.mark.parametrize(
+    "quantizer", [Ternary(), Uniform(4, symmetric=False), KMeans(16), KMeans(17)], ids=lambda q: q.text
+)
+def test_the_search_is_its_slow_twin(quantizer, most, limit, monkeypatch):
+    """Channel by channel and start by start: several scales, then scales and zero points around the best."""
+    q = _problem(5, groups=1, r=8, n=12)
+    grid, row = quantizer.fit(q.target[0]), _per_channel(q)
+    if limit:
+        monkeypatch.setattr(starts, limit, most * row.numel() * (12 if limit == "_PRODUCTS" else 1))
+    if isinstance(grid, Affine) and isinstance(grid.zero_point, Tensor):
+        moves = list(itertools.product(NEARBY, range(-2, 3))) if most > 3 else [(1.0, 0), (0.96, 0), (1.0, -1)]
+    else:
+        moves = [(factor, 0) for factor in (NEARBY if most > 3 else (1.0, 0.96, 1.04))]
+    many = grid.count <= 16 and most > 1
+    found = q.loss(search(q, grid, row).decode())[0]
+    for channel in range(8):
+        alone, own = Quadratic(q.target[:, [channel]], q.h), torch.zeros_like(row[:, :1])
+
+        def best(grid, tried, alone=alone, own=own):
+            made = [best_of(alone, grid, own, [start]) for start in tried]
+            return min(made, key=lambda codes: float(alone.loss(codes.decode())))
+
+        scale = best(grid.map(lambda t, c=channel: t[[c]]), [(factor, 0) for factor in SCALES[: most if many else 1]])
+        least = alone.loss(scale.decode())
+        if many:
+            least = least.minimum(alone.loss(best(scale.grid, moves).decode()))
+        torch.testing.assert_close(found[channel], least[0, 0], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda q: q.text)
