@@ -152,7 +152,7 @@ def best_affine(rows: SortedRows, count: int, rules: Sequence[tuple[Tensor, Tens
     if unit == 2 and (count <= FEW or rows.values.shape[1] <= count):
         return _better(best, _at_every_zero(rows, codes, best[0]))[1:]
     error, scale, zero = _better(best, (*_scanned_scale(rows, codes - of_range[:, None], best[0]), of_range))
-    moves = [count / 2**k for k in range(3, 9) if count / 2**k * unit >= 1] or [1 / unit]
+    moves = [count / 2**k for k in range(3, 9) if count / 2**k * unit >= 1]
     moving = torch.ones_like(error, dtype=torch.bool)
     for _ in range(ROUNDS):
         if not bool(moving.any()):
@@ -214,7 +214,7 @@ def _error(rows: SortedRows, table: Tensor, scale: Tensor, which: Tensor | None 
     counts, sums = rows.runs(rows.cuts(scale[:, None] * middles))
     cross, norm = (table * sums).sum(1), (table.square() * counts).sum(1)
     refit = torch.where(cross > 0, cross / norm, 0.0)
-    return rows.square - refit * cross.clamp(min=0), refit
+    return rows.square - refit * cross, refit
 
 
 def _is_even(table: Tensor) -> bool:

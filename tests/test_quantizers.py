@@ -143,6 +143,19 @@ def test_rows_do_not_see_one_another(quantizer: Quantizer, n: int, monkeypatch: 
 
 
 @pytest.mark.parametrize("quantizer", EVERY, ids=lambda quantizer: quantizer.text)
+def test_rows_that_are_summed_piece_by_piece_get_the_same_levels(
+    quantizer: Quantizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = normal(3, 300)
+    whole = quantizer.fit(rows)
+    for module in (leastsquares, quantizers):
+        monkeypatch.setattr(module, "PIECE", 70)
+    pieces = quantizer.fit(rows)
+    assert torch.allclose(squared_error(pieces, rows), squared_error(whole, rows), rtol=1e-6, atol=0)
+    assert torch.allclose(pieces.levels(), whole.levels(), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("quantizer", EVERY, ids=lambda quantizer: quantizer.text)
 def test_powers_of_two_scale_the_levels_exactly(quantizer: Quantizer) -> None:
     if quantizer == AdditivePowersOfTwo(8, 1) or (isinstance(quantizer, Fixed) and quantizer.scale == "none"):
         return  # levels down to 2**-126 of the largest are no float32 for small rows; others are as given
