@@ -13,7 +13,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ from pcq.activations import Range
 from pcq.errors import CheckFailed, PcqError
 from pcq.export import drop, int8, int8_file, read_packed, verify, write_int8, write_onnx
 from pcq.export.drop import compare
-from pcq.export.integers import Channels, Integers, expected, integers, lower_int8
+from pcq.export.integers import Channels, Integers, expected, integers, integers_of, lower_int8
 from pcq.export.ranges import Method, narrowed, observe
 from pcq.grids import Affine, Codebook
 from pcq.qtensor import QuantizedTensor
@@ -167,6 +167,31 @@ def test_the_integers_are_a_twins(kind: str, axis: int | None, form: str) -> Non
     assert np.allclose(wanted.numpy() * s.reshape(-1, *rest).astype(float), real, rtol=1e-6)
     if kind not in ("255 levels", "256 levels"):
         assert np.abs(q).max() <= 64
+
+
+@example([0], 129, False)
+@example([128], 256, False)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=3), st.integers(2, 256), st.booleans())
+def test_integers_are_as_large_as_they_may_be(zeros: list[int], count: int, half: bool) -> None:
+    """Every code of every row, one by one: within int8, and within 64 where they can be."""
+    zero = torch.tensor(zeros, dtype=torch.float16) + 0.5 if half else torch.tensor(zeros, dtype=torch.uint8)
+    form = integers_of(Affine(torch.ones(len(zeros)), zero, count), Rows((len(zeros), 4)))
+    every = [(1 + half) * (code - z) for z in zero.tolist() for code in (0, count - 1)]
+    if isinstance(form, str):
+        assert min(every) < -128 or max(every) > 127
+        return
+    assert form.halves == 1 + half
+    assert form.multiplier * min(every) >= -128
+    assert form.multiplier * max(every) <= 127
+    largest = max(map(abs, every))
+    assert form.multiplier == 1 or form.multiplier * largest <= 64
+    assert (form.multiplier + 1) * largest > 64
+
+
+def test_a_matrix_cut_along_its_inputs_is_integers_and_blocks_are_not() -> None:
+    grid = Affine(torch.ones(8), 1.0, 3)
+    assert integers_of(grid, Rows((4, 8), 1)) == Integers(1, 64)
+    assert "transposed" in str(integers_of(grid, Rows((4, 4, 3), 1, 2)))
 
 
 def test_weights_that_are_no_integers_say_why() -> None:
@@ -509,6 +534,7 @@ def test_observed_ranges_are_those_of_all_batches_together(method: Method, tmp_p
         want = narrowed(counts, low, high, method, tops[name]) if method != "minmax" else Range(low, high, tops[name])
         assert found[name].top == tops[name]
         assert (found[name].low, found[name].high) == pytest.approx((want.low, want.high), rel=1e-2, abs=1e-2)
+    assert observe(tmp_path / "m.onnx", {"x": 127}, lambda: x.split(8), method) == {"x": found["x"]}
     with pytest.raises(CheckFailed, match="not finite"):
         observe(tmp_path / "m.onnx", tops, lambda: [x, x * torch.inf], method)
 
@@ -516,6 +542,7 @@ def test_observed_ranges_are_those_of_all_batches_together(method: Method, tmp_p
 @pytest.mark.parametrize(("low", "high"), [(-2.0, 3.0), (0.0, 3.0), (-2.0, 0.0)])
 def test_percentiles_leave_as_little_as_they_may_at_either_end(low: float, high: float) -> None:
     counts = np.random.default_rng(0).integers(0, 20, 2048).astype(float)
+    counts[:30] = counts[-30:] = 0
     span, edges, most = narrowed(counts, low, high, "percentile"), np.linspace(low, high, 2049), 1e-4 * counts.sum()
     for end, of, ends in (("low", edges[1:] <= span.low, low), ("high", edges[:-1] >= span.high, high)):
         assert counts[of].sum() < most or ends == 0, end

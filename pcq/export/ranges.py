@@ -99,9 +99,7 @@ def _rounded(middles: Histogram, span: Range) -> Histogram:
 
 
 def _squared(share: Histogram, middles: Histogram, span: Range) -> float:
-    width = float(middles[1] - middles[0])
-    inside = (width**2) / 12  # numbers are spread over their bin
-    return float((share * ((middles - _rounded(middles, span)) ** 2 + inside)).sum())
+    return float((share * (middles - _rounded(middles, span)) ** 2).sum())
 
 
 def _divergence(share: Histogram, middles: Histogram, span: Range) -> float:
