@@ -83,6 +83,22 @@ def test_a_solution_cut_short_states_a_true_bound(options, budget, states):
         assert found.cost <= budget
 
 
+def test_tight_budgets_are_solved_exactly_and_cut_short_with_a_true_bound():
+    """Where what goes by the best multiplier is often not the best of all."""
+    random, missed = np.random.default_rng(0), 0
+    for _ in range(200):
+        costs = random.integers(1, 12, (5, 4)).tolist()
+        losses = random.integers(0, 40, (5, 4)).astype(float).tolist()
+        least, most = (sum(map(end, costs)) for end in (min, max))
+        budget = int(random.integers(least, (least + most) // 2))
+        best, found, short = tried(costs, losses, budget), solve(costs, losses, budget), solve(costs, losses, budget, 1)
+        assert found.loss == found.bound == best
+        assert short.bound <= best + 1e-6 <= short.loss + 2e-6
+        assert max(found.cost, short.cost) <= budget
+        missed += short.loss > best
+    assert missed > 5
+
+
 def test_hundreds_of_weights_are_solved_exactly():
     random = np.random.default_rng(0)
     sizes, scale = random.integers(500, 2_000_000, 300), 10 ** random.normal(size=300)
