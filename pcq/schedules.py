@@ -70,9 +70,9 @@ class MirroredSigmoid:
 
     def __post_init__(self) -> None:
         _check(self.start, self.end)
-        if not 0 < self.steepness <= 500:
+        if not 0.001 <= self.steepness <= 500:  # below it is a line, and rounding takes it apart
             raise PcqError(
-                f"steepness is {self.steepness}", where="schedule MirroredSigmoid", allowed="a number in (0, 500]"
+                f"steepness is {self.steepness}", where="schedule MirroredSigmoid", allowed="a number from 0.001 to 500"
             )
 
     def strength(self, progress: float, mu: float) -> float:

@@ -120,6 +120,7 @@ def test_other_mistakes_are_refused_in_words() -> None:
         lambda: Geometric(first=2.0, last=1.0),
         lambda: Geometric(last=math.inf),
         lambda: MirroredSigmoid(steepness=0.0),
+        lambda: MirroredSigmoid(steepness=1e-20),
         lambda: MirroredSigmoid(steepness=501.0),
     ):
         with pytest.raises(PcqError, match="schedule"):
