@@ -1327,8 +1327,9 @@ def trained(**changes: Any) -> Trained:
     [
         ({}, None),
         ({"telemetry": (Telemetry(70, 0.5, 0.2, 0.0, 0.1), Telemetry(100, 1.0, 1.0, 0.0, 0.1))}, "Only 20 %"),
-        ({"hard_from": 98}, "only 2 steps before the end"),
-        ({"hard_from": 99}, "only 1 step before the end"),
+        ({"hard_from": 98}, "Only 2 steps came after the anneal"),
+        ({"hard_from": 99}, "Only 1 step came after the anneal"),
+        ({"hard_from": 100}, "No step came after the anneal"),
         ({"telemetry": (Telemetry(70, 0.95, 0.9, 0.0, 0.1), Telemetry(100, 1.0, 1.0, 0.01, 0.1))}, "1.000 %"),
         ({"epochs": (Epoch(80, 1.0, 0.3, 90.0), Epoch(100, 2.0, 0.2, 80.0))}, "got worse"),
         ({"epochs": (Epoch(80, 1.0, 0.3, 90.0), Epoch(100, 2.0, 0.2, 88.9))}, "got worse"),

@@ -42,9 +42,10 @@ def warnings(trained: Trained, settings: Finetune, fitted: bool = True) -> tuple
             "rate."
         )
     if not posttraining and soft and hard < SHORT * trained.steps:
+        left = f"Only {counted(hard, 'step')}" if hard else "No step"
         found.append(
-            f"The anneal ended only {counted(hard, 'step')} before the end: the weights had little time to "
-            "settle on their levels. Lower finetune.anneal_end."
+            f"{left} came after the anneal: the weights had little time to settle on their levels. Train longer, "
+            "or lower finetune.anneal_end."
         )
     if last.flips > RESTLESS and not posttraining:
         found.append(
