@@ -378,6 +378,19 @@ def test_range_mistakes_are_told_beside_others() -> None:
         "r.yaml:4: bits has to be a whole number from 1 to 4, not 9.",
         "r.yaml:4: refine has to be a whole number from 0 to 1000, not -1.",
     ]
+    told = complaint(
+        rules("- match: first", "  levels: ternary")
+        + "finetune:\n  refit: -1\n  epochs: 3\n  lr: fast\n  steps: 2\n  sed: 3\n  freeze: [1]\n  clip: -1\n"
+    )
+    assert told[0] == "r.yaml:6: refit is -1, which has to be 0 or a number of steps."
+    assert told[2:] == [
+        "r.yaml:9: steps and epochs both say how long to train; keep one of them.",
+        told[3],
+        'r.yaml:11: each item of `freeze` has to be text, not 1. Put it in quotes: "1".',
+        "r.yaml:12: clip is -1, which has to be 0 or more, and finite.",
+    ]
+    assert "`lr` has to be a number" in told[1]
+    assert "there is no `sed`" in told[3]
 
 
 # What scalars mean

@@ -132,14 +132,19 @@ def _sentences(errors: Sequence[Any], data: Data) -> Iterator[_Problem]:
             expected.setdefault(place, []).append(_EXPECTED[kind])
             found[place] = error["input"]
         elif kind == "value_error" and loc == ("finetune",):
-            for what in str(context["error"]).split("\n"):
-                yield _Problem((*place, what.split()[0]), what)
+            yield from _unfit(context["error"])
         elif kind != "value_error" or not (len(loc) == 2 and loc[0] == "rules"):
             yield _sentence(kind, loc, place, context, error["input"])
     for place in {**expected, **choices}:
         if place in choices and any(other[: len(place)] == place != other for other in expected):
             continue
         yield _unexpected(place, expected.get(place, []), choices.get(place, []), found[place])
+
+
+def _unfit(error: ValueError) -> Iterator[_Problem]:
+    """Settings of ``finetune`` out of range, or against one another, as they say it themselves."""
+    for what in str(error).split("\n"):
+        yield _Problem(("finetune", what.split()[0]), what)
 
 
 def _unexpected(place: Place, expected: Sequence[str], choices: Sequence[str], found: Any) -> _Problem:
@@ -222,7 +227,16 @@ def _known(loc: Sequence[Any]) -> tuple[str, list[str]]:
 
 
 def _other_fields(spelled: Data, wrong: Sequence[Place]) -> Iterator[_Problem]:
-    """Values out of range beside another mistake: a quantizer is built, and complains, only once all else is right."""
+    """Values out of range beside another mistake: their holder is built, and complains, only once all else is right."""
+    settings = spelled.get("finetune") if isinstance(spelled, dict) else None
+    refused = {part for place in wrong if place[:1] == ("finetune",) for part in place[1:2]}
+    if isinstance(settings, dict) and refused:
+        right = {each.name for each in fields(Finetune)} - refused
+        sound: dict[str, Any] = {name: value for name, value in settings.items() if name in right}
+        try:
+            Finetune(**sound)
+        except ValueError as error:
+            yield from _unfit(error)
     rules = spelled.get("rules") if isinstance(spelled, dict) else None
     for i, rule in enumerate(rules if isinstance(rules, list) else []):
         levels = rule.get("levels") if isinstance(rule, dict) else None
