@@ -14,11 +14,12 @@ def main() -> None:
     """
     try:
         from pcq.cli import run
+        from pcq.cli.frame import alone
     except KeyboardInterrupt:  # not even the command line is imported
         sys.stderr.write("pcq: interrupted; no output file was changed.\n")
         sys.exit(130)
     code = run()
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    if alone():
         sys.exit(code)
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

@@ -42,7 +42,10 @@ class Bits:
 
 Budget = Bytes | Bits
 
-_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_UNITS = {
+    **dict.fromkeys(("bit", "bits", "byte", "bytes", "b"), 1),
+    "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30,
+}  # fmt: skip
 
 
 def parse_budget(text: str) -> Budget:
@@ -53,11 +56,9 @@ def parse_budget(text: str) -> Budget:
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", text)
     unit = found[2].lower() if found else ""
-    number = float(found[1]) if found else 0.0
-    if 0 < number < math.inf and unit in ("bit", "bits"):
-        return Bits(number)
-    if 0 < number < math.inf and unit in ("byte", "bytes", *_UNITS):
-        return Bytes(int(number * _UNITS.get(unit, 1)))
+    size = float(found[1]) * _UNITS.get(unit, 0) if found else 0.0
+    if 0 < size < math.inf:
+        return Bits(size) if unit in ("bit", "bits") else Bytes(int(size))
     raise PcqError(f"'{text}' is not a budget", where="budget", allowed="such as 3MB, 900kB, 2.8MiB, 2.5bits")
 
 

@@ -129,7 +129,20 @@ def test_what_a_budget_says(text, means):
 
 
 @pytest.mark.parametrize(
-    "text", ["3", "MB", "-3MB", "3 parsecs", "0MB", "0bits", "1e3kB", "", f"{'9' * 400}MB", f"{'9' * 400}bits"]
+    "text",
+    [
+        "3",
+        "MB",
+        "-3MB",
+        "3 parsecs",
+        "0MB",
+        "0bits",
+        "1e3kB",
+        "",
+        f"{'9' * 400}MB",
+        f"{'9' * 308}MB",
+        f"{'9' * 400}bits",
+    ],
 )
 def test_what_is_no_budget(text):
     with pytest.raises(PcqError, match="is not a budget"):

@@ -56,9 +56,14 @@ def console(*, stderr: bool = False) -> "Console":
     return shown
 
 
+def alone() -> bool:
+    """Whether ``torchrun`` started no others beside this process."""
+    return os.environ.get("WORLD_SIZE", "1") == "1"
+
+
 def first() -> bool:
     """Whether this is the process that speaks: of those that ``torchrun`` started, one."""
-    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+    return alone() or os.environ.get("RANK", "0") == "0"
 
 
 _stopped = 0

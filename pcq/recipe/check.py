@@ -38,7 +38,8 @@ def check(
         file = RecipeFile.model_validate_json(json.dumps(spelled))
     except ValidationError as error:
         found = list(_sentences(error.errors(include_url=False), data))
-        found += _other_fields(spelled, [problem.place for problem in found])
+        wrong = [problem.place for problem in found]
+        found += [*_other_settings(spelled, wrong), *_other_fields(spelled, wrong)]
     found += _contradictions(spelled, {problem.meant for problem in found})
     meant = {problem.meant for problem in found}
     told = [
@@ -226,18 +227,22 @@ def _known(loc: Sequence[Any]) -> tuple[str, list[str]]:
     return f"levels of kind {loc[3]}", ["kind", *(each.name for each in fields(KINDS[loc[3]]))]
 
 
-def _other_fields(spelled: Data, wrong: Sequence[Place]) -> Iterator[_Problem]:
-    """Values out of range beside another mistake: their holder is built, and complains, only once all else is right."""
-    settings = spelled.get("finetune") if isinstance(spelled, dict) else None
+def _other_settings(spelled: Mapping[str, Data], wrong: Sequence[Place]) -> Iterator[_Problem]:
+    """Settings of ``finetune`` out of range beside another mistake: they complain only once all of them are right."""
+    settings = spelled.get("finetune")
     refused = {part for place in wrong if place[:1] == ("finetune",) for part in place[1:2]}
     if isinstance(settings, dict) and refused:
-        right = {each.name for each in fields(Finetune)} - refused
-        sound: dict[str, Any] = {name: value for name, value in settings.items() if name in right}
+        known = {each.name for each in fields(Finetune)}
+        sound: dict[str, Any] = {name: settings[name] for name in settings if name in known - refused}
         try:
             Finetune(**sound)
         except ValueError as error:
             yield from _unfit(error)
-    rules = spelled.get("rules") if isinstance(spelled, dict) else None
+
+
+def _other_fields(spelled: Mapping[str, Data], wrong: Sequence[Place]) -> Iterator[_Problem]:
+    """Values out of range beside another mistake: a quantizer is built, and complains, only once all else is right."""
+    rules = spelled.get("rules")
     for i, rule in enumerate(rules if isinstance(rules, list) else []):
         levels = rule.get("levels") if isinstance(rule, dict) else None
         kind = levels.get("kind") if isinstance(levels, dict) else None
@@ -254,9 +259,8 @@ def _other_fields(spelled: Data, wrong: Sequence[Place]) -> Iterator[_Problem]:
                 yield _Problem(place, str(error))
 
 
-def _contradictions(spelled: Data, meant: Container[Place | None]) -> Iterator[_Problem]:
+def _contradictions(spelled: Mapping[str, Data], meant: Container[Place | None]) -> Iterator[_Problem]:
     """What is wrong between the keys of a rule, and lists of nothing."""
-    assert isinstance(spelled, dict), spelled
     said = spelled.get("pcq")
     if said == FORMAT and type(said) is not int:  # pydantic takes true and 1.0 for 1
         what = f"this pcq reads recipes of format {FORMAT}, not {_said(said)}"

@@ -93,7 +93,7 @@ def spell_out(key: str, value: Data) -> Data:
     return value
 
 
-def spelled_out(data: Mapping[str, Data]) -> Data:
+def spelled_out(data: Mapping[str, Data]) -> dict[str, Data]:
     """The whole file in full."""
     rules = data.get("rules")
     if not isinstance(rules, list):

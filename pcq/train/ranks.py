@@ -262,8 +262,7 @@ def joined() -> Iterator[None]:
     except Exception as error:
         telling = _first_to_tell(told, error)
         with suppress(KeyboardInterrupt):  # torchrun ends all when the first has ended
-            if dist.is_initialized():
-                dist.destroy_process_group()
+            _end_group()
             _leave(told, world)
         raise telling from error
     except KeyboardInterrupt as stop:
@@ -271,9 +270,13 @@ def joined() -> Iterator[None]:
             raise other from None
         raise
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-            time.sleep(LETTING_GO)
+        _end_group()
+
+
+def _end_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        time.sleep(LETTING_GO)
 
 
 def _choose_gpu() -> None:

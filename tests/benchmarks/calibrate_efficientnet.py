@@ -44,20 +44,9 @@ def outputs(predict: Callable[..., Tensor], x: Tensor) -> Tensor:
     return torch.cat([predict(part) for part in x.split(16)])
 
 
-def logits(path: Path, x: Tensor) -> Tensor:
-    """Those of a checkpoint or an artifact."""
-    return outputs(module_predictor(pcq.open_network(path, ARCH).module), x)
-
-
-def predicted(path: Path, x: Tensor) -> Tensor:
-    """The network's choice for each image."""
-    return logits(path, x).argmax(1)
-
-
-def chosen(path: Path, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The images with the network's choices, and whether it is sure."""
-    probability, choice = logits(path, x).softmax(1).max(1)
-    return x, choice, probability >= SURE
+def opened(path: Path) -> Callable[[Tensor], Tensor]:
+    """The logits that a checkpoint's or an artifact's network has for images."""
+    return partial(outputs, module_predictor(pcq.open_network(path, ARCH).module))
 
 
 def scored(args: argparse.Namespace) -> Seen:
@@ -69,7 +58,9 @@ def scored(args: argparse.Namespace) -> Seen:
         "objects": calibrate_photos.objects("test", 4, args.debian),
         "subjects": calibrate_photos.subjects("test", 4, args.debian),
     }
-    return {name: chosen(efficientnet_lite0.checkpoint(), each) for name, each in x.items()}
+    predict = opened(efficientnet_lite0.checkpoint())
+    best = {name: predict(each).softmax(1).max(1) for name, each in x.items()}
+    return {name: (each, best[name].indices, best[name].values >= SURE) for name, each in x.items()}
 
 
 def as_jpeg(quality: int, x: Tensor) -> Tensor:
@@ -89,10 +80,12 @@ DISTURBED: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def agreement(seen: Seen, predict: Callable[[Tensor], Tensor]) -> record.Row:
-    """In percent: of all images, and of those that float is sure of."""
-    right = {name: (predict(x) == exact).float() for name, (x, exact, _) in seen.items()}
+def scores(seen: Seen, predict: Callable[[Tensor], Tensor]) -> record.Row:
+    """How many of the 20 photos are right, and the agreement in percent: of all images, of those float is sure of."""
+    photos, labels = efficientnet_lite0.photos()
+    right = {name: (predict(x).argmax(1) == exact).float() for name, (x, exact, _) in seen.items()}
     return {
+        "top1_of_20": int((predict(photos).argmax(1) == labels).sum()),
         "agreement": {name: 100 * float(each.mean()) for name, each in right.items()},
         "agreement_where_sure": {name: 100 * float(right[name][sure].mean()) for name, (_, _, sure) in seen.items()},
         "images": {name: len(each) for name, each in right.items()},
@@ -103,15 +96,13 @@ def agreement(seen: Seen, predict: Callable[[Tensor], Tensor]) -> record.Row:
 def run_float(disturbed: str, seen: Seen) -> record.Row:
     """The float network on images that are disturbed."""
     path, change = efficientnet_lite0.checkpoint(), DISTURBED[disturbed]
-    photos, labels = efficientnet_lite0.photos()
-    top1 = int((predicted(path, change(photos)) == labels).sum())
-    bits = {"bits": 32, "bytes": path.stat().st_size, "top1_of_20": top1}
-    return bits | agreement(seen, lambda x: predicted(path, change(x))) | {"cpu_seconds": 0}
+    predict = opened(path)
+    size = {"bits": 32, "bytes": path.stat().st_size}
+    return size | scores(seen, lambda x: predict(change(x))) | {"cpu_seconds": 0}
 
 
 def run(args: argparse.Namespace, recipe: str, seed: int, method: str, seen: Seen) -> record.Row:
     """One recipe and seed: quantize, then score on the 20 photos, on crops and on objects."""
-    photos, labels = efficientnet_lite0.photos()
     spec = f"{calibrate_photos.__file__}:samples?debian={args.debian}&subject={args.subjects}&valid={int(args.valid)}"
     asked = Calibration(spec, args.samples, args.method, seed=seed, refine=args.refine) if method != "plain" else None
     start = time.process_time()
@@ -121,11 +112,10 @@ def run(args: argparse.Namespace, recipe: str, seed: int, method: str, seen: See
             calibration=asked,
         )  # fmt: skip
         cpu = time.process_time() - start
-        top1 = int((predicted(made.path, photos) == labels).sum())
-        found = agreement(seen, lambda x: predicted(made.path, x))
+        found = scores(seen, opened(made.path))
     steps = made.calibrated.outcome.steps if made.calibrated is not None else ()
     return {
-        "bits": made.bits, "bytes": made.bytes_after, "top1_of_20": top1, **found, "cpu_seconds": round(cpu),
+        "bits": made.bits, "bytes": made.bytes_after, **found, "cpu_seconds": round(cpu),
         "steps": [[s.name, s.error, s.agreement, s.reason, round(s.seconds)] for s in steps],
         "peak_mb": record.peak_mb(),
     }  # fmt: skip
