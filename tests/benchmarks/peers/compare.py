@@ -38,7 +38,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 DEMO = ROOT / "pcq" / "demo"
 TOOLS = ("pcq", "aimet", "brevitas", "nncf", "torchao", "ort")
-SEARCH_SEED, SEEDS, VALIDATION = 100, (0, 1, 2), 1000
+SEARCH_SEED, SEEDS, VALIDATION = 100, (0, 1, 2), 5000
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,8 @@ class Scorer:
         self.network, self.ending = network, f".{split}{limit or ''}.npy"
         self.data = open_data(network.data, split)
         self.order = self.data.order(limit)
-        self.float = self.predictions(network.float_file, folder / f"float{self.ending}")
+        known = f"float.{zlib.crc32(network.float_file.read_bytes()):08x}"
+        self.float = self.predictions(network.float_file, folder / f"{known}{self.ending}")
 
     def predictions(self, file: Path, kept: Path) -> NDArray[np.int16]:
         if kept.exists():
@@ -179,11 +180,16 @@ def told(asked: Problem, answers: Path, number: int) -> dict[str, Any]:
 
 
 def posed(args: argparse.Namespace, network: Network, levels: str, seed: int, folder: Path) -> Problem:
-    """The problem in ``folder``, written if it is not there yet."""
+    """The problem in ``folder``, written if it is not there yet; answers to another one are not taken for its."""
+    count = args.search_samples if seed == SEARCH_SEED else args.samples
     if not (folder / "problem.json").exists():
-        count = args.search_samples if seed == SEARCH_SEED else args.samples
         write(folder, problem(network, levels, seed, count))
-    return read(folder)
+    found, state = read(folder), load_file(network.float_file)
+    if len(found.samples) != count:
+        raise SystemExit(f"{folder} holds a problem of {len(found.samples)} samples, {count} are asked for")
+    if found.state.keys() != state.keys() or any(not torch.equal(found.state[name], state[name]) for name in state):
+        raise SystemExit(f"{folder} holds a problem of another network than {network.float_file}; take another FOLDER")
+    return found
 
 
 def cell(args: argparse.Namespace, name: str, network: Network, levels: str, tool: str) -> dict[str, Any]:
