@@ -1,5 +1,6 @@
 """The comparison with other tools: what its driver tells of an answer, and of a difference."""
 
+import argparse
 import base64
 import sys
 import zlib
@@ -127,6 +128,32 @@ def test_answers_are_scored_by_agreement_and_by_part(problem: Any, tmp_path: Pat
     right = scorer.right(tmp_path / "0.safetensors")
     assert right.tolist() == (asked.network()(x).argmax(1) == 3).tolist()
     assert compare.parts(np.arange(30) < 20, {"a": (10, 5), "b": (20, 2)}) == {"a": 100, "b": 50}
+
+
+def test_answers_to_another_problem_are_not_taken(problem: Any, tmp_path: Path) -> None:
+    import compare
+    from safetensors.torch import save_file
+
+    asked = made(problem)
+    file = tmp_path / "float.safetensors"
+    save_file(asked.state, file)
+    np.savez(tmp_path / "x.npz", x_train=torch.randn(20, 1, 8, 8).numpy())
+    network = compare.Network(file, asked.arch, {}, f"npz:{tmp_path / 'x.npz'}", "agreement")
+    args = argparse.Namespace(samples=12, search_samples=8)
+
+    def posed(seed: int) -> Any:
+        return compare.posed(args, network, "2", seed, tmp_path / f"seed{seed}")
+
+    for seed, count in ((0, 12), (compare.SEARCH_SEED, 8)):
+        assert len(posed(seed).samples) == count
+    assert torch.equal(posed(0).samples, posed(0).samples)
+    args.samples = 16
+    with pytest.raises(SystemExit, match="12 samples, 16 are asked for"):
+        posed(0)
+    args.samples = 12
+    save_file(asked.state | {"fc.bias": asked.state["fc.bias"] + 1}, file)
+    with pytest.raises(SystemExit, match="another network than"):
+        posed(0)
 
 
 def test_differences_within_the_interval_are_ties(problem: Any) -> None:

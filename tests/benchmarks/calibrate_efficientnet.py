@@ -7,9 +7,10 @@
 
 The heads of ``efficientnet_lite0.py`` and ``calibrate_photos.py`` say how to get network and photos. Calibrated on
 photos of split ``calib``, scored on those of ``test``: some 320 crops, mostly of landscapes, and 340 views each of
-objects and of photos of one subject; and on those of them that the float network is sure of, its choice having a
-probability of ``SURE`` or more. ``plain`` has each recipe without calibration. ``--subjects N`` calibrates on N views
-of each photo of a subject as well, ``--valid`` on the photos of split ``valid`` too, by which settings were chosen.
+objects and of photos of one subject, and 320 views of the 20 labelled photos; and on those of them that the float
+network is sure of, its choice having a probability of ``SURE`` or more. ``plain`` has each recipe without calibration.
+``--subjects N`` calibrates on N views of each photo of a subject as well, ``--valid`` on the photos of split ``valid``
+too, by which settings were chosen.
 ``--disturbed`` has the float network itself instead, on the same pictures moved by a pixel or saved as JPEG: how much
 of the agreement is noise.
 """
@@ -35,6 +36,9 @@ from tests.benchmarks import calibrate_photos, efficientnet_lite0, record
 
 ARCH = f"{efficientnet_lite0.__file__}:network"
 
+VIEWS = 16
+"""Of each labelled photo."""
+
 Seen = dict[str, tuple[Tensor, Tensor, Tensor]]
 """What is scored on -> images, the float network's choice for each, and whether it is sure of it."""
 
@@ -57,6 +61,7 @@ def scored(args: argparse.Namespace) -> Seen:
         "crops": calibrate_photos.crops("test", 18, efficientnet_lite0.installed("skimage").parent, args.debian),
         "objects": calibrate_photos.objects("test", 4, args.debian),
         "subjects": calibrate_photos.subjects("test", 4, args.debian),
+        "views": calibrate_photos.views(efficientnet_lite0.files(), VIEWS),
     }
     predict = opened(efficientnet_lite0.checkpoint())
     best = {name: predict(each).softmax(1).max(1) for name, each in x.items()}
@@ -74,6 +79,7 @@ def as_jpeg(quality: int, x: Tensor) -> Tensor:
 
 
 DISTURBED: dict[str, Callable[[Tensor], Tensor]] = {
+    "as it is": lambda x: x,
     "one pixel to the left": lambda x: torch.cat([x[..., 1:], x[..., -1:]], -1),
     "JPEG, quality 95": partial(as_jpeg, 95),
     "JPEG, quality 90": partial(as_jpeg, 90),
@@ -81,11 +87,16 @@ DISTURBED: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def scores(seen: Seen, predict: Callable[[Tensor], Tensor]) -> record.Row:
-    """How many of the 20 photos are right, and the agreement in percent: of all images, of those float is sure of."""
+    """How many of the 20 photos are right, and the agreement in percent: of all images, of those float is sure of.
+
+    Of the 20 photos' views also how many percent are right.
+    """
     photos, labels = efficientnet_lite0.photos()
-    right = {name: (predict(x).argmax(1) == exact).float() for name, (x, exact, _) in seen.items()}
+    chosen = {name: predict(x).argmax(1) for name, (x, _, _) in seen.items()}
+    right = {name: (chosen[name] == exact).float() for name, (_, exact, _) in seen.items()}
     return {
         "top1_of_20": int((predict(photos).argmax(1) == labels).sum()),
+        "top1_of_views": 100 * float((chosen["views"] == labels.repeat_interleave(VIEWS)).float().mean()),
         "agreement": {name: 100 * float(each.mean()) for name, each in right.items()},
         "agreement_where_sure": {name: 100 * float(right[name][sure].mean()) for name, (_, _, sure) in seen.items()},
         "images": {name: len(each) for name, each in right.items()},
@@ -102,7 +113,7 @@ def run_float(disturbed: str, seen: Seen) -> record.Row:
 
 
 def run(args: argparse.Namespace, recipe: str, seed: int, method: str, seen: Seen) -> record.Row:
-    """One recipe and seed: quantize, then score on the 20 photos, on crops and on objects."""
+    """One recipe and seed: quantize, then score."""
     spec = f"{calibrate_photos.__file__}:samples?debian={args.debian}&subject={args.subjects}&valid={int(args.valid)}"
     asked = Calibration(spec, args.samples, args.method, seed=seed, refine=args.refine) if method != "plain" else None
     start = time.process_time()
@@ -134,12 +145,13 @@ def table(lines: list[record.Row]) -> str:
     rows = [
         [x["recipe"], x["seed"], f"{x['samples']}{' +' * x['valid']}", x["subjects"], x["method"], x["refine"],
          f"{x['bits']:.2f}", f"{x['bytes'] / 1e6:.2f}", x["top1_of_20"],
-         *(_agreement(x, name) for name in ("crops", "objects", "subjects")), x["cpu_seconds"]]
+         *(_agreement(x, name) for name in ("crops", "objects", "subjects", "views")),
+         f"{x['top1_of_views']:.1f}" if "top1_of_views" in x else "", x["cpu_seconds"]]
         for x in lines
     ]  # fmt: skip
     head = (
         "| recipe | seed | samples | views of subjects | method | steps a block | bits | MB | top-1 of 20 "
-        "| agreement %, crops | objects | subjects | CPU s |"
+        "| agreement %, crops | objects | subjects | views of the 20 | their top-1 % | CPU s |"
     )
     return record.markdown(head, rows)
 

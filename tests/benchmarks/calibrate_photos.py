@@ -125,6 +125,15 @@ def subjects(split: str, each: int, debian: Path, size: int = 224) -> Tensor:
     return scaled(out)
 
 
+def views(files: Sequence[Path], each: int, size: int = 224) -> Tensor:
+    """``each`` views, as those of subjects, of every file: float32 ``[n, 3, size, size]``, ``(x - 127) / 128``."""
+    out = []
+    for path in files:
+        random = np.random.RandomState(zlib.crc32(path.name.encode()))
+        out += [part_of(Image.open(path).convert("RGB"), 0.7, size, random) for _ in range(each)]
+    return scaled(out)
+
+
 def crops(split: str, each: int, skimage: Path, debian: Path, size: int = 224) -> Tensor:
     """``each`` random crops of every photo of ``split``: float32 ``[n, 3, size, size]``, ``(x - 127) / 128``.
 

@@ -25,17 +25,21 @@ def installed(package: str) -> Path:
     return Path(next(iter(found.submodule_search_locations)))
 
 
+def files() -> list[Path]:
+    """The photos' files."""
+    return sorted((installed("foolbox") / "data").glob("imagenet_*.jpg"))
+
+
 def photos() -> tuple[Tensor, Tensor]:
     """The photos [20, 3, 224, 224], (x - 127) / 128, and their ImageNet labels [20], by number in the file name.
 
     They are resized to 224 x 224 whole (PIL's default, bicubic), as foolbox's ``samples`` does.
     """
-    files = sorted((installed("foolbox") / "data").glob("imagenet_*.jpg"))
-    images = [Image.open(file).convert("RGB").resize((224, 224)) for file in files]
+    images = [Image.open(file).convert("RGB").resize((224, 224)) for file in files()]
     pixels = np.stack([np.asarray(image, np.float32) for image in images])
     assert len(pixels) == 20
     x = (torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous() - 127) / 128
-    return x, torch.tensor([int(file.stem.split("_")[2]) for file in files])
+    return x, torch.tensor([int(file.stem.split("_")[2]) for file in files()])
 
 
 def network() -> nn.Module:
