@@ -4,10 +4,10 @@
 
 The heads of ``tests/benchmarks/efficientnet_lite0.py`` and ``calibrate_photos.py`` say how to get the weights and
 DEBIAN. Writes OUT/efficientnet.safetensors, OUT/efficientnet.npz (``x_train`` the split ``calib``, ``x_val``,
-``x_test``: crops, then objects; without labels, so that a network is scored by agreement with the float one) and
-OUT/parts.json, how many images of ``x_test`` are which, and how many in a row are of one photo. The original's
-convolutions pad by themselves, one pixel more at the far sides where they stride; here a ``ZeroPad2d`` stands before
-them.
+``x_test``: crops, objects, subjects, and in ``x_test`` views of the labelled photos; without labels, so that a network
+is scored by agreement with the float one) and OUT/parts.json, how many images of ``x_test`` are which, and how many in
+a row are of one photo. The original's convolutions pad by themselves, one pixel more at the far sides where they
+stride; here a ``ZeroPad2d`` stands before them.
 """
 
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ STAGES = (
 """Expansion, channels, kernel, stride and repeats of each stage (arXiv 1905.11946, Table 1, without scaling)."""
 
 EPS = 1e-3
-CROPS, VIEWS = 18, 4  # of each photo, of each object
+CROPS, VIEWS, LABELLED = 18, 4, 16  # of each photo, of each object and subject, of each labelled photo
 
 
 def padding(kernel: int, stride: int) -> nn.Module:
@@ -122,13 +122,17 @@ def main() -> None:
         parts = {
             "crops": calibrate_photos.crops(split, CROPS, skimage, debian),
             "objects": calibrate_photos.objects(split, VIEWS, debian),
+            "subjects": calibrate_photos.subjects(split, VIEWS, debian),
         }
+        if split == "test":
+            parts["views"] = calibrate_photos.views(efficientnet_lite0.files(), LABELLED)
         x = torch.cat(list(parts.values()))
         splits[f"x_{name}"] = x.half().numpy()
         assert torch.equal(torch.from_numpy(splits[f"x_{name}"]).float(), x)  # whole pixels: nothing is lost
         print(name, {part: len(each) for part, each in parts.items()}, flush=True)
     out.mkdir(parents=True, exist_ok=True)
-    told = {"crops": (len(parts["crops"]), CROPS), "objects": (len(parts["objects"]), VIEWS)}
+    each = {"crops": CROPS, "objects": VIEWS, "subjects": VIEWS, "views": LABELLED}
+    told = {part: (len(x), each[part]) for part, x in parts.items()}
     (out / "parts.json").write_text(json.dumps(told) + "\n")
     np.savez(out / "efficientnet.npz", **splits)
     save_file(network.state_dict(), out / "efficientnet.safetensors")
