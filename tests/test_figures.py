@@ -63,3 +63,29 @@ def test_how_often_batchnorm_taken_anew_is_worse_is_counted_right() -> None:
     worse = [run["BatchNorm"]["lost"] - run["blocks"]["lost"] for run in runs]
     assert sum(points <= 0 for points in worse) == 2
     assert f"worse in all runs on ResNet-20 but two, by up to {max(worse):.1f} points" in text("docs/calibration.md")
+
+
+def cells(name: str) -> dict[tuple[str, str], list[float]]:
+    """Test points lost on CIFAR-10 on a GPU, by levels and method, one for each seed."""
+    lost = defaultdict(list)
+    for row in rows(name):
+        cell, scores = row["cell"], row["rows"]
+        if "graphs" in cell["settings"]:
+            lost[cell["levels"], cell["method"]].append(scores["float"]["test"] - scores["fine-tuned"]["test"])
+    return lost
+
+
+def test_how_far_proxquant_and_rpc_are_behind_on_cifar10_is_what_their_rows_say() -> None:
+    lost = {key: mean(values) for key, values in cells("cifar10.jsonl").items()}
+    behind = []
+    for levels in ("ternary", "binary"):
+        best = min(points for (each, _), points in lost.items() if each == levels)
+        behind.append([lost[levels, method] - best for method in ("proxquant", "reverse")])
+    (quant, rpc), (quant2, rpc2) = behind
+    assert f"are {quant:.1f} to {rpc:.1f} and {quant2:.0f} to {rpc2:.0f} points behind" in text("README.md")
+
+
+def test_how_much_smaller_networks_become_is_what_the_measured_ones_became() -> None:
+    cases = json.loads((RESULTS / "command.json").read_text(encoding="utf-8"))["cases"]
+    smaller = [case["bytes_before"] / case["bytes_after"] for case in cases]
+    assert f"{min(smaller):.0f} to {max(smaller):.0f} times smaller" in text("README.md")
