@@ -2,6 +2,8 @@
 
 import json
 from collections import defaultdict
+from itertools import combinations
+from math import sqrt
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -89,3 +91,54 @@ def test_how_much_smaller_networks_become_is_what_the_measured_ones_became() -> 
     cases = json.loads((RESULTS / "command.json").read_text(encoding="utf-8"))["cases"]
     smaller = [case["bytes_before"] / case["bytes_after"] for case in cases]
     assert f"{min(smaller):.0f} to {max(smaller):.0f} times smaller" in text("README.md")
+
+
+def test_the_table_of_methods_on_cifar10_is_that_of_its_rows() -> None:
+    lost, document = cells("cifar10.jsonl"), text("docs/finetune.md")
+    names = {"parq", "proxconnect", "binaryconnect", "binaryrelax", "torchao-parq", "proxquant", "reverse"}
+    for method in names:
+        label = "torchao's PARQ" if method == "torchao-parq" else f"`{method}`"
+        points = [spread(lost[levels, method]) for levels in ("ternary", "binary", "quaternary")]
+        assert f"| {label} | {' | '.join(points)} |" in document
+    best = min(lost["quaternary", method][0] for method in names)
+    two = [lost["quaternary", method][0] - best for method in ("proxquant", "reverse")]
+    assert f"10 and 11 in binary, {two[0]:.1f} and {two[1]:.1f} in 2 bits." in document
+
+
+def test_distilled_networks_from_float_are_those_of_their_rows() -> None:
+    document = text("docs/finetune.md")
+    made = [row for row in rows("cifar10.jsonl") if "distill" in row["cell"]["settings"]]
+    assert len(made) == 2
+    for row in made:
+        held_out, test = (row["rows"]["float"][of] - row["rows"]["fine-tuned"][of] for of in ("val", "test"))
+        levels = row["cell"]["levels"]
+        assert f"| {levels} | float | 10 | 0.002 | {held_out:.2f} | {test:.2f} | {row['commit']}, " in document
+
+
+def test_what_a_whole_training_step_takes_is_in_its_record() -> None:
+    networks = json.loads((RESULTS / "bench_step_whole.json").read_text(encoding="utf-8"))["networks"]
+    small, large = (sorted(each["ratio"].values()) for each in networks.values())
+    assert (
+        f"takes {small[0]:.3f} to {small[-1]:.3f} times as long in ResNet-20, "
+        f"{large[0]:.3f} to {large[-1]:.3f} in ResNet-18"
+    ) in text("docs/finetune.md")
+
+
+def test_which_methods_of_the_quick_comparison_are_told_apart_is_counted_right() -> None:
+    scores: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for row in sorted(rows("quick.jsonl"), key=lambda row: row["cell"]["seed"]):
+        cell = row["cell"]
+        if cell["sets"] == "refitted":
+            scores[cell["levels"], cell["method"]].append(row["rows"]["fine-tuned"]["test"])
+    names = ("binaryconnect", "proxconnect", "binaryrelax", "parq", "bnn", "torchao-parq")
+    apart = []
+    pairs = [(levels, *pair) for levels in ("ternary", "binary") for pair in combinations(names, 2)]
+    for levels, one, other in pairs:
+        ahead = [a - b for a, b in zip(scores[levels, one], scores[levels, other], strict=True)]
+        width = 4.303 * stdev(ahead) / sqrt(len(ahead))  # of a paired t with three seeds
+        if abs(mean(ahead)) > width:
+            apart.append((levels, one, other, f"{mean(ahead):.2f} ± {width:.2f}"))
+    assert [each[:3] for each in apart] == [("ternary", "binaryrelax", "parq")]
+    assert (
+        f"of the {len(pairs)} pairs one is beyond its interval (BinaryRelax {apart[0][3]} ahead of PARQ, ternary)"
+    ) in text("docs/finetune.md")
