@@ -142,3 +142,36 @@ def test_which_methods_of_the_quick_comparison_are_told_apart_is_counted_right()
     assert (
         f"of the {len(pairs)} pairs one is beyond its interval (BinaryRelax {apart[0][3]} ahead of PARQ, ternary)"
     ) in text("docs/finetune.md")
+
+
+def test_what_was_tried_in_every_runtime_is_counted_right() -> None:
+    files = json.loads((RESULTS / "ort_matrix.json").read_text(encoding="utf-8"))["exact"]
+    made = [name for name in files if not name.startswith("unpack")]
+    assert len({name.split(",")[0] for name in made}) == 7
+    assert f"{len(made)} files of seven networks, in ten ONNX Runtimes" in text("docs/onnx.md")
+
+
+def test_how_much_memory_loading_takes_is_what_was_measured() -> None:
+    measured = json.loads((RESULTS / "export.json").read_text(encoding="utf-8"))["rows"]
+    weights = {row["network"]: row["bytes"] / 4 for row in measured if row["recipe"] == "float"}
+    each = [row["peak_mb"] * 1e6 / weights[row["network"]] for row in measured if row["recipe"] != "float"]
+    assert f"for a moment {min(each):.0f} to {max(each):.0f} bytes a weight of memory" in text("docs/onnx.md")
+
+
+def test_how_much_slower_packed_memory_runs_is_what_was_measured() -> None:
+    machines = json.loads((RESULTS / "modes.json").read_text(encoding="utf-8"))
+    (measured,) = (rows for machine, rows in machines.items() if "without AVX512" in machine)
+    ratios = [
+        next(each["ratio"] for each in row["latencies"] if (each["batch"], each["threads"]) == (1, 1))
+        for row in measured
+        if row["mode"] == "low-memory" and row["network"] in ("mobilenet_v2", "efficientnet_lite0")
+    ]
+    assert f"there runs take {min(ratios):.1f} to {max(ratios):.1f} times as long" in text("docs/onnx.md")
+
+
+def test_other_peoples_models_that_were_refused_are_told() -> None:
+    models = json.loads((RESULTS / "onnx_zoo.json").read_text(encoding="utf-8"))["rows"]
+    refused = {row["model"] for row in models if "after" not in row}
+    assert refused == {"ddddocr.common_old", "torch.mobilenet_v3_small dynamo"}
+    document = text("docs/onnx.md")
+    assert "One is refused, being quantized already. That of torch's newer exporter was refused as well" in document
