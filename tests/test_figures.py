@@ -175,3 +175,19 @@ def test_other_peoples_models_that_were_refused_are_told() -> None:
     assert refused == {"ddddocr.common_old", "torch.mobilenet_v3_small dynamo"}
     document = text("docs/onnx.md")
     assert "One is refused, being quantized already. That of torch's newer exporter was refused as well" in document
+
+
+def test_what_int8_is_said_to_buy_is_what_was_measured() -> None:
+    """Less memory than the exact file, which is the smaller one on disk; its speed beside float's is in the help."""
+    ratios = []
+    for measured in json.loads((RESULTS / "modes.json").read_text(encoding="utf-8")).values():
+        files = {(row["network"], row["recipe"], row["mode"]): row for row in measured}
+        for (network, recipe, mode), row in files.items():
+            if mode == "int8":
+                exact = files[network, recipe, "exact"]
+                assert row["peak"]["median"] < exact["peak"]["median"]
+                assert row["bytes"] > exact["bytes"]
+                latency = next(each for each in row["latencies"] if (each["batch"], each["threads"]) == (1, 1))
+                ratios.append(1 / latency["ratio"])
+    assert "the same, on int8 kernels: less memory, and faster" in text("README.md")
+    assert f"{min(ratios):.1f} to {max(ratios):.1f} times as fast" in text("pcq/cli/exporting.py")
