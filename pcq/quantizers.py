@@ -303,6 +303,11 @@ Quantizer = Binary | Ternary | LeastSquaresBinary | Uniform | KMeans | AdditiveP
 Kernel = Callable[[Tensor], tuple[Tensor, ...]]
 
 
+def as_they_are(quantizer: object) -> bool:
+    """Whether its levels are listed, and used whatever the weights are."""
+    return isinstance(quantizer, Fixed) and quantizer.scale == "none"
+
+
 def _by_chunk(rows: Tensor, kernel: Kernel, reach: float = 1.0) -> tuple[Tensor, ...]:
     """Apply ``kernel`` to a few rows at a time, in units in which their sums and squares are harmless.
 

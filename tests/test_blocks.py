@@ -9,6 +9,7 @@ from pcq import tape as tapes
 from pcq.calibrate.blocks import Block, blocks, latents, norms_and_biases, refine
 from pcq.calibrate.layers import find
 from pcq.calibrate.oneshot import Settings, batches, calibrate
+from pcq.calibrate.steps import calibrate_measured
 from pcq.demo.nets import resnet8
 from pcq.quantizers import AdditivePowersOfTwo, Binary, Fixed, KMeans, LeastSquaresBinary, Quantizer, Ternary, Uniform
 from pcq.rows import Rows
@@ -198,3 +199,14 @@ def test_statistics_are_not_trained():
     assert norms_and_biases(tape, found[1], tapes.state(net)) == [
         "layer1.0.bn1.weight", "layer1.0.bn1.bias", "layer1.0.bn2.weight", "layer1.0.bn2.bias",
     ]  # fmt: skip
+
+
+def test_listed_levels_are_used_as_they_are():
+    torch.manual_seed(0)
+    net, levels = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval(), (-0.3, -0.1, 0.0, 0.1, 0.3)
+    x = torch.randn(160, 8)
+    settings = Settings(method="gptq", refine=60)
+    found = calibrate_measured(net, _plan(net, Fixed(levels)), (x[:128],), (x[128:],), settings)
+    assert found.blocks
+    for quantized in found.quantized.values():
+        assert torch.equal(quantized.grid.levels(), torch.tensor([levels]))

@@ -8,7 +8,7 @@ The algorithm is ProxConnect (arXiv 2110.13220): the gradient is taken at the qu
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -186,6 +186,7 @@ def refine(
     seed: int = 0,
     progress: Progress = silent,
     mask: int | None = None,
+    listed: Collection[str] = (),
 ) -> Refined:
     """Refine one block after the other; one that its refinement does not help stays as it was.
 
@@ -201,6 +202,7 @@ def refine(
         seed: of the order of the batches.
         progress: called once a block.
         mask: which of the inputs masks tokens (``pcq.calibrate.padding``); those do not count.
+        listed: weights whose levels stay as they are.
     """
     quantized, changed = dict(quantized), dict(changed)
     student = {**tensors, **changed, **{name: q.dequantize() for name, q in quantized.items()}}
@@ -218,7 +220,7 @@ def refine(
             leaves = block.leaves
             wanted = [Wanted.of(aim[leaves], rows.get(leaves)) for aim, rows in zip(aims, real, strict=True)]
             before = _error([v[block.leaves] for v in coming], wanted)
-            moved, fresh = _trained(tape, block, quantized, student, tensors, values, wanted, steps, seed)
+            moved, fresh = _trained(tape, block, quantized, student, tensors, values, wanted, steps, seed, listed)
             trial = {**student, **fresh, **{name: q.dequantize() for name, q in moved.items()}}
             after = [tapes.run(tape, trial, v, block.start, block.stop) for v in values]
             error = _error([v[block.leaves] for v in after], wanted)
@@ -283,14 +285,16 @@ def _trained(
     wanted: Sequence[Wanted],
     steps: int,
     seed: int,
+    listed: Collection[str],
 ) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]]:
     """The block's weights on their levels, and its norms and biases, after ``steps`` steps."""
     moving = {name: _Moving(tensors[name], quantized[name]) for name in block.weights}
     floats = {name: student[name].clone().requires_grad_() for name in norms_and_biases(tape, block, student)}
     groups: list[dict[str, object]] = []
-    for weight in moving.values():
+    for name, weight in moving.items():
         groups.append({"params": [weight.latent], "lr": RATE * weight.gap})
-        groups.append({"params": [weight.levels], "lr": LEVEL_RATE * weight.gap})
+        if name not in listed:
+            groups.append({"params": [weight.levels], "lr": LEVEL_RATE * weight.gap})
     for tensor in floats.values():
         size = float(tensor.detach().square().mean().sqrt())
         groups.append({"params": [tensor], "lr": FLOAT_RATE * max(size, 1e-3)})

@@ -28,7 +28,7 @@ from pcq.data.inputs import held_batch
 from pcq.errors import PcqError
 from pcq.progress import Progress, silent
 from pcq.qtensor import QuantizedTensor, Quantizer
-from pcq.quantizers import Fixed
+from pcq.quantizers import as_they_are
 from pcq.rows import Rows
 
 Method = Literal["proxconnect", "gptq", "rounding", "nearest"]
@@ -175,7 +175,7 @@ def quadratic(weight: Tensor, found: Moments, settings: Settings) -> Quadratic:
 def solve(q: Quadratic, rows: Rows, quantizer: Quantizer, view: "View", settings: Settings) -> Codes:
     """Codes and levels for one layer."""
     grid = qtensor.fit(quantizer, view.weight(q.target), rows)
-    free = not (isinstance(quantizer, Fixed) and quantizer.scale == "none")
+    free = not as_they_are(quantizer)
     match settings.method:
         case "gptq":
             codes = search(q, grid, view.row) if free else gptq(q, grid, view.row)

@@ -20,6 +20,7 @@ from pcq.errors import PcqError
 from pcq.logits import all_tensors, flat, predicts
 from pcq.progress import Progress, silent
 from pcq.qtensor import QuantizedTensor, Quantizer
+from pcq.quantizers import as_they_are
 from pcq.rows import Rows
 
 MATCHED = 128
@@ -249,6 +250,7 @@ def calibrate_measured(
         refined = refine(
             tape, blocks(tape, layers, list(plan)), best.quantized, best.changed, source, parts, settings.refine,
             settings.memory, settings.seed, progress, mask_at(module, samples),
+            [name for name, (_, quantizer) in plan.items() if as_they_are(quantizer)],
         )  # fmt: skip
         nearer = sum(block.after < block.before for block in refined.blocks)
         of = f" of {len(refined.blocks)}" if nearer < len(refined.blocks) else ""

@@ -19,7 +19,7 @@ from pcq.inventory import inventory
 from pcq.plan import Plan, Quantized, make_plan
 from pcq.progress import Progress, silent
 from pcq.qtensor import QuantizedTensor, Quantizer
-from pcq.quantizers import Fixed
+from pcq.quantizers import as_they_are
 from pcq.recipe import Recipe, load_recipe
 
 NOTHING = 0.5
@@ -252,11 +252,6 @@ def sqnr(signal: float, noise: float) -> float:
 def unfit(quantizer: Quantizer, ratio: float) -> bool:
     """Whether next to nothing is kept of a weight by its SQNR: fixed levels are used as they are, whatever its size."""
     return as_they_are(quantizer) and abs(ratio) < NOTHING
-
-
-def as_they_are(quantizer: Quantizer) -> bool:
-    """Whether its levels are listed, and used whatever the weights are."""
-    return isinstance(quantizer, Fixed) and quantizer.scale == "none"
 
 
 def default_path(model: Path, recipe: str) -> Path:

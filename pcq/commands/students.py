@@ -13,6 +13,7 @@ from pcq.commands.quantizing import Planned
 from pcq.data.inputs import bind_as
 from pcq.errors import PcqError, did_you_mean, raise_all
 from pcq.qtensor import QuantizedTensor
+from pcq.quantizers import as_they_are
 from pcq.settings import Finetune
 from pcq.words import counted
 
@@ -98,7 +99,7 @@ def freeze(
 
 def fitted(planned: Planned) -> bool:
     """Whether any of its levels are fitted to the weights."""
-    return not all(quantizing.as_they_are(entry.quantizer) for entry in planned.plan.quantized)
+    return not all(as_they_are(entry.quantizer) for entry in planned.plan.quantized)
 
 
 def unfit(planned: Planned, module: nn.Module) -> tuple[str, ...]:
@@ -109,7 +110,7 @@ def unfit(planned: Planned, module: nn.Module) -> tuple[str, ...]:
     entries = [entry for entry in planned.plan.quantized if entry.parameter.tied_to is None]
     lost = []
     for entry in entries:
-        if quantizing.as_they_are(entry.quantizer):
+        if as_they_are(entry.quantizer):
             weight = parameters[entry.parameter.name].detach()
             noise = weight_noise(weight, qtensor.quantize(entry.quantizer, weight, entry.rows))
             lost += [entry.parameter.name] * quantizing.unfit(entry.quantizer, quantizing.sqnr(1.0, noise.share))
