@@ -65,6 +65,8 @@ class Tape:
         ops: what was computed.
         inputs: the numbers of the samples' tensors.
         names: number -> name in the state dict, for parameters and buffers.
+        shapes: name -> shape, for those of them that the state dict holds; others, such as buffers that are not
+            persistent, come from the network's code.
         constants: number -> tensor, for tensors that are neither.
         output: the module's result, tensors replaced by :class:`Value` s.
     """
@@ -72,6 +74,7 @@ class Tape:
     ops: tuple[Op, ...]
     inputs: tuple[int, ...]
     names: Mapping[int, str]
+    shapes: Mapping[str, tuple[int, ...]]
     constants: Mapping[int, Tensor]
     output: Any
 
@@ -357,7 +360,12 @@ def record(module: nn.Module, samples: tuple[Tensor, ...]) -> Tape:
             where = f"samples of {' and '.join('x'.join(map(str, x.shape[1:])) or 'one number' for x in samples)}"
             raise PcqError(f"the network does not take them: {first_line(error)}", where=where) from error
         tape = Tape(
-            tuple(recorder.ops), inputs, recorder.names, recorder.constants, pytree.tree_map(recorder.value, result)
+            tuple(recorder.ops),
+            inputs,
+            recorder.names,
+            {name: tuple(named[name].shape) for name in module.state_dict() if name in named},
+            recorder.constants,
+            pytree.tree_map(recorder.value, result),
         )
         again = output(tape, run(tape, state(module), dict(zip(inputs, samples, strict=True)), 0, len(tape.ops)))
     pairs = zip(pytree.tree_leaves(result), pytree.tree_leaves(again), strict=True)

@@ -210,3 +210,19 @@ def test_listed_levels_are_used_as_they_are():
     assert found.blocks
     for quantized in found.quantized.values():
         assert torch.equal(quantized.grid.levels(), torch.tensor([levels]))
+
+
+class _Made(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.stored = nn.Linear(4, 4), nn.Buffer(torch.ones(4))
+        self.made = nn.Buffer(torch.ones(4), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.made * self.stored
+
+
+def test_what_no_file_holds_is_not_trained():
+    net = _Made().eval()
+    tape, (block,) = _blocks(net, torch.randn(2, 4))
+    assert norms_and_biases(tape, block, tapes.state(net)) == ["linear.bias", "stored"]

@@ -682,6 +682,74 @@ def test_a_bias_alone_takes_the_mean():
     torch.testing.assert_close(*means, rtol=1e-4, atol=1e-5)
 
 
+class _Biased(nn.Module):
+    """Biases that cannot take up the mean of a layer's output alone, without its being felt elsewhere, or at all."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind = kind
+        self.first, self.last = nn.Linear(8, 16, bias=False), nn.Linear(16, 16)
+        self.register_buffer("made", torch.randn(16), persistent=False)
+        self.one, self.heads = nn.Parameter(torch.ones(1)), nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        y = self.first(x)
+        match self.kind:
+            case "shared":
+                y = y + self.last.bias
+            case "made by the network's code":
+                y = y + self.made
+            case "one number":
+                y = y + self.one
+            case "of heads":
+                y = (y.view(-1, 4, 4) + self.heads).flatten(1)
+        return self.last(y.relu())
+
+
+@pytest.mark.parametrize("kind", ["shared", "made by the network's code", "one number", "of heads"])
+def test_a_bias_that_is_no_number_for_each_channel_of_one_layer_stays(kind):
+    net, x = _Biased(kind).eval(), torch.randn(160, 8)
+    result = calibrate(net, _plan(net, Ternary()), (x,), Settings())
+    assert set(result.changed) == (set() if kind == "shared" else {"last.bias"})
+    found = calibrate_measured(net, _plan(net, Ternary()), (x[:128],), (x[128:],), Settings(method="gptq", refine=10))
+    assert "made" not in found.changed
+
+
+class _Viewed(nn.Module):
+    """A weight that is used in another shape than its own."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.first, self.last = kind, nn.Linear(8, 16, bias=False), nn.Linear(16, 4)
+        self.conv = nn.Conv1d(8, 16, 1, bias=False)
+
+    def forward(self, x):
+        match self.kind:
+            case "a convolution by a matrix":
+                y = F.conv1d(x[..., None], self.first.weight.view(16, 8, 1)).flatten(1)
+            case "other rows":
+                y = x @ self.first.weight.view(8, 16)
+            case "a matrix by a convolution":
+                y = F.linear(x, self.conv.weight.view(16, -1))
+        return self.last(y.relu())
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("a convolution by a matrix", "first"), ("other rows", "first"), ("a matrix by a convolution", "conv")],
+)
+def test_a_weight_used_in_another_shape_is_a_layer_where_its_rows_are_the_same(kind, name):
+    net, x = _Viewed(kind).eval(), torch.randn(160, 8)
+    result = calibrate(
+        net, {n: each for n, each in _plan(net, Uniform(3)).items() if n[:4] in (name[:4], "last")}, (x,)
+    )
+    known = [report.weight for report in result.layers]
+    assert known == (["conv.weight", "last.weight"] if name == "conv" else ["last.weight"])
+    assert name == "conv" or "does not know" in result.plain["first.weight"]
+
+
 def test_a_turned_matrix_is_calibrated_as_a_linear_is():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 6))

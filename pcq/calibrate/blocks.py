@@ -324,7 +324,7 @@ def _trained(
 
 
 def norms_and_biases(tape: Tape, block: Block, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of the block's finite tensors of one axis that nothing outside of it reads, statistics aside."""
+    """Names of the block's stored finite tensors of one axis that nothing outside of it reads, statistics aside."""
     found: dict[str, None] = {}
     for op in tape.ops[block.start : block.stop]:
         statistics = op.args[3:5] if op.name == "native_batch_norm" else ()
@@ -333,7 +333,7 @@ def norms_and_biases(tape: Tape, block: Block, tensors: Mapping[str, Tensor]) ->
             users = tape.users[number]
             own = block.start <= users[0] and users[-1] < block.stop
             name = tape.names.get(number)
-            if name is not None and own and number not in passed and _trainable(tensors[name]):
+            if name is not None and name in tape.shapes and own and number not in passed and _trainable(tensors[name]):
                 found[name] = None
     return list(found)
 

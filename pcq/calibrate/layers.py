@@ -16,6 +16,7 @@ from torch import Tensor
 from pcq.rows import Rows
 from pcq.tape import Op, Tape, Value
 
+_TURNED = ("t", "transpose", "permute")
 _PASSED = ("view", "_unsafe_view", "reshape", "alias", "detach", "clone", "contiguous")
 
 
@@ -57,6 +58,7 @@ class Layer:
         norm: the BatchNorm that follows, if it is the only reader of ``y``.
         geometry: the convolution's, None for a Linear.
         turned: a Linear's weight is ``[in, out]``.
+        own: the bias has a number for each output channel, is stored, and nothing else reads it.
     """
 
     weight: str
@@ -67,6 +69,12 @@ class Layer:
     norm: Norm | None
     geometry: Convolution | None
     turned: bool = False
+    own: bool = True
+
+    @property
+    def shifts(self) -> bool:
+        """Whether a BatchNorm or a bias can take up what the mean of each output channel changes by."""
+        return self.norm is not None or (self.bias is not None and self.own)
 
     @property
     def transposed(self) -> bool:
@@ -112,18 +120,36 @@ def _uses(tape: Tape, name: str) -> int:
     return sum(len(tape.users.get(number, ())) for number in numbers)
 
 
-def _through(tape: Tape, argument: Any) -> tuple[int, list[str]]:
-    """The value behind views and transpositions, and the transpositions passed, outermost first."""
-    turns: list[str] = []
+def _own(tape: Tape, name: str | None, channels: int) -> bool:
+    """Whether ``name`` is stored, has a number for each channel, and is read by one operation only."""
+    return name is not None and tape.shapes.get(name, ())[-1:] == (channels,) and _uses(tape, name) == 1
+
+
+def _through(tape: Tape, argument: Any) -> tuple[int, list[Op]]:
+    """The value behind views and transpositions, and these, outermost first."""
+    passed: list[Op] = []
     number = argument.number
     while number in tape.makers:
         op = tape.ops[tape.makers[number]]
-        if op.name in ("t", "transpose", "permute"):
-            turns.append(op.name)
-        elif op.name not in _PASSED:
+        if op.name not in (*_TURNED, *_PASSED):
             break
+        passed.append(op)
         number = op.args[0].number
-    return number, turns
+    return number, passed
+
+
+def _matrix(shape: tuple[int, ...], passed: list[Op]) -> tuple[int, ...] | None:
+    """What a weight of ``shape`` has become behind ``passed``, but for being turned; None: its rows are others."""
+    turned = False
+    for op in reversed(passed):
+        if op.name in _TURNED:
+            turned = True
+        elif "view" in op.name or op.name == "reshape":
+            size = op.args[1]
+            if turned or isinstance(size, torch.dtype) or size[0] != shape[0]:
+                return None
+            shape = tuple(torch.empty(shape, device="meta").reshape(size).shape)
+    return shape
 
 
 def _added_bias(tape: Tape, number: int) -> tuple[str | None, int]:
@@ -144,14 +170,16 @@ def _convolution(tape: Tape, index: int, op: Op, weight: str, shape: tuple[int, 
     d = len(shape) - 2
     wide = [tuple(v) if len(v) == d else tuple(v) * d for v in (stride, padding, dilation, output_padding)]
     geometry = Convolution(shape[2:], wide[0], wide[1], wide[2], transposed, wide[3], groups)
-    y = op.outputs[0]
-    return Layer(weight, index, op.args[0].number, y, tape.name_of(bias), _norm_after(tape, y), geometry)
+    y, channels = op.outputs[0], shape[1] * groups if transposed else shape[0]
+    name, norm = tape.name_of(bias), _norm_after(tape, y)
+    return Layer(weight, index, op.args[0].number, y, name, norm, geometry, own=_own(tape, name, channels))
 
 
-def _linear(tape: Tape, index: int, op: Op, weight: str, turned: bool) -> Layer:
+def _linear(tape: Tape, index: int, op: Op, weight: str, channels: int, turned: bool) -> Layer:
     x = op.args[1] if op.name == "addmm" else op.args[0]
     bias, y = (tape.name_of(op.args[0]), op.outputs[0]) if op.name == "addmm" else _added_bias(tape, op.outputs[0])
-    return Layer(weight, index, x.number, y, bias, _norm_after(tape, op.outputs[0]), None, turned)
+    norm, own = _norm_after(tape, op.outputs[0]), _own(tape, bias, channels)
+    return Layer(weight, index, x.number, y, bias, norm, None, turned, own)
 
 
 def find(tape: Tape, weights: dict[str, tuple[int, ...]]) -> tuple[list[Layer], dict[str, str]]:
@@ -162,15 +190,21 @@ def find(tape: Tape, weights: dict[str, tuple[int, ...]]) -> tuple[list[Layer], 
         for position, argument in enumerate(op.args):
             if not isinstance(argument, Value) or (op.name in ("t", "transpose", *_PASSED)):
                 continue
-            number, turns = _through(tape, argument)
+            number, passed = _through(tape, argument)
             name = tape.names.get(number)
             if name is None or name not in weights:
                 continue
             made = None
-            if op.name == "convolution" and position == 1 and not turns:
+            turns, shape = [each.name for each in passed if each.name in _TURNED], _matrix(weights[name], passed)
+            if op.name == "convolution" and position == 1 and not turns and shape == weights[name]:
                 made = _convolution(tape, index, op, name, weights[name])
-            elif op.name in ("addmm", "mm") and position == len(op.args) - 1 and turns in ([], ["t"], ["transpose"]):
-                made = _linear(tape, index, op, name, turned=not turns)
+            elif (
+                op.name in ("addmm", "mm")
+                and position == len(op.args) - 1
+                and turns in ([], ["t"], ["transpose"])
+                and shape is not None
+            ):
+                made = _linear(tape, index, op, name, shape[0] if turns else shape[1], turned=not turns)
             if made is None:
                 refused[name] = f"it is used by '{op.name}', which calibration does not know"
             elif index in tape.still:

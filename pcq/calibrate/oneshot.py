@@ -156,7 +156,7 @@ def moments(
 
 def centred(layer: Layer, settings: Settings) -> bool:
     """Whether a BatchNorm or a bias takes up what the mean of the layer's output changes by."""
-    return settings.match != "none" and (layer.norm is not None or layer.bias is not None)
+    return settings.match != "none" and layer.shifts
 
 
 def bounded(layer: Layer) -> bool:
@@ -234,13 +234,14 @@ def match(
     layer: Layer, tensors: Mapping[str, Tensor], found: Moments, new: Tensor, settings: Settings
 ) -> dict[str, Tensor]:
     """The tensors that make the layer's output moments with weight ``new [G, r, n]`` those of the float network."""
-    if settings.match == "none":
+    if settings.match == "none" or not layer.shifts:
         return {}
     mean_q = (new @ found.mean[:, :, None]).flatten()
     mean_f = found.y_mean.flatten()
     bias = tensors[layer.bias] if layer.bias else torch.zeros_like(mean_f)
     if layer.norm is None:
-        return {layer.bias: bias + mean_f - mean_q} if layer.bias else {}
+        assert layer.bias is not None, layer
+        return {layer.bias: bias + mean_f - mean_q}
     ratio = torch.ones_like(mean_f)
     if settings.match == "deviation":
         var_q = (new @ found.cov).mul_(new).sum(2).flatten()
