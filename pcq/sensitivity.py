@@ -137,6 +137,11 @@ class Bench:
         return _joined(found)
 
     @property
+    def samples(self) -> int:
+        """How many there are."""
+        return sum(len(part[0]) for part in self.parts)
+
+    @property
     def end(self) -> int:
         return len(self.tape.ops)
 

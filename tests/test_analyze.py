@@ -262,6 +262,15 @@ def test_the_rules_to_paste_do_what_they_say(found):
     assert planned.bytes_after - found.planned.plan.bytes_after == found.added > 0
 
 
+@pytest.mark.parametrize("shared", ["per: tensor", "group: 8", ""])
+def test_the_rules_to_paste_add_what_is_said_whatever_shares_levels(shared):
+    text = f"pcq: 1\nrules:\n  - match: '*'\n    levels: ternary\n    {shared}\n"
+    found = pcq.analyze(DIGITS, parse_recipe(text, "mine.yaml"))
+    pasted = parse_recipe(text.replace("rules:\n", "rules:\n" + found.overrides), "pasted.yaml")
+    planned = make_plan(pasted, [e.parameter for e in found.planned.plan.entries])
+    assert planned.bytes_after - found.planned.plan.bytes_after == found.added > 0
+
+
 def test_any_name_can_be_pasted():
     names = ["a[0]*", 'b"c', "d\\e", "f\ng", "é\t?", "h: #'"]
     weights = [Parameter(name, (8, 8), "float32", "linear") for name in [*names, "other"]]

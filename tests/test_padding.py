@@ -16,6 +16,7 @@ from pcq.calibrate.oneshot import Settings, View, batches, moments
 from pcq.calibrate.padding import counted, mask_at
 from pcq.calibrate.steps import calibrate_measured, outputs
 from pcq.calibrate.streams import Streams
+from pcq.commands import analyze
 from pcq.onnx_input import calibrating
 from pcq.onnx_input.calibrating import calibrate as calibrate_onnx
 from pcq.onnx_input.feeds import Feeds
@@ -166,6 +167,22 @@ def test_analyze_does_not_count_them_either() -> None:
         assert (one.agreement, two.agreement) == (None, None)
         if name not in NOT_TOKENS:
             assert found[0][1][name][0].error == pytest.approx(found[1][1][name][0].error, rel=1e-3)
+
+
+def reader() -> Reader:
+    return Reader()
+
+
+def texts() -> dict[str, Tensor]:
+    return dict(zip(("input_ids", "attention_mask"), _texts(12), strict=True))
+
+
+def test_analyze_counts_texts_where_outputs_are_of_tokens(tmp_path: Path) -> None:
+    torch.save(Reader().state_dict(), tmp_path / "reader.pt")
+    found = analyze(
+        tmp_path / "reader.pt", "ternary-all", arch=f"{__file__}:reader", calib=f"{__file__}:texts", samples=32
+    )
+    assert found.samples == 32
 
 
 def _onnx_reader(path: Path) -> Path:

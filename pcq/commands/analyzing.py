@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from pcq import checkpoint, qtensor
+from pcq.budget import Option, literal
 from pcq.commands.calibrating import FEWEST, RANDOM, Calibration, draw_inputs, float_network, painted
 from pcq.commands.drawing import drawn
 from pcq.commands.quantizing import Planned, plan
@@ -141,7 +142,10 @@ def analyze(
     bench, said = (None, "") if calib is None else open_bench(planned, calib, samples, seed or 0, input_shape)
     rows, whole = measured(planned, chosen, bench, progress)
     ranked = sorted(rows, key=lambda row: -row.damage)
-    better = {e.parameter.name: replace(e, quantizer=SAFE).nbytes - e.nbytes for e in chosen}
+    safe = Option(SAFE)
+    better = {
+        e.parameter.name: replace(e, quantizer=SAFE, rows=safe.rows(e.parameter)).nbytes - e.nbytes for e in chosen
+    }
     marked = {row.name for row in ranked[: worst([row.damage for row in ranked])] if better[row.name] > 0}
     for rule in {entry.rule for entry in chosen}:  # a rule that nothing is left for is a mistake in a recipe
         own = {e.parameter.name for e in chosen if e.rule == rule}
@@ -151,7 +155,7 @@ def analyze(
     result = AnalyzeResult(
         planned,
         said,
-        0 if bench is None else len(bench.aim[0]),
+        0 if bench is None else bench.samples,
         tuple(ranked),
         whole,
         paste(named),
@@ -261,7 +265,7 @@ def paste(names: Sequence[str]) -> str:
 
 def _literal(name: str) -> str:
     """``name`` as a pattern that matches it, in a double-quoted YAML string."""
-    return json.dumps("".join(f"[{letter}]" if letter in "*?[" else letter for letter in name), ensure_ascii=False)
+    return json.dumps(literal(name), ensure_ascii=False)
 
 
 def _picture(result: AnalyzeResult) -> bytes:
