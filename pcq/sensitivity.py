@@ -27,6 +27,8 @@ from pcq.tape import Tape
 
 BATCH = 32
 POSITIONS = 8192
+TINY = 1e-300
+"""The least that is divided by."""
 OUTLIER = 4.0
 """Deviations of its row beyond which a weight is called an outlier."""
 
@@ -91,7 +93,7 @@ def weight_noise(weight: Tensor, quantized: QuantizedTensor) -> WeightNoise:
     exact, rounded = weight.double(), quantized.dequantize().double()
     rows = quantized.rows.split(exact)
     outside = (rows - rows.mean(1, keepdim=True)).abs() > OUTLIER * rows.std(1, correction=0, keepdim=True)
-    share = float((rounded - exact).square().sum() / exact.square().sum().clamp(min=1e-30))
+    share = float((rounded - exact).square().sum() / exact.square().sum().clamp(min=TINY))
     lost = (exact != 0) & (exact.sign() != rounded.sign())
     return WeightNoise(share, 100 * float(lost.float().mean()), 100 * float(outside.float().mean()))
 
@@ -193,9 +195,7 @@ class Bench:
         A candidate is a call that gives the weight's values. At most ``POSITIONS`` output positions are looked at.
         """
         layers, _ = find(self.tape, {name: tuple(self.tensors[name].shape) for name in candidates})
-        sums = {layer.weight: torch.zeros(2 + 2 * len(candidates[layer.weight])).double() for layer in layers}
-        means: dict[str, list[Tensor]] = {}
-        counts = {layer.weight: 0 for layer in layers}
+        spreads = {layer.weight: [_Spread() for _ in range(1 + len(candidates[layer.weight]))] for layer in layers}
         for index, part in enumerate(self.parts):
             values = dict(zip(self.tape.inputs, part, strict=True))
             real = counted(self.tape, self.tensors, part, self.mask, [(layer.op, layer.x) for layer in layers])
@@ -214,23 +214,45 @@ class Bench:
                     return rows.transpose(1, 2)
 
                 exact = split(self.tensors[layer.weight].float())
-                outs = [p @ exact, *(p @ (split(each()) - exact) for each in candidates[layer.weight])]
-                held = means.setdefault(layer.weight, [torch.zeros(exact.shape[0], exact.shape[2])] * len(outs))
-                for i, out in enumerate(outs):
-                    sums[layer.weight][i] += float(out.square().sum())
-                    held[i] = held[i] + out.sum(1)
-                counts[layer.weight] += p.shape[1]
+                matrices = (exact, *(split(each()) - exact for each in candidates[layer.weight]))
+                mean = p.mean(1, keepdim=True)
+                p = p - mean
+                for spread, matrix in zip(spreads[layer.weight], matrices, strict=True):
+                    spread.add(p @ matrix, mean.double() @ matrix.double())
         result = {}
-        for name, held in means.items():
-            n = counts[name]
-            off = [float((mean / n).square().sum()) for mean in held]
-            square = [float(each) / n for each in sums[name][: len(held)]]
-            variance = max(square[0] - off[0], 1e-30)
-            result[name] = [
-                Local(whole / variance, max(0.0, whole - mean) / variance)
-                for whole, mean in zip(square[1:], off[1:], strict=True)
-            ]
+        for name, (own, *others) in spreads.items():
+            variance = max(own.variance, TINY)
+            result[name] = [Local((each.variance + each.off) / variance, each.variance / variance) for each in others]
         return result
+
+
+class _Spread:
+    """Of what leaves a layer, batch by batch: sums over the channels of variances and squared means.
+
+    Variances are of differences from the mean of each batch: differences of squares would be rounding errors where
+    means are large.
+    """
+
+    def __init__(self) -> None:
+        self.count, self.about, self.mean = 0, 0.0, torch.zeros(1, dtype=torch.float64)
+
+    def add(self, apart: Tensor, mean: Tensor) -> None:
+        """Outputs ``[G, m, r]`` less their ``mean [G, 1, r]``."""
+        m = apart.shape[1]
+        part = m / (self.count + m)
+        self.about += float(apart.double().square().sum()) + part * self.count * float(
+            (mean - self.mean).square().sum()
+        )
+        self.mean = self.mean + part * (mean - self.mean)
+        self.count += m
+
+    @property
+    def variance(self) -> float:
+        return self.about / self.count
+
+    @property
+    def off(self) -> float:
+        return float(self.mean.square().sum())
 
 
 def _joined(parts: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:

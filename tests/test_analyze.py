@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import pcq
 from pcq import cli, qtensor
-from pcq.calibrate.steps import all_outputs, compared
+from pcq.calibrate.steps import all_outputs, better, compared, output_error
 from pcq.commands.analyzing import paste, worst
 from pcq.commands.calibrating import Calibration, draw
 from pcq.demo import HERE
@@ -88,6 +88,35 @@ def test_the_layer_error_is_that_of_its_output(found, network):
             centred = (off - off.mean((0, 2, 3), keepdim=True)).square().sum()
             assert row.local.error == pytest.approx(float(off.square().sum() / spread), rel=1e-3)
             assert row.local.centred == pytest.approx(float(centred / spread), rel=1e-3)
+
+
+@pytest.mark.parametrize(("size", "offset"), [(1.0, 1e5), (1e20, 0.0), (1e-20, 0.0)])
+def test_the_layer_error_is_that_of_differences_whatever_the_size_of_what_enters(size, offset):
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(6, 4, bias=False), torch.randn(100, 6)
+    other = layer.weight.detach() + 0.1 * torch.randn(4, 6)
+    errors = []
+    for samples in (x, (x + offset) * size):
+        bench = Bench.of(layer, (samples,))
+        (local,) = bench.local({"weight": [lambda: other]})["weight"]
+        errors.append(local.centred)
+        kept = [part[0].clone() for part in bench.parts]
+        assert all(map(torch.equal, kept, samples.chunk(len(kept))))
+    assert errors[1] == pytest.approx(errors[0], rel=1e-2)
+
+
+def test_nan_is_infinitely_far():
+    """So a network that rounding makes put it out is the worst there is, and whatever mends it is kept."""
+    aim = torch.tensor([[0.0, 2.0], [2.0, 0.0]])
+    broken, mended = (compared("step", y, aim) for y in (aim.index_fill(0, torch.tensor(0), torch.nan), aim + 5))
+    assert broken.error == torch.inf
+    assert better(mended, broken)
+
+
+def test_errors_are_parts_of_the_outputs_whatever_their_size():
+    aim = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    errors = [output_error([(aim + 0.1 * aim.flip(0)) * size], [aim * size]) for size in (1.0, 2.0**-70)]
+    assert errors[0] == pytest.approx(errors[1])
 
 
 def test_the_ranking_is_by_the_output_error_of_one_weight_alone(found):
@@ -236,8 +265,9 @@ def test_weights_that_are_not_finite_are_refused_and_huge_ones_measured(tmp_path
     assert "w.weight: 1 of its 4 values are NaN or infinite" in capsys.readouterr().err
     torch.manual_seed(0)
     weight = torch.randn(4, 64)
-    noises = [weight_noise(w, qtensor.quantize(Ternary(), w, Rows((4, 64)))) for w in (weight, weight * 2.0**100)]
-    assert noises[0] == noises[1]
+    sizes = [weight * size for size in (1.0, 2.0**100, 2.0**-80)]
+    noises = [weight_noise(w, qtensor.quantize(Ternary(), w, Rows((4, 64)))) for w in sizes]
+    assert noises[0] == noises[1] == noises[2]
 
 
 def test_noise_signs_and_outliers_by_hand():

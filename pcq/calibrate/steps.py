@@ -130,11 +130,13 @@ def output_error(y: Sequence[Tensor], aim: Sequence[Tensor]) -> float:
         PcqError: ``aim``, the float network's, holds NaN.
     """
     sums = [squares(a, b) for a, b in zip(y, aim, strict=True)]
-    return sum(error for error, _ in sums) / max(sum(spread for _, spread in sums), 1e-30)
+    return sum(error for error, _ in sums) / max(sum(spread for _, spread in sums), 1e-300)
 
 
 def squares(y: Tensor, aim: Tensor) -> tuple[float, float]:
     """``sum ||y - aim||^2`` and ``sum ||aim - E aim||^2``, without outputs that both mask: the same infinity in both.
+
+    NaN in ``y`` is infinitely far.
 
     Raises:
         PcqError: ``aim``, the float network's, holds NaN.
@@ -147,7 +149,9 @@ def squares(y: Tensor, aim: Tensor) -> tuple[float, float]:
     apart = (y - aim).masked_fill(infinite & (y == aim), 0)
     aim = aim.masked_fill(infinite, 0)
     mean = aim.sum(0) / (~infinite).sum(0).clamp(min=1)
-    return float(apart.square().sum()), float((aim - mean).masked_fill(infinite, 0).square().sum())
+    return float(apart.square().nan_to_num(nan=torch.inf, posinf=torch.inf).sum()), float(
+        (aim - mean).masked_fill(infinite, 0).square().sum()
+    )
 
 
 def compared(name: str, y: Tensor | Sequence[Tensor], aim: Tensor | Sequence[Tensor], seconds: float = 0.0) -> Step:
