@@ -194,14 +194,27 @@ class Problem:
         return checkpoint.predicted_size(header)
 
     @cached_property
+    def alike(self) -> list[int]:
+        """The size with each option for all weights."""
+        return [self.size(self.plan(self._named([k] * len(self.entries)))) for k in range(len(OPTIONS))]
+
+    @cached_property
     def smallest(self) -> list[int]:
-        """The option of each weight that takes the fewest bytes."""
-        return [min(range(len(OPTIONS)), key=lambda k: (cost[k], k)) for cost in self.costs]
+        """The options that take the fewest bytes: each weight's own, or one for all, of which the header says less."""
+        own = [min(range(len(OPTIONS)), key=lambda k: (cost[k], k)) for cost in self.costs]
+        best = min(range(len(OPTIONS)), key=lambda k: self.alike[k])
+        return [best] * len(own) if self.alike[best] < self.size(self.plan(self._named(own))) else own
 
     @cached_property
     def least(self) -> int:
         """The size with those."""
         return self.size(self.plan(self._named(self.smallest)))
+
+    @cached_property
+    def header(self) -> int:
+        """Bytes that are no weights', at least."""
+        least = self.least - sum(cost[k] for cost, k in zip(self.costs, self.smallest, strict=True))
+        return min(least, *(size - sum(cost[k] for cost in self.costs) for k, size in enumerate(self.alike)))
 
     def refuse_too_little(self) -> None:
         """Before anything is measured.
@@ -224,14 +237,13 @@ class Problem:
         self, losses: Sequence[Sequence[float]], uniform: Sequence[Uniformly]
     ) -> tuple[tuple[int, ...], float, float]:
         """Options, loss and gap. The header's size depends on the options, so the room for weights is found by trying;
-        the gap is to the least loss in all the room that the header of the smallest options leaves.
+        the gap is to the least loss in all the room that the shortest header leaves.
 
         The smallest options fit, and so does each of ``uniform``: in a small network these can be better than all that
         the room leaves beside the header of many options.
         """
         smallest = self.smallest
-        rest = self.least - sum(cost[k] for cost, k in zip(self.costs, smallest, strict=True))
-        room = self.allowed - rest
+        room = self.allowed - self.header
         fitting = [tuple(smallest)]
         fitting += [(OPTIONS.index(each.option),) * len(self.entries) for each in uniform[:1]]
         bounds, enough, little = [], room + 1, None
@@ -259,8 +271,7 @@ class Problem:
     def uniform(self, losses: Sequence[Sequence[float]]) -> tuple[Uniformly, ...]:
         """Every option that fits for all weights alike, from the least loss."""
         found = []
-        for k, option in enumerate(OPTIONS):
-            size = self.size(self.plan(self._named([k] * len(self.entries))))
+        for k, (option, size) in enumerate(zip(OPTIONS, self.alike, strict=True)):
             if size <= self.allowed:
                 found.append(Uniformly(option, size, sum(loss[k] for loss in losses)))
         return tuple(sorted(found, key=lambda each: each.loss))
