@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +18,7 @@ from pcq.commands import Calibration, allocate, budgeting, everything, plan
 from pcq.commands.budgeting import Problem
 from pcq.demo import HERE
 from pcq.errors import PcqError
-from pcq.quantizers import Ternary, Uniform
+from pcq.quantizers import Binary, Ternary, Uniform
 from pcq.recipe import Recipe, parse_recipe
 from pcq.rules import Match, Rule
 
@@ -203,6 +204,85 @@ def test_uniform_levels_are_taken_where_the_header_of_others_leaves_no_room(monk
     choice, loss, gap = problem.solve(losses, uniform)
     assert {OPTIONS[k] for k in choice} == {uniform[0].option}
     assert (loss, gap) == (pytest.approx(uniform[0].loss), 1)
+
+
+def three(*shapes):
+    torch.manual_seed(0)
+    return {f"{name}.weight": torch.randn(shape) for name, shape in zip("abc", shapes, strict=True)}
+
+
+def test_a_small_network_fits_into_what_its_smallest_file_takes(tmp_path):
+    """Each weight's own smallest levels take a longer header than one kind for all: budgets between were refused."""
+    torch.save(three((32, 8), (32, 32), (4, 32)), tmp_path / "n.pt")
+    planned = plan(tmp_path / "n.pt", everything("9999B"))
+    problem = Problem(planned, "9999B", Bytes(9999), list(planned.plan.quantized), None)
+    own = [min(range(len(OPTIONS)), key=cost.__getitem__) for cost in problem.costs]
+    assert len(set(own)) > 1
+    assert problem.least == min(problem.alike) < problem.size(problem.plan(problem._named(own)))
+    result = pcq.quantize(tmp_path / "n.pt", budget=f"{problem.least}B", out=tmp_path / "x.safetensors")
+    assert result.bytes_after <= problem.least
+    with pytest.raises(PcqError, match=f"{problem.least:,} bytes"):
+        allocate(plan(tmp_path / "n.pt", everything(f"{problem.least - 1}B")), f"{problem.least - 1}B")
+
+
+class Net(torch.nn.Module):
+    """Its middle weight lies on 8 levels already."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = (torch.nn.Linear(n, m, bias=False) for n, m in ((8, 32), (32, 32), (32, 4)))
+        with torch.no_grad():
+            self.b.weight.copy_(torch.randint(0, 8, (32, 32)) - 3.5).mul_(0.05)
+
+    def forward(self, x):
+        return self.c(self.b(self.a(x).relu()).relu())
+
+
+class Overflowing(Net):
+    """Outputs that grow a little are infinite."""
+
+    def __init__(self):
+        super().__init__()
+        self.top = float(super().forward(samples()).max().detach())
+
+    def forward(self, x):
+        return (super().forward(x) * (88.5 / self.top)).exp()
+
+
+def net():
+    return Net()
+
+
+def overflowing():
+    return Overflowing()
+
+
+def samples():
+    return torch.randn(80, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_where_a_weight_makes_the_output_infinite_the_others_are_still_told_apart(tmp_path):
+    torch.save(Net().state_dict(), tmp_path / "n.pt")
+    planned = plan(tmp_path / "n.pt", everything("4bits"), arch=f"{__file__}:overflowing")
+    asked = Calibration(f"{__file__}:samples", method="nearest", refine=0)
+    problem = Problem(planned, "4bits", Bits(4), list(planned.plan.quantized), asked)
+    losses = problem.losses(lambda *_: None)
+    assert np.isfinite(losses).all()
+    assert max(map(max, losses)) > 1e6
+    found = allocate(planned, "4bits", asked)
+    assert found.nbytes <= found.limit
+
+
+def test_a_weight_that_lies_on_the_levels_it_is_measured_with_is_not_taken_for_one_that_nothing_hurts(tmp_path):
+    torch.save(Net().state_dict(), tmp_path / "n.pt")
+    planned = plan(tmp_path / "n.pt", everything("3bits"), arch=f"{__file__}:net")
+    asked = Calibration(f"{__file__}:samples", method="nearest", refine=0)
+    problem = Problem(planned, "3bits", Bits(3), list(planned.plan.quantized), asked)
+    first, second, _ = problem.losses(lambda *_: None)
+    binary, exact = OPTIONS.index(Option(Binary())), OPTIONS.index(Option(Uniform(3)))
+    assert second[exact] < 1e-9
+    assert 0.1 < second[binary] / first[binary] < 10
 
 
 def test_the_loss_is_the_noise_of_the_levels_chosen():

@@ -27,6 +27,13 @@ SAMPLES = 64
 PROBE = Uniform(3)
 """The levels with which a weight's part in the network's output is measured."""
 
+UNMOVED = 1e-3
+"""The share of the noise of the coarsest option below which those say nothing of a weight, which lies on them already;
+then it is measured with that option."""
+
+ENDLESS = 1e9
+"""What counts as the output's error where it is infinite."""
+
 TRIALS = 16
 """How often an allocation is sought, to find how much of the budget its header leaves to the weights."""
 
@@ -289,12 +296,16 @@ class Problem:
             weight = self.planned.source.tensor(name).float()
             checkpoint.refuse_non_finite(name, weight)
             made = [qtensor.quantize(option.levels, weight, option.rows(entry.parameter)) for option in OPTIONS]
-            probe = qtensor.quantize(PROBE, weight, Option(PROBE).rows(entry.parameter))
-            shares[name] = [weight_noise(weight, each).share for each in (*made, probe)]
+            shares[name] = [weight_noise(weight, each).share for each in made]
             if self.calibration is not None:
+                probe = qtensor.quantize(PROBE, weight, Option(PROBE).rows(entry.parameter))
+                share, most = weight_noise(weight, probe).share, max(shares[name])
+                if share < UNMOVED * most:
+                    share, probe = most, made[shares[name].index(most)]
+                shares[name].append(share)
                 rounded[name], probes[name] = [*made, probe], probe.dequantize()
         if self.calibration is None:
-            return [share[:-1] for share in shares.values()]
+            return list(shares.values())
         from pcq.commands.analyzing import open_bench
 
         asked = self.calibration
@@ -306,7 +317,7 @@ class Problem:
         result = []
         for entry in self.entries:
             name = entry.parameter.name
-            damage = alone[name].error if name in alone else 1.0
+            damage = min(alone[name].error, ENDLESS) if name in alone else 1.0
             if name in local:
                 factor = damage / max(local[name][-1].error, 1e-12)
                 result.append([each.centred * factor for each in local[name][:-1]])
