@@ -672,6 +672,15 @@ def test_matching_gives_every_channel_the_float_moments():
         torch.testing.assert_close(y_q.std(0), y.std(0), rtol=1e-4, atol=1e-5)
 
 
+def test_a_channel_without_spread_is_matched_without_an_epsilon_too():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5, eps=0.0)).eval()
+    with torch.no_grad():
+        net[0].weight[0] = 0
+    result = calibrate(net, _plan(net, Ternary()), (torch.randn(64, 6),), Settings())
+    assert all(tensor.isfinite().all() for tensor in result.changed.values())
+
+
 def test_a_bias_alone_takes_the_mean():
     torch.manual_seed(0)
     net, x = nn.Linear(6, 5), torch.randn(64, 6) + 1

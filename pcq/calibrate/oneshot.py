@@ -246,7 +246,8 @@ def match(
     if settings.match == "deviation":
         var_q = (new @ found.cov).mul_(new).sum(2).flatten()
         var_f = found.y_var.flatten()
-        ratio = ((var_q + layer.norm.eps) / (var_f + layer.norm.eps)).sqrt()
+        known = var_f + layer.norm.eps > 0
+        ratio = torch.where(known, (var_q + layer.norm.eps) / (var_f + layer.norm.eps), 1.0).sqrt()
     return matched(layer.norm, tensors, bias, ratio, mean_f, mean_q)
 
 
