@@ -339,6 +339,7 @@ def test_invented_samples_are_called_so_and_a_picture_is_drawn(tmp_path, capsys)
     [
         (["--samples", "16"], "--calib random"),
         (["--calib", "digits", "--samples", "2"], "8 or more"),
+        (["--calib", "random", "--input", "1x8x8", "--seed", str(2**63)], "0 to 2147483647"),
         (["--calib", "random"], "--input 3x224x224"),
         (["--plot", "a.jpg"], "Let it end in .png"),
         (["--calib", "digits", "--set", "rules.0.levels=null"], "null"),

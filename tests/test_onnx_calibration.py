@@ -1,6 +1,7 @@
 """Calibration of ONNX models: what is said to enter a layer gives its output, and new samples lose less."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,8 @@ def test_several_inputs_and_what_is_only_rounded(tmp_path: Path) -> None:
     assert result.calibrated is not None
     assert set(result.calibrated.outcome.plain) == {"a.w", "b.w"}
     assert "subgraph" in result.calibrated.outcome.plain["a.w"]
+    with pytest.raises(PcqError, match="there are 40 samples, and 100 with .* are more. Allowed: --samples 8 to 32"):
+        feeds(path, replace(asked, samples=100))
     with pytest.raises(PcqError, match="feeds one input, and the model has 2"):
         quantize_onnx(path, "w4", out=tmp_path / "o.onnx", calibration="digits")
 

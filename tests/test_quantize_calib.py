@@ -100,6 +100,8 @@ def test_random_is_called_invented(tmp_path, capsys):
         (["--samples", "8"], "--calib random"),
         (["--refine", "8"], "--calib random"),
         (["--calib", "digits", "--refine", "-1"], "0 or more"),
+        (["--calib", "digits", "--seed", "-1"], "-1 is no seed. Allowed: 0 to 2147483647"),
+        (["--calib", "digits", "--seed", str(2**63)], "0 to 2147483647"),
         (["--calib", "random", "--input", "1x8x8", "--refine", "8"], "too unlike"),
         (["--calib", "digitz"], "Did you mean 'digits'"),
         (["--calib", "npz:wide.npz"], "does not take them"),

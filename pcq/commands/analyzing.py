@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pcq import checkpoint, qtensor
 from pcq.budget import Option, literal
-from pcq.commands.calibrating import FEWEST, RANDOM, Calibration, draw_inputs, float_network, painted
+from pcq.commands.calibrating import RANDOM, Calibration, draw_inputs, float_network, painted
 from pcq.commands.drawing import drawn
 from pcq.commands.quantizing import Planned, plan
 from pcq.errors import PcqError, raise_all
@@ -181,15 +181,14 @@ def open_bench(
     from pcq.care import invented
     from pcq.sensitivity import Bench
 
+    asked = Calibration(calib, samples, seed=seed, input_shape=shape)
     network = float_network(planned)
-    if samples is not None and samples < FEWEST:
-        raise PcqError(f"{samples} samples are too few", where="--samples", allowed=f"{FEWEST} or more")
     if calib == RANDOM:
         shape = painted(planned, network, shape)
         x, teacher = invented(network, shape, samples or usual, seed)
         said = f"{len(x)} invented samples of {'x'.join(map(str, shape))}: no real data was seen"
         return Bench.of(network, (x,), teacher), said
-    drawn, _, said = draw_inputs(Calibration(calib, samples, seed=seed), network, usual or SAMPLES)
+    drawn, _, said = draw_inputs(asked, network, usual or SAMPLES)
     return Bench.of(network, drawn), said.partition(", and ")[0] + "; labels unused"
 
 

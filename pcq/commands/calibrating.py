@@ -23,6 +23,7 @@ RANDOM = "random"
 SAMPLES = 512
 REFINE = 160
 FEWEST = 8
+SEEDS = 2**31
 
 Method = Literal["proxconnect", "gptq", "rounding", "nearest"]
 
@@ -59,6 +60,8 @@ class Calibration:
         if self.refine and self.data == RANDOM:
             what = "blocks are not refined on invented samples, which are too unlike the real ones for that"
             raise PcqError(what, where="--refine", todo="Leave it out")
+        if not 0 <= self.seed < SEEDS:
+            raise PcqError(f"{self.seed} is no seed", where="--seed", allowed=f"0 to {SEEDS - 1}")
         if self.samples is not None and self.samples < FEWEST:
             raise PcqError(f"{self.samples} samples are too few", where="--samples", allowed=f"{FEWEST} or more")
 
@@ -239,13 +242,22 @@ def _drawn(asked: Calibration, n: int, usual: int) -> tuple[Tensor, int]:
             allowed=f"{FEWEST * 5 // 4} or more",
             todo="Give more, or calibrate without data: --calib random",
         )
-    if asked.samples is not None and count < asked.samples:
+    refuse_more(asked, n)
+    return torch.randperm(n, generator=torch.Generator().manual_seed(asked.seed))[: count + others], count
+
+
+def refuse_more(asked: Calibration, n: int) -> None:
+    """Of ``n`` samples.
+
+    Raises:
+        PcqError: more are asked for than leave as many as are to be held out.
+    """
+    if asked.samples is not None and n * 4 // 5 < asked.samples:
         raise PcqError(
             f"there are {n:,} samples, and {asked.samples:,} with as many as a quarter held out are more",
             where=asked.data,
             allowed=f"--samples {FEWEST} to {n * 4 // 5}",
         )
-    return torch.randperm(n, generator=torch.Generator().manual_seed(asked.seed))[: count + others], count
 
 
 def draw(asked: Calibration, usual: int = SAMPLES) -> tuple[Tensor, Tensor, str]:

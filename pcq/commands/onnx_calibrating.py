@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from pcq.commands.calibrating import FEWEST, RANDOM, SAMPLES, Calibration, draw
+from pcq.commands.calibrating import FEWEST, RANDOM, SAMPLES, Calibration, draw, refuse_more
 from pcq.errors import PcqError
 from pcq.progress import Progress, silent
 
@@ -111,6 +111,8 @@ def feeds(model: Path, asked: Calibration) -> "tuple[Feeds, Feeds, str]":
         if array.ndim and array.dtype.kind == "f":  # masks may be infinite
             refuse(torch.from_numpy(np.isnan(array)), "NaN", f"{asked.data}, {name}")
     everything = named(arrays, batch, count, asked.seed, asked.data)
+    if (n := max((len(array) for array in arrays.values() if array.ndim), default=0)) >= FEWEST * 5 // 4:
+        refuse_more(asked, n)
     return _divided(everything, most, said, asked.data)
 
 
