@@ -155,7 +155,7 @@ class Bench:
         return min(places, default=None)
 
     def _output(self, values: Mapping[int, Tensor], part: tuple[Tensor, ...]) -> list[Tensor]:
-        floats = of_each_sample(tapes.output(self.tape, values), len(part[0]))
+        floats = of_each_sample(tapes.output(self.tape, values), len(part[0])).values()
         if not floats:
             raise PcqError("the network puts out no numbers for each sample")
         return [counting(each, part, self.mask).float() for each in floats]

@@ -176,6 +176,28 @@ def test_of_several_outputs_each_counts():
     assert step.error == pytest.approx(sum(each.error for each in alone.values()), rel=1e-4)
 
 
+class WithTable(torch.nn.Module):
+    """Puts out a table as well, of as many rows as the last batch of 80 samples has."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.table = torch.nn.Linear(4, 3), torch.nn.Parameter(torch.randn(16, 5))
+
+    def forward(self, x):
+        return self.a(x), self.table * 1
+
+
+def test_a_tensor_that_has_a_row_for_each_sample_by_chance_is_no_output():
+    net, x = WithTable().eval(), torch.randn(80, 4)
+    (y,) = all_outputs(net, {}, x)
+    assert torch.equal(y, net(x)[0].detach())
+
+
+def test_a_network_in_half_precision_is_not_told_that_the_samples_have_another_shape():
+    with pytest.raises(pcq.PcqError, match="export or build it in float32"):
+        all_outputs(torch.nn.Linear(4, 3).bfloat16(), {}, torch.randn(8, 4))
+
+
 class Named(torch.nn.Module):
     def __init__(self):
         super().__init__()

@@ -105,16 +105,21 @@ def all_outputs(
             with refusing(given, "Give data of the shape that the network was trained on"):
                 result = torch.func.functional_call(module, dict(tensors), given)
             floats = of_each_sample(result, len(given[0]))
-            if not floats:
-                raise PcqError("the network puts out no numbers for each sample", where=type(module).__name__)
             real = tuple(each[:count] for each in given)
-            parts.append([counting(each[:count], real, mask).float() for each in floats])
-    return tuple(torch.cat(each) for each in zip(*parts, strict=True))
+            parts.append({place: counting(each[:count], real, mask).float() for place, each in floats.items()})
+    places = [place for place in parts[0] if all(place in part for part in parts)]
+    if not places:
+        raise PcqError("the network puts out no numbers for each sample", where=type(module).__name__)
+    return tuple(torch.cat([part[place] for part in parts]) for place in places)
 
 
-def of_each_sample(result: object, n: int) -> list[Tensor]:
-    """Of what a network puts out the floating tensors with a row for each of ``n`` samples; ``logits`` come first."""
-    return [leaf for leaf in all_tensors(result) if leaf.is_floating_point() and leaf.ndim and len(leaf) == n]
+def of_each_sample(result: object, n: int) -> dict[int, Tensor]:
+    """Of what a network puts out the floating tensors with a row for each of ``n`` samples; ``logits`` come first.
+
+    By their places: another tensor may have as many rows by chance, but not in batches of all sizes.
+    """
+    found = enumerate(all_tensors(result))
+    return {place: leaf for place, leaf in found if leaf.is_floating_point() and leaf.ndim and len(leaf) == n}
 
 
 def counting(y: Tensor, inputs: Sequence[Tensor], mask: int | None) -> Tensor:

@@ -215,6 +215,8 @@ def refusing(inputs: Sequence[Tensor], todo: str = "") -> Iterator[None]:
         if whole and OTHER_TYPE.search(said):
             where += f" in {str(whole[0]).removeprefix('torch.')}"
             todo = "Give numbers in float32, or images in uint8"
+        elif OTHER_TYPE.search(said):
+            todo = "It computes in other numbers than float32: export or build it in float32"
         if "custom C++ ops" in said:  # torchvision's
             todo = "Install the torchvision that is built for this torch"
         raise PcqError(f"the network does not take them: {said}", where=where, todo=todo) from error
