@@ -17,7 +17,7 @@ from pcq import tape as tapes
 from pcq.calibrate.layers import find, patches
 from pcq.calibrate.oneshot import batches
 from pcq.calibrate.padding import counted, mask_at, real_rows
-from pcq.calibrate.steps import agreement, counting, listed, of_each_sample, output_error
+from pcq.calibrate.steps import STILL, agreement, counting, listed, of_each_sample, output_error
 from pcq.data.inputs import held_batch
 from pcq.errors import PcqError
 from pcq.logits import flat
@@ -221,7 +221,7 @@ class Bench:
                     spread.add(p @ matrix, mean.double() @ matrix.double())
         result = {}
         for name, (own, *others) in spreads.items():
-            variance = max(own.variance, TINY)
+            variance = max(own.variance, STILL * own.off, TINY)
             result[name] = [Local((each.variance + each.off) / variance, each.variance / variance) for each in others]
         return result
 

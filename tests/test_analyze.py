@@ -119,6 +119,11 @@ def test_errors_are_parts_of_the_outputs_whatever_their_size():
     assert errors[0] == pytest.approx(errors[1])
 
 
+def test_the_error_of_constant_outputs_is_no_number_without_bounds():
+    aim = torch.full((8, 3), 0.7)
+    assert 0 < output_error([aim * (1 + 1e-7)], [aim]) < 1
+
+
 def test_the_ranking_is_by_the_output_error_of_one_weight_alone(found):
     damages = [row.alone.error for row in found.weights]
     assert damages == sorted(damages, reverse=True) == [row.damage for row in found.weights]

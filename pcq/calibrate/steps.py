@@ -23,6 +23,9 @@ from pcq.qtensor import QuantizedTensor, Quantizer
 from pcq.quantizers import as_they_are
 from pcq.rows import Rows
 
+STILL = 1e-12
+"""The part of their squares that outputs which hardly differ are taken to vary by: less is rounding."""
+
 MATCHED = 128
 """Samples that means and deviations are matched on after plain rounding."""
 
@@ -154,9 +157,9 @@ def squares(y: Tensor, aim: Tensor) -> tuple[float, float]:
     apart = (y - aim).masked_fill(infinite & (y == aim), 0)
     aim = aim.masked_fill(infinite, 0)
     mean = aim.sum(0) / (~infinite).sum(0).clamp(min=1)
-    return float(apart.square().nan_to_num(nan=torch.inf, posinf=torch.inf).sum()), float(
-        (aim - mean).masked_fill(infinite, 0).square().sum()
-    )
+    spread = float((aim - mean).masked_fill(infinite, 0).square().sum())
+    error = float(apart.square().nan_to_num(nan=torch.inf, posinf=torch.inf).sum())
+    return error, max(spread, STILL * float(aim.square().sum()))
 
 
 def compared(name: str, y: Tensor | Sequence[Tensor], aim: Tensor | Sequence[Tensor], seconds: float = 0.0) -> Step:

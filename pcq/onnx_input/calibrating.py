@@ -234,7 +234,7 @@ class _Work:
         names = [value.name or "" for value in self.opened.model.graph.outputs]
         i = names.index(main_name([names[i] for i in floats]))
         joined = (np.concatenate([np.atleast_1d(part[i]) for part in parts]) for parts in (ours, aim))
-        return Step(name, error / max(variance, 1e-30), agreement(*map(torch.from_numpy, joined)), "", seconds)
+        return Step(name, error / max(variance, 1e-300), agreement(*map(torch.from_numpy, joined)), "", seconds)
 
 
 def run(session: ort.InferenceSession, batch: Mapping[str, Array], path: Path) -> list[Array]:
