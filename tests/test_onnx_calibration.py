@@ -133,6 +133,29 @@ def test_several_inputs_and_what_is_only_rounded(tmp_path: Path) -> None:
         quantize_onnx(path, "w4", out=tmp_path / "o.onnx", calibration="digits")
 
 
+def test_8_bit_images_by_name_are_divided_as_elsewhere(tmp_path: Path) -> None:
+    """They had been fed as they are to models of several inputs, and refused to those of one."""
+    x = np.random.default_rng(0).integers(0, 256, (40, 12, 12, 3)).astype(np.uint8)
+    np.savez(tmp_path / "x.npz", x=x, z=normal(40, 4))
+    nodes = [
+        helper.make_node("Conv", ["x", "a"], ["h"]),
+        helper.make_node("ReduceMean", ["h"], ["m"], axes=[2, 3], keepdims=0),
+        helper.make_node("Concat", ["m", "z"], ["y"], axis=1),
+    ]
+    two = save(
+        tmp_path / "two.onnx",
+        nodes,
+        {"a": normal(24, 3, 3, 3)},
+        [images("n", 3, 12, 12), helper.make_tensor_value_info("z", TensorProto.FLOAT, ["n", 4])],
+        ["y"],
+    )
+    for path in (layers(tmp_path / "one.onnx", True), two):
+        samples, held_out, _ = feeds(path, Calibration(f"npz:{tmp_path / 'x.npz'}"))
+        seen = np.concatenate([batch["x"] for each in (samples, held_out) for batch in each.batches])
+        assert seen.shape == (40, 3, 12, 12)
+        assert seen.mean() == pytest.approx(x.mean() / 255, rel=1e-5)
+
+
 def test_a_map_agrees_in_nothing(tmp_path: Path) -> None:
     """The largest of a map's columns is no prediction."""
     nodes = [

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from pcq.progress import Progress, silent
 if TYPE_CHECKING:
     from pcq.calibrate.steps import Outcome
     from pcq.commands.quantizing import Planned
-    from pcq.onnx_input.feeds import Feeds
+    from pcq.onnx_input.feeds import Array, Feeds
 
 INVENTED = 64
 """Random samples, where nothing else is said."""
@@ -103,10 +103,11 @@ def feeds(model: Path, asked: Calibration) -> "tuple[Feeds, Feeds, str]":
             f"a data spec feeds one input, and the model has {len(inputs)} ({', '.join(names)})", where=asked.data,
             todo="Save an array for each and give --calib npz:FILE",
         )  # fmt: skip
+    arrays = {value.name: _images(np.asarray(arrays[value.name]), np.dtype(KINDS[value.type])) for value in inputs}
     for value in inputs:
-        given = np.asarray(arrays[value.name])
+        given = arrays[value.name]
         refuse_kind(given.dtype.kind == "f", np.dtype(KINDS[value.type]), value.name, asked.data, only=len(inputs) == 1)
-    arrays = {value.name: np.asarray(arrays[value.name]).astype(KINDS[value.type], copy=False) for value in inputs}
+    arrays = {value.name: arrays[value.name].astype(KINDS[value.type], copy=False) for value in inputs}
     for name, array in arrays.items():
         if array.ndim and array.dtype.kind == "f":  # masks may be infinite
             refuse(torch.from_numpy(np.isnan(array)), "NaN", f"{asked.data}, {name}")
@@ -114,6 +115,16 @@ def feeds(model: Path, asked: Calibration) -> "tuple[Feeds, Feeds, str]":
     if (n := max((len(array) for array in arrays.values() if array.ndim), default=0)) >= FEWEST * 5 // 4:
         refuse_more(asked, n)
     return _divided(everything, most, said, asked.data)
+
+
+def _images(array: "Array", takes: "np.dtype[Any]") -> "Array":
+    """8-bit images as everywhere else: divided by 255, channels first; unless the model ``takes`` whole numbers."""
+    from pcq.data.inputs import channels_first, is_images
+
+    found = torch.from_numpy(np.array(array)) if array.dtype == np.uint8 else None
+    if takes.kind != "f" or found is None or not is_images(found):
+        return array
+    return (channels_first(found)[0].float() / 255).numpy()
 
 
 def _divided(everything: "Feeds", most: int, said: str, where: str) -> "tuple[Feeds, Feeds, str]":
