@@ -158,7 +158,9 @@ def care(
         parts = _parts(module, samples)
         tape = tapes.record(module, parts[0])
         all_norms = norms(tape)
-        reason = "" if all_norms else "the network has no BatchNorm, and so no record of its activations"
+        shared = any(op.name == "native_batch_norm" and op.args[5] is False for op in tape.ops)
+        why = "its BatchNorms are each used more than once" if shared else "the network has no BatchNorm"
+        reason = "" if all_norms else f"{why}, and so there is no record of its activations"
     except PcqError as problem:
         reason = str(problem)
     if reason:

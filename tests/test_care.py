@@ -197,3 +197,21 @@ def test_care_of_a_network_that_cannot_be_replayed_says_so():
     result = care(net, _plan(net, Uniform(4)), (4,))
     assert not result.layers
     assert "run again" in result.steps[-1].reason
+
+
+class _Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.norm = nn.Linear(8, 8), nn.Linear(8, 8), nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        return self.norm(self.b(self.norm(self.a(x)).relu()))
+
+
+@pytest.mark.parametrize(
+    ("net", "why"),
+    [(_Shared(), "its BatchNorms are each used more than once"), (nn.Linear(8, 4), "the network has no BatchNorm")],
+)
+def test_why_there_is_no_record_of_the_activations_is_said(net, why):
+    found = care(net.eval(), _plan(net, Uniform(3)), (8,))
+    assert found.steps[-1].reason == f"{why}, and so there is no record of its activations"
