@@ -28,7 +28,7 @@ from pcq.qtensor import Quantizer
 from pcq.rows import Rows
 from pcq.tape import Tape
 
-CARE = Settings(corrected=False, fresh=False)
+CARE = Settings(corrected=False, fresh=False, output=False)
 """Settings for invented samples: errors of the layers before are not compensated, for those are not the real ones, and
 BatchNorm statistics are not taken anew."""
 

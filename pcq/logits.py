@@ -53,3 +53,12 @@ def all_tensors(out: Any) -> list[Tensor]:
 def main_name(names: Sequence[str]) -> str:
     """Of an ONNX graph's outputs the one that counts."""
     return NAME if NAME in names else names[0]
+
+
+def of_each_sample(result: object, n: int) -> dict[int, Tensor]:
+    """Of what a network puts out the floating tensors with a row for each of ``n`` samples; ``logits`` come first.
+
+    By their places: another tensor may have as many rows by chance, but not in batches of all sizes.
+    """
+    found = enumerate(all_tensors(result))
+    return {place: leaf for place, leaf in found if leaf.is_floating_point() and leaf.ndim and len(leaf) == n}

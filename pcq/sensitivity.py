@@ -17,10 +17,10 @@ from pcq import tape as tapes
 from pcq.calibrate.layers import find, patches
 from pcq.calibrate.oneshot import batches
 from pcq.calibrate.padding import counted, mask_at, real_rows
-from pcq.calibrate.steps import STILL, agreement, counting, listed, of_each_sample, output_error
+from pcq.calibrate.steps import STILL, agreement, counting, listed, output_error
 from pcq.data.inputs import held_batch
 from pcq.errors import PcqError
-from pcq.logits import flat
+from pcq.logits import flat, of_each_sample
 from pcq.progress import Progress, silent
 from pcq.qtensor import QuantizedTensor
 from pcq.tape import Tape

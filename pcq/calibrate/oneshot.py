@@ -9,7 +9,7 @@ BatchNorm's statistics, or through the bias.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -22,6 +22,7 @@ from pcq.calibrate.moments import Moments, Sums, damped, noise, pull, target
 from pcq.calibrate.padding import counted, mask_at, real_rows
 from pcq.calibrate.quadratic import Codes, Quadratic, descend, gptq, nearest, proxconnect, refit
 from pcq.calibrate.rounding import rounding
+from pcq.calibrate.sketch import BATCH, MOST, sketches
 from pcq.calibrate.starts import better, improved, search
 from pcq.calibrate.streams import Streams
 from pcq.data.inputs import held_batch
@@ -32,6 +33,9 @@ from pcq.quantizers import as_they_are
 from pcq.rows import Rows
 
 Method = Literal["proxconnect", "gptq", "rounding", "nearest"]
+
+LEAST = 0.3
+"""The part of H that the covariance has at least: see docs/calibration.md."""
 
 _ELEMENTS = 2**25  # numbers in the patches that the moments of a layer are taken from
 
@@ -48,6 +52,8 @@ class Settings:
         rounds: how many times coordinate descent and the refit of the levels alternate.
         match: what of every channel's output is made equal to the float network's.
         damp: part of the mean diagonal that is added to H, at least.
+        output: H is what errors do to the network's output (:mod:`pcq.calibrate.sketch`), as far as the samples tell
+            it; else the covariance, in which all positions count alike.
         positions: output positions that the moments of one layer are taken from, at most; fewer where a position is
             large, but at least 16 for each weight of a row.
         batch: samples that go through the network at once.
@@ -63,6 +69,7 @@ class Settings:
     rounds: int = 4
     match: Literal["none", "mean", "deviation"] = "deviation"
     damp: float = 0.01
+    output: bool = True
     positions: int = 16384
     batch: int = 32
     memory: int = 2**30
@@ -172,6 +179,26 @@ def quadratic(weight: Tensor, found: Moments, settings: Settings) -> Quadratic:
     return Quadratic(target(weight, found.cov, found.cross, pull(weight, found)), h)
 
 
+def seen(q: Quadratic, halves: tuple[Tensor, Tensor] | None, settings: Settings) -> Quadratic:
+    """The quadratic with what errors do to the network's output in the covariance's place, as far as that is known.
+
+    ``halves [G, n, n]`` are from :func:`pcq.calibrate.sketch.sketches`. Their mean is mixed with the covariance so that
+    the expected squared error is least: the covariance has the part rho that is the mean's own expected squared error,
+    a quarter of what the halves differ by, over its squared distance from the covariance (Ledoit and Wolf 2004, Lemma
+    2.1, with another target).
+    """
+    if halves is None:
+        return q
+    one, other = halves
+    size = torch.diagonal(q.h, dim1=1, dim2=2).mean(1)[:, None, None]
+    sketch, cov = (one + other) / 2, q.h / size
+    known = torch.diagonal(sketch, dim1=1, dim2=2).mean(1)[:, None, None] > 0
+    distance = torch.where(known, sketch - cov, 0.0).square().sum().clamp(min=1e-30)
+    rho = min(1.0, max(LEAST, float((one - other).square().sum() / 4 / distance)))
+    mixed = rho * q.h + (1 - rho) * (size * sketch + damped(q.h, settings.damp))
+    return replace(q, h=torch.where(known, mixed, q.h))
+
+
 def solve(q: Quadratic, rows: Rows, quantizer: Quantizer, view: "View", settings: Settings) -> Codes:
     """Codes and levels for one layer."""
     grid = qtensor.fit(quantizer, view.weight(q.target), rows)
@@ -273,7 +300,8 @@ def calibrate(
     Raises:
         PcqError: the network's forward pass cannot be replayed.
     """
-    parts = batches(samples, settings.batch, held_batch(module))
+    held = held_batch(module)
+    parts = batches(samples, settings.batch, held)
     tape = tapes.record(module, parts[0])
     tensors = {name: _fast(tensor) for name, tensor in {**tapes.state(module), **(teacher or {})}.items()}
     layers, plain = find(tape, {name: rows.shape for name, (rows, _) in plan.items()})
@@ -283,6 +311,12 @@ def calibrate(
     mask, places = mask_at(module, samples), [(layer.op, layer.x) for layer in layers]
     real = [counted(tape, tensors, part, mask, places) for part in parts]
     reports, changed = [], {}
+    sketched = {}
+    if settings.output and settings.method != "nearest":
+        shifts = {layer.weight: centred(layer, settings) for layer in layers}
+        shapes = {name: plan[name][0].shape for name in shifts}
+        few = batches(tuple(each[:MOST] for each in samples), BATCH, held)
+        sketched = sketches(module, shapes, few, tensors, shifts, mask, settings.seed, progress)
     for index, layer in enumerate(layers):
         progress("calibrating", index, len(layers))
         rows, quantizer = plan[layer.weight]
@@ -295,7 +329,7 @@ def calibrate(
             streams.quantized[layer.weight] = _fast(quantized[layer.weight].dequantize())
             continue
         q = quadratic(weight, found, settings)
-        codes = solve(q, rows, quantizer, view, settings)
+        codes = solve(seen(q, sketched.get(layer.weight), settings), rows, quantizer, view, settings)
         new = codes.decode()
         scale = max(float(found.y_var.sum()), 1e-30)
         plainly = qtensor.quantize(quantizer, tensors[layer.weight], rows).dequantize()

@@ -17,7 +17,7 @@ from pcq.calibrate.oneshot import LayerReport, Settings, batches, calibrate
 from pcq.calibrate.padding import mask_at
 from pcq.data.inputs import filled, held_batch, of_tokens, refusing
 from pcq.errors import PcqError
-from pcq.logits import all_tensors, flat, predicts
+from pcq.logits import flat, of_each_sample, predicts
 from pcq.progress import Progress, silent
 from pcq.qtensor import QuantizedTensor, Quantizer
 from pcq.quantizers import as_they_are
@@ -114,15 +114,6 @@ def all_outputs(
     if not places:
         raise PcqError("the network puts out no numbers for each sample", where=type(module).__name__)
     return tuple(torch.cat([part[place] for part in parts]) for place in places)
-
-
-def of_each_sample(result: object, n: int) -> dict[int, Tensor]:
-    """Of what a network puts out the floating tensors with a row for each of ``n`` samples; ``logits`` come first.
-
-    By their places: another tensor may have as many rows by chance, but not in batches of all sizes.
-    """
-    found = enumerate(all_tensors(result))
-    return {place: leaf for place, leaf in found if leaf.is_floating_point() and leaf.ndim and len(leaf) == n}
 
 
 def counting(y: Tensor, inputs: Sequence[Tensor], mask: int | None) -> Tensor:
