@@ -12,9 +12,10 @@ import pcq.demo
 from pcq import commands
 from pcq import tape as tapes
 from pcq.calibrate import sketch
-from pcq.calibrate.oneshot import LEAST, Settings, batches, calibrate, seen
+from pcq.calibrate.layers import find
+from pcq.calibrate.oneshot import LEAST, Settings, batches, calibrate, seen, together
 from pcq.calibrate.quadratic import Quadratic
-from pcq.calibrate.sketch import sketches
+from pcq.calibrate.sketch import Shown, sketches
 from pcq.calibrate.steps import all_outputs, output_error
 from pcq.commands.calibrating import float_network
 from pcq.data import open_data
@@ -41,8 +42,8 @@ def sampled(module: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch, centr
     """Sketches in the one direction there is."""
     monkeypatch.setattr(torch, "randn", lambda shape, **_: torch.ones(shape))
     parts = batches((x,), 4)
-    shapes = {name: tuple(p.shape) for name, p in module.named_parameters() if p.ndim > 1}
-    return means(sketches(module, shapes, parts, tapes.state(module), dict.fromkeys(shapes, centred)))
+    shown = {name: Shown(tuple(p.shape), centred) for name, p in module.named_parameters() if p.ndim > 1}
+    return means(sketches(module, shown, parts, tapes.state(module)))
 
 
 def means(found: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
@@ -117,7 +118,7 @@ def test_masked_tokens_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "randn", lambda shape, **_: torch.ones(shape))
     module = Tokens().eval()
     name = "linear.weight"
-    found = means(sketches(module, {name: (2, 5)}, batches((x, mask), 4), tapes.state(module), {name: False}, mask=1))
+    found = means(sketches(module, {name: Shown((2, 5), False)}, batches((x, mask), 4), tapes.state(module), mask=1))
     sums = (x * mask[..., None]).sum(1)
     torch.testing.assert_close(found[name], unit((sums.T @ sums)[None]), rtol=1e-4, atol=1e-4)
 
@@ -128,7 +129,7 @@ def test_of_many_channels_combinations_stand_for_all(monkeypatch: pytest.MonkeyP
     name = "layers.0.weight"
 
     def found() -> Tensor:
-        return means(sketches(module, {name: (300, 6)}, batches((x,), 8), tapes.state(module), {name: False}))[name]
+        return means(sketches(module, {name: Shown((300, 6), False)}, batches((x,), 8), tapes.state(module)))[name]
 
     few = found()
     monkeypatch.setattr(sketch, "CHANNELS", 300)
@@ -174,8 +175,8 @@ def test_a_layer_out_of_sight_has_none_and_is_calibrated_all_the_same() -> None:
     torch.manual_seed(0)
     module, x = Cut().eval(), torch.randn(64, 8)
     plan: dict[str, Any] = {name: (Rows((n, 8)), Ternary()) for name, n in (("one.weight", 8), ("two.weight", 4))}
-    shapes = {name: rows.shape for name, (rows, _) in plan.items()}
-    found = sketches(module, shapes, batches((x,), 8), tapes.state(module), dict.fromkeys(shapes, True))
+    shown = {name: Shown(rows.shape, True) for name, (rows, _) in plan.items()}
+    found = sketches(module, shown, batches((x,), 8), tapes.state(module))
     assert found.keys() == {"two.weight"}
     assert calibrate(module, plan, (x,)).quantized.keys() == plan.keys()
 
@@ -194,3 +195,25 @@ def test_outputs_come_nearer_than_by_the_covariance_alone() -> None:
         tensors = {**made.changed, **{name: q.dequantize() for name, q in made.quantized.items()}}
         errors.append(output_error(all_outputs(module, tensors, others), aim))
     assert errors[0] < 0.97 * errors[1]
+
+
+def test_layers_are_looked_at_together_as_far_as_memory_allows() -> None:
+    """In one pass or in several: the same codes. One that is too large is calibrated without."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 4)).eval()
+    x = torch.randn(64, 8)
+    plan: dict[str, Any] = {n: (Rows(tuple(p.shape)), Ternary()) for n, p in module.named_parameters() if p.ndim > 1}
+    layers, _ = find(tapes.record(module, (x[:32],)), {name: rows.shape for name, (rows, _) in plan.items()})
+
+    def passes(memory: int) -> list[list[str]]:
+        return [list(each) for each in together(layers, plan, Settings(memory=memory)).values()]
+
+    one, two, three = plan
+    sizes = [16 * n**2 for n in (8, 12, 10)]
+    assert passes(sum(sizes)) == [[one, two, three]]
+    assert passes(sum(sizes) - 1) == [[one, two], [three]]
+    assert passes(sizes[1]) == [[one], [two], [three]]
+    assert passes(sizes[1] - 1) == [[one], [three]]
+    found = [calibrate(module, plan, (x,), Settings(memory=memory)).quantized for memory in (2**30, sizes[1])]
+    for name in plan:
+        assert torch.equal(found[0][name].codes, found[1][name].codes)

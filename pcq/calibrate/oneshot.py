@@ -22,7 +22,7 @@ from pcq.calibrate.moments import Moments, Sums, damped, noise, pull, target
 from pcq.calibrate.padding import counted, mask_at, real_rows
 from pcq.calibrate.quadratic import Codes, Quadratic, descend, gptq, nearest, proxconnect, refit
 from pcq.calibrate.rounding import rounding
-from pcq.calibrate.sketch import BATCH, MOST, sketches
+from pcq.calibrate.sketch import BATCH, MOST, Shown, sketches
 from pcq.calibrate.starts import better, improved, search
 from pcq.calibrate.streams import Streams
 from pcq.data.inputs import held_batch
@@ -199,6 +199,27 @@ def seen(q: Quadratic, halves: tuple[Tensor, Tensor] | None, settings: Settings)
     return replace(q, h=torch.where(known, mixed, q.h))
 
 
+def together(
+    layers: Sequence[Layer], plan: Mapping[str, tuple[Rows, Quantizer]], settings: Settings
+) -> dict[str, dict[str, Shown]]:
+    """Which layers are looked at in one pass back: the first one's weight -> all of theirs.
+
+    As many as have their matrices in ``settings.memory`` bytes; one that has not is left out.
+    """
+    found: dict[str, dict[str, Shown]] = {}
+    first, room = "", 0
+    for layer in layers:
+        shape = plan[layer.weight][0].shape
+        size = 16 * layer.groups * layer.channels(shape).length ** 2  # of both halves, in float64
+        if size <= settings.memory:
+            if size > room:
+                first, room = layer.weight, settings.memory
+                found[first] = {}
+            found[first][layer.weight] = Shown(shape, centred(layer, settings))
+            room -= size
+    return found
+
+
 def solve(q: Quadratic, rows: Rows, quantizer: Quantizer, view: "View", settings: Settings) -> Codes:
     """Codes and levels for one layer."""
     grid = qtensor.fit(quantizer, view.weight(q.target), rows)
@@ -311,17 +332,16 @@ def calibrate(
     mask, places = mask_at(module, samples), [(layer.op, layer.x) for layer in layers]
     real = [counted(tape, tensors, part, mask, places) for part in parts]
     reports, changed = [], {}
-    sketched = {}
-    if settings.output and settings.method != "nearest":
-        shifts = {layer.weight: centred(layer, settings) for layer in layers}
-        shapes = {name: plan[name][0].shape for name in shifts}
-        few = batches(tuple(each[:MOST] for each in samples), BATCH, held)
-        sketched = sketches(module, shapes, few, tensors, shifts, mask, settings.seed, progress)
+    few = batches(tuple(each[:MOST] for each in samples), BATCH, held)
+    followed = together(layers, plan, settings) if settings.output and settings.method != "nearest" else {}
+    sketched: dict[str, tuple[Tensor, Tensor]] = {}
     for index, layer in enumerate(layers):
         progress("calibrating", index, len(layers))
         rows, quantizer = plan[layer.weight]
         view = View.of(layer, rows)
         weight = view.split(tensors[layer.weight].float())
+        if some := followed.get(layer.weight):
+            sketched = sketches(module, some, few, tensors, mask, settings.seed, progress)
         found = moments(layer, weight, streams, settings, real)
         if not found.finite:
             plain[layer.weight] = "what enters it is not finite on these samples"

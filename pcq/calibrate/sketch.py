@@ -9,6 +9,7 @@ which also has a factor for the channels; in convolutional networks that gained 
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +31,19 @@ CHANNELS = 64
 """Of layers with more output channels so many random combinations are looked at, others for each batch."""
 
 
+@dataclass(frozen=True)
+class Shown:
+    """A weight's shape, and whether something behind its layer takes up the mean of its output's change."""
+
+    shape: tuple[int, ...]
+    centred: bool
+
+
 def sketches(
     module: nn.Module,
-    names: Mapping[str, tuple[int, ...]],
+    shown: Mapping[str, Shown],
     parts: Sequence[tuple[Tensor, ...]],
     tensors: Mapping[str, Tensor],
-    centred: Mapping[str, bool],
     mask: int | None = None,
     seed: int = 0,
     progress: Progress = silent,
@@ -47,21 +55,20 @@ def sketches(
 
     Args:
         module: the network.
-        names: the layers' weights, with their shapes.
+        shown: the layers to look at, by their weights' names.
         parts: the samples in equal batches.
         tensors: the parameters and buffers to use.
-        centred: name -> whether something behind the layer takes up the mean of its output's change.
         mask: which of the inputs masks tokens; what is put out for those does not count.
         seed: of the directions.
         progress: called once a batch.
     """
     tape = tapes.record(module, parts[0])
-    layers, _ = find(tape, dict(names))
+    layers, _ = find(tape, {name: each.shape for name, each in shown.items()})
     generator = torch.Generator().manual_seed(seed)
     halves: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
     for index, part in enumerate(parts):
         progress("following the output back", index, len(parts))
-        for name, found in _of_batch(tape, layers, part, tensors, centred, mask, generator).items():
+        for name, found in _of_batch(tape, layers, part, tensors, shown, mask, generator).items():
             sums = halves[index % 2]
             sums[name] = sums[name] + found if name in sums else found
     progress("following the output back", len(parts), len(parts))
@@ -80,7 +87,7 @@ def _of_batch(
     layers: Sequence[Layer],
     part: tuple[Tensor, ...],
     tensors: Mapping[str, Tensor],
-    centred: Mapping[str, bool],
+    shown: Mapping[str, Shown],
     mask: int | None,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
@@ -109,7 +116,7 @@ def _of_batch(
     found = {}
     for layer, x, g in zip(layers, entered, torch.autograd.grad(total, left, allow_unused=True), strict=True):
         if g is not None:
-            made = _products(layer, x, g, n, centred[layer.weight], generator)
+            made = _products(layer, x, g, n, shown[layer.weight].centred, generator)
             if made is not None:
                 found[layer.weight] = made
     return found
