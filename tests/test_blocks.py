@@ -205,7 +205,7 @@ def test_listed_levels_are_used_as_they_are():
     torch.manual_seed(0)
     net, levels = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval(), (-0.3, -0.1, 0.0, 0.1, 0.3)
     x = torch.randn(160, 8)
-    settings = Settings(method="gptq", refine=60)
+    settings = Settings(method="gptq", refine=60, output=False)
     found = calibrate_measured(net, _plan(net, Fixed(levels)), (x[:128],), (x[128:],), settings)
     assert found.blocks
     for quantized in found.quantized.values():

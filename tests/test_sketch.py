@@ -160,6 +160,36 @@ def test_where_nothing_reaches_the_output_the_covariance_is_all() -> None:
     assert seen(q, None, Settings()) is q
 
 
+@pytest.mark.parametrize("inner", [False, True])
+def test_rows_are_told_by_samples_wherever_a_network_holds_these(inner: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.transpose(0, 1) if inner else x
+            y = torch.tanh(self.linear(x))
+            return (y.transpose(0, 1) if inner else y).flatten(1).sum(1, keepdim=True)
+
+    torch.manual_seed(0)
+    module, x = Turned().eval(), torch.randn(8, 6, 5)
+    grads = of_samples(module, "linear.weight", x)
+    (found,) = sampled(module, x, monkeypatch).values()
+    torch.testing.assert_close(found, unit(torch.einsum("srn,srm->nm", grads, grads)[None]), rtol=1e-4, atol=1e-4)
+
+
+def test_what_follows_may_write_into_what_a_layer_puts_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x, found = torch.randn(8, 3, 6, 6), []
+    one, two = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+    for inplace in (False, True):
+        module = Summed(one, nn.ReLU(inplace), two, nn.ReLU(inplace)).eval()
+        found.append(sampled(module, x, monkeypatch))
+    for name in found[0]:
+        assert torch.equal(found[0][name], found[1][name])
+
+
 class Cut(nn.Module):
     """One branch is rounded before it goes on: its layer is out of the output's sight."""
 

@@ -101,39 +101,68 @@ def _of_batch(
         entered.append(now[layer.x].detach())
         now = tapes.run(tape, tensors, now, layer.op, layer.op + 1, gradient=True)
         at, y = layer.op + 1, tape.ops[layer.op].outputs[0]
-        if not now[y].requires_grad:  # nothing before it is followed
-            now[y] = now[y].detach().requires_grad_()
-        left.append(now[y])
+        left.append(now[y] if now[y].requires_grad else now[y].detach().requires_grad_())
+        now[y] = left[-1].clone()  # which what follows may write into
     now = tapes.run(tape, tensors, now, at, len(tape.ops), gradient=True)
-    total = torch.zeros(())
+    total = first = torch.zeros(())
     for z in of_each_sample(tapes.output(tape, now), n).values():
-        v = torch.randn(z.shape, generator=generator, dtype=z.dtype)
-        if mask is not None and masks(part[mask], z):
-            v = v * (part[mask] != 0).to(v.dtype).reshape(*part[mask].shape, *[1] * (z.ndim - 2))
-        total = total + (v * torch.where(z.isfinite(), z, 0.0)).sum()
+        v = torch.zeros_like(z)
+        counts = part[mask] != 0 if mask is not None and masks(part[mask], z) else slice(None)
+        v[counts] = torch.randn(v[counts].shape, generator=generator, dtype=z.dtype)
+        seen = v * torch.where(z.isfinite(), z, 0.0)
+        total, first = total + seen.sum(), first + seen[0].sum()
     if not total.requires_grad:
         return {}
+    linear = [y for layer, y in zip(layers, left, strict=True) if layer.geometry is None]
+    of_first = iter(torch.autograd.grad(first, linear, retain_graph=True, allow_unused=True) if linear else ())
+    gradients: Sequence[Tensor | None] = torch.autograd.grad(total, left, allow_unused=True)
     found = {}
-    for layer, x, g in zip(layers, entered, torch.autograd.grad(total, left, allow_unused=True), strict=True):
-        if g is not None:
-            made = _products(layer, x, g, n, shown[layer.weight].centred, generator)
-            if made is not None:
-                found[layer.weight] = made
+    for layer, x, g in zip(layers, entered, gradients, strict=True):
+        one = next(of_first) if layer.geometry is None else None
+        if g is None:
+            continue
+        p, rows = patches(layer, x).float(), _rows(layer, g)
+        if one is not None:
+            order = _by_sample(_rows(layer, one), n)
+            if order is None:
+                continue
+            p, rows = p[:, order], rows[order]
+        if len(rows) == p.shape[1] and len(rows) % n == 0:
+            found[layer.weight] = _products(layer, p, rows, n, shown, generator)
     return found
 
 
-def _products(layer: Layer, x: Tensor, g: Tensor, n: int, centred: bool, generator: torch.Generator) -> Tensor | None:
+def _rows(layer: Layer, y: Tensor) -> Tensor:
+    """What leaves a layer, one row for each position: ``[m, channels]``."""
+    return (y if layer.geometry is None else y.movedim(1, -1)).float().flatten(0, -2)
+
+
+def _by_sample(first: Tensor, n: int) -> Tensor | None:
+    """Rows in the order of ``n`` samples: ``[m]``; ``first [m, channels]`` is the gradient of the first one's outputs.
+
+    Some networks hold samples outermost, others innermost. None where it is neither.
+    """
+    m = len(first)
+    if m % n:
+        return None
+    order, mine = torch.arange(m), first.any(1).nonzero()[:, 0]
+    if bool((mine < m // n).all()):
+        return order
+    return order.reshape(-1, n).T.flatten() if bool((mine % n == 0).all()) else None
+
+
+def _products(
+    layer: Layer, p: Tensor, g: Tensor, n: int, shown: Mapping[str, Shown], generator: torch.Generator
+) -> Tensor:
     """Sum over ``n`` samples of ``(grad_W)^T grad_W``: float64 ``[G, w, w]``.
 
-    ``x`` enters the layer, ``g`` is the gradient of what leaves it. None where rows cannot be told by samples.
+    ``p [G, m, w]`` is what the layer's positions see, ``g [m, channels]`` the gradient of what leaves them.
     """
-    p = patches(layer, x).float()
-    rows = (g if layer.geometry is None else g.movedim(1, -1)).float().flatten(0, -2)
-    if len(rows) % n or len(rows) != p.shape[1]:
-        return None
-    if centred:
-        p = p - p.mean(1, keepdim=True)
-    out = rows.reshape(n, len(rows) // n, layer.groups, -1).permute(2, 0, 3, 1)  # [G, n, r, positions]
+    if shown[layer.weight].centred:
+        # about the mean of those that the output depends on: padded tokens are none of them
+        reached = g.any(1) if layer.geometry is None else torch.ones(len(g), dtype=torch.bool)
+        p = p - p[:, reached].mean(1, keepdim=True)
+    out = g.reshape(n, len(g) // n, layer.groups, -1).permute(2, 0, 3, 1)  # [G, n, r, positions]
     if out.shape[2] > CHANNELS:
         out = torch.randn(CHANNELS, out.shape[2], generator=generator) / CHANNELS**0.5 @ out
     grads = (out @ p.reshape(layer.groups, n, -1, p.shape[2])).flatten(1, 2)
