@@ -52,8 +52,8 @@ class Settings:
         rounds: how many times coordinate descent and the refit of the levels alternate.
         match: what of every channel's output is made equal to the float network's.
         damp: part of the mean diagonal that is added to H, at least.
-        output: H is what errors do to the network's output (:mod:`pcq.calibrate.sketch`), as far as the samples tell
-            it; else the covariance, in which all positions count alike.
+        output: of convolutions H is what errors do to the network's output (:mod:`pcq.calibrate.sketch`), as far as
+            the samples tell it; else the covariance, in which all positions count alike.
         positions: output positions that the moments of one layer are taken from, at most; fewer where a position is
             large, but at least 16 for each weight of a row.
         batch: samples that go through the network at once.
@@ -202,13 +202,13 @@ def seen(q: Quadratic, halves: tuple[Tensor, Tensor] | None, settings: Settings)
 def together(
     layers: Sequence[Layer], plan: Mapping[str, tuple[Rows, Quantizer]], settings: Settings
 ) -> dict[str, dict[str, Shown]]:
-    """Which layers are looked at in one pass back: the first one's weight -> all of theirs.
+    """Which convolutions are looked at in one pass back: the first one's weight -> all of theirs.
 
     As many as have their matrices in ``settings.memory`` bytes; one that has not is left out.
     """
     found: dict[str, dict[str, Shown]] = {}
     first, room = "", 0
-    for layer in layers:
+    for layer in (each for each in layers if each.geometry is not None):
         shape = plan[layer.weight][0].shape
         size = 16 * layer.groups * layer.channels(shape).length ** 2  # of both halves, in float64
         if size <= settings.memory:
