@@ -97,7 +97,7 @@ def test_a_mean_that_is_taken_up_is_left_out(monkeypatch: pytest.MonkeyPatch) ->
     grads = of_samples(module, "layers.0.weight", x).flatten(2) - (
         of_samples(module, "layers.0.bias", x)[:, :, None] * mean
     )
-    (found,) = sampled(module, x, monkeypatch, centred=True).values()
+    (found,) = sampled(module, torch.cat([x, x]), monkeypatch, centred=True).values()
     torch.testing.assert_close(found, unit(torch.einsum("srn,srm->nm", grads, grads)[None]), rtol=1e-4, atol=1e-4)
 
 
@@ -188,6 +188,26 @@ def test_a_layer_out_of_sight_has_none_and_is_calibrated_all_the_same() -> None:
     found = sketches(module, shown, batches((x,), 8), tapes.state(module))
     assert found.keys() == {"two.weight"}
     assert calibrate(module, plan, (x,)).quantized.keys() == plan.keys()
+
+
+class _Blocked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        raise NotImplementedError("no derivative")
+
+
+@pytest.mark.parametrize("count", [8, 16])
+def test_nothing_is_said_of_one_batch_or_without_a_derivative(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    module, x = Summed(nn.Conv1d(3, 2, 1)).eval(), torch.randn(count, 3, 4)
+    shown, parts = {"layers.0.weight": Shown((2, 3, 1), False)}, batches((x,), 8)
+    assert bool(sketches(module, shown, parts, tapes.state(module))) == (count > 8)
+    monkeypatch.setattr(sketch, "of_each_sample", lambda result, n: {0: _Blocked.apply(result)})
+    assert sketches(module, shown, parts, tapes.state(module)) == {}
 
 
 def test_outputs_come_nearer_than_by_the_covariance_alone() -> None:

@@ -69,13 +69,19 @@ def sketches(
     halves: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
     for index, part in enumerate(parts):
         progress("following the output back", index, len(parts))
-        for name, found in _of_batch(tape, layers, part, tensors, shown, mask, generator).items():
+        try:
+            products = _of_batch(tape, layers, part, tensors, shown, mask, generator)
+        except RuntimeError:  # an operation without a derivative
+            return {}
+        for name, found in products.items():
             sums = halves[index % 2]
             sums[name] = sums[name] + found if name in sums else found
     progress("following the output back", len(parts), len(parts))
     result = {}
     for name, one in halves[0].items():
-        other = halves[1].get(name, one)
+        if name not in halves[1]:  # a single batch does not tell what it is off by
+            continue
+        other = halves[1][name]
         size = torch.diagonal(one + other, dim1=1, dim2=2).mean(1)[:, None, None] / 2
         made = tuple(torch.where(size > 0, each / size, 0.0).float() for each in (one, other))
         if all(bool(torch.isfinite(each).all()) for each in made):
