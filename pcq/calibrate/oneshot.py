@@ -204,19 +204,18 @@ def together(
 ) -> dict[str, dict[str, Shown]]:
     """Which convolutions are looked at in one pass back: the first one's weight -> all of theirs.
 
-    As many as have their matrices in ``settings.memory`` bytes; one that has not is left out.
+    As many as have their matrices in ``settings.memory`` bytes; one that has not goes alone.
     """
     found: dict[str, dict[str, Shown]] = {}
     first, room = "", 0
     for layer in (each for each in layers if each.geometry is not None):
         shape = plan[layer.weight][0].shape
         size = 16 * layer.groups * layer.channels(shape).length ** 2  # of both halves, in float64
-        if size <= settings.memory:
-            if size > room:
-                first, room = layer.weight, settings.memory
-                found[first] = {}
-            found[first][layer.weight] = Shown(shape, centred(layer, settings))
-            room -= size
+        if size > room or not found:
+            first, room = layer.weight, settings.memory
+            found[first] = {}
+        found[first][layer.weight] = Shown(shape, centred(layer, settings))
+        room -= size
     return found
 
 
@@ -332,7 +331,7 @@ def calibrate(
     mask, places = mask_at(module, samples), [(layer.op, layer.x) for layer in layers]
     real = [counted(tape, tensors, part, mask, places) for part in parts]
     reports, changed = [], {}
-    few = batches(tuple(each[:MOST] for each in samples), BATCH, held)
+    few = batches(tuple(each[: max(MOST, held or 0)] for each in samples), BATCH, held)
     followed = together(layers, plan, settings) if settings.output and settings.method != "nearest" else {}
     sketched: dict[str, tuple[Tensor, Tensor]] = {}
     for index, layer in enumerate(layers):

@@ -70,7 +70,7 @@ def sketches(
     for index, part in enumerate(parts):
         progress("following the output back", index, len(parts))
         try:
-            products = _of_batch(tape, layers, part, tensors, shown, mask, generator)
+            products = _of_batch(tape, layers, part, tensors, shown, mask, generator, seed * 1_000_003 + index)
         except RuntimeError:  # an operation without a derivative
             return {}
         for name, found in products.items():
@@ -97,8 +97,9 @@ def _of_batch(
     shown: Mapping[str, Shown],
     mask: int | None,
     generator: torch.Generator,
+    seed: int,
 ) -> dict[str, Tensor]:
-    """Sums over a batch's samples: name -> float64 ``[G, n, n]``."""
+    """Sums over a batch's samples: name -> float64 ``[G, n, n]``; ``seed`` is of the channels' combinations."""
     now: dict[int, Tensor] = dict(zip(tape.inputs, part, strict=True))
     at, n = 0, len(part[0])
     entered: list[Tensor] = []
@@ -121,13 +122,13 @@ def _of_batch(
         return {}
     gradients: Sequence[Tensor | None] = torch.autograd.grad(total, left, allow_unused=True)
     return {
-        layer.weight: _products(layer, x, g, shown[layer.weight].centred, generator)
+        layer.weight: _products(layer, x, g, shown[layer.weight].centred, seed + layer.op * 1009)
         for layer, x, g in zip(layers, entered, gradients, strict=True)
         if g is not None
     }
 
 
-def _products(layer: Layer, x: Tensor, g: Tensor, centred: bool, generator: torch.Generator) -> Tensor:
+def _products(layer: Layer, x: Tensor, g: Tensor, centred: bool, seed: int) -> Tensor:
     """Sum over samples of ``(grad_W)^T grad_W``: float64 ``[G, w, w]``.
 
     ``x [n, ...]`` enters the convolution, ``g [n, channels, ...]`` is the gradient of what leaves it.
@@ -138,6 +139,7 @@ def _products(layer: Layer, x: Tensor, g: Tensor, centred: bool, generator: torc
     p = p - p.mean(1, keepdim=True) if centred else p
     out = g.float().flatten(2).unflatten(1, (groups, -1)).transpose(0, 1)  # [G, n, r, positions]
     if out.shape[2] > CHANNELS:
+        generator = torch.Generator().manual_seed(seed)  # the same whatever layers are looked at together
         out = torch.randn(CHANNELS, out.shape[2], generator=generator) / CHANNELS**0.5 @ out
     grads: Tensor = (out @ p.reshape(groups, len(g), -1, p.shape[2])).flatten(1, 2)
     return (grads.transpose(1, 2) @ grads).double()
