@@ -218,6 +218,11 @@ def find(tape: Tape, weights: dict[str, tuple[int, ...]]) -> tuple[list[Layer], 
     return [layer for name, layer in layers.items() if name not in refused], refused
 
 
+def generator(seed: int, op: int, batch: int) -> torch.Generator:
+    """A new one for what is drawn of one layer and batch: the same whatever else is drawn."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + op * 1009 + batch)
+
+
 def patches(layer: Layer, x: Tensor, count: int | None = None, generator: torch.Generator | None = None) -> Tensor:
     """What one output position of each group sees: ``[groups, m, n]``, ``n`` in the order of the weight's row.
 

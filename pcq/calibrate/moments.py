@@ -136,8 +136,13 @@ def influence(y: Tensor) -> Tensor:
 def damped(cov: Tensor, part: float) -> Tensor:
     """``part`` of the mean diagonal of ``cov [G, n, n]``, as a diagonal to be added to it; of 1 where next to nothing
     enters: a part of that may be no number of float32."""
-    diagonal = torch.diagonal(cov, dim1=1, dim2=2).mean(1)
-    return (part * torch.where(diagonal > 1e-30, diagonal, 1.0))[:, None, None] * torch.eye(cov.shape[1])
+    diagonal = mean_diagonal(cov)
+    return part * torch.where(diagonal > 1e-30, diagonal, 1.0) * torch.eye(cov.shape[1])
+
+
+def mean_diagonal(matrices: Tensor) -> Tensor:
+    """``[G, n, n] -> [G, 1, 1]``."""
+    return torch.diagonal(matrices, dim1=1, dim2=2).mean(1)[:, None, None]
 
 
 def target(weight: Tensor, cov: Tensor, cross: Tensor, pull: float) -> Tensor:
@@ -186,6 +191,12 @@ def noise(found: Moments) -> float:
     if not found.halves:
         return 0.0
     one, other = (half[0] for half in found.halves)
-    distance = (found.cov - damped(found.cov, 1.0)).square().sum().clamp(min=1e-30)
-    rho = min(0.5, float((one - other).square().sum() / 4 / distance))
+    rho = min(0.5, doubt(one, other, found.cov, damped(found.cov, 1.0)))
     return rho / (1 - rho)
+
+
+def doubt(one: Tensor, other: Tensor, whole: Tensor, aim: Tensor) -> float:
+    """The expected squared error of ``whole``, of which ``one`` and ``other`` are halves, over its squared distance
+    from ``aim``: the part that ``aim`` should have."""
+    distance = (whole - aim).square().sum().clamp(min=1e-30)
+    return float((one - other).square().sum() / 4 / distance)

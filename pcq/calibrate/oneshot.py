@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from pcq import qtensor
 from pcq import tape as tapes
-from pcq.calibrate.layers import Layer, Norm, find, patches
-from pcq.calibrate.moments import Moments, Sums, damped, noise, pull, target
+from pcq.calibrate.layers import Layer, Norm, find, generator, patches
+from pcq.calibrate.moments import Moments, Sums, damped, doubt, mean_diagonal, noise, pull, target
 from pcq.calibrate.padding import counted, mask_at, real_rows
 from pcq.calibrate.quadratic import Codes, Quadratic, descend, gptq, nearest, proxconnect, refit
 from pcq.calibrate.rounding import rounding
@@ -84,7 +84,7 @@ class Settings:
 
     def generator(self, op: int, batch: int) -> torch.Generator:
         """Draws the positions of one layer and batch; a new one for each stream, that both draw the same."""
-        return torch.Generator().manual_seed(self.seed * 1_000_003 + op * 1009 + batch)
+        return generator(self.seed, op, batch)
 
 
 @dataclass(frozen=True)
@@ -190,11 +190,9 @@ def seen(q: Quadratic, halves: tuple[Tensor, Tensor] | None, settings: Settings)
     if halves is None:
         return q
     one, other = halves
-    size = torch.diagonal(q.h, dim1=1, dim2=2).mean(1)[:, None, None]
-    sketch, cov = (one + other) / 2, q.h / size
-    known = torch.diagonal(sketch, dim1=1, dim2=2).mean(1)[:, None, None] > 0
-    distance = torch.where(known, sketch - cov, 0.0).square().sum().clamp(min=1e-30)
-    rho = min(1.0, max(LEAST, float((one - other).square().sum() / 4 / distance)))
+    size, sketch = mean_diagonal(q.h), (one + other) / 2
+    known = mean_diagonal(sketch) > 0
+    rho = min(1.0, max(LEAST, doubt(one, other, sketch, torch.where(known, q.h / size, sketch))))
     mixed = rho * q.h + (1 - rho) * (size * sketch + damped(q.h, settings.damp))
     return replace(q, h=torch.where(known, mixed, q.h))
 
@@ -331,8 +329,8 @@ def calibrate(
     mask, places = mask_at(module, samples), [(layer.op, layer.x) for layer in layers]
     real = [counted(tape, tensors, part, mask, places) for part in parts]
     reports, changed = [], {}
-    few = batches(tuple(each[: max(MOST, held or 0)] for each in samples), BATCH, held)
     followed = together(layers, plan, settings) if settings.output and settings.method != "nearest" else {}
+    few = batches(tuple(each[: max(MOST, held or 0)] for each in samples), BATCH, held) if followed else []
     sketched: dict[str, tuple[Tensor, Tensor]] = {}
     for index, layer in enumerate(layers):
         progress("calibrating", index, len(layers))

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from pcq import tape as tapes
-from pcq.calibrate.layers import Layer, find, patches
+from pcq.calibrate.layers import Layer, find, generator, patches
+from pcq.calibrate.moments import mean_diagonal
 from pcq.data.inputs import masks
 from pcq.logits import of_each_sample
 from pcq.progress import Progress, silent
@@ -65,12 +66,12 @@ def sketches(
     """
     tape = tapes.record(module, parts[0])
     layers, _ = find(tape, {name: each.shape for name, each in shown.items()})
-    generator = torch.Generator().manual_seed(seed)
+    directions = torch.Generator().manual_seed(seed)
     halves: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
     for index, part in enumerate(parts):
         progress("following the output back", index, len(parts))
         try:
-            products = _of_batch(tape, layers, part, tensors, shown, mask, generator, seed * 1_000_003 + index)
+            products = _of_batch(tape, layers, part, tensors, shown, mask, directions, seed, index)
         except RuntimeError:  # an operation without a derivative
             return {}
         for name, found in products.items():
@@ -82,7 +83,7 @@ def sketches(
         if name not in halves[1]:  # a single batch does not tell what it is off by
             continue
         other = halves[1][name]
-        size = torch.diagonal(one + other, dim1=1, dim2=2).mean(1)[:, None, None] / 2
+        size = mean_diagonal(one + other) / 2
         made = tuple(torch.where(size > 0, each / size, 0.0).float() for each in (one, other))
         if all(bool(torch.isfinite(each).all()) for each in made):
             result[name] = made[0], made[1]
@@ -96,10 +97,11 @@ def _of_batch(
     tensors: Mapping[str, Tensor],
     shown: Mapping[str, Shown],
     mask: int | None,
-    generator: torch.Generator,
+    directions: torch.Generator,
     seed: int,
+    index: int,
 ) -> dict[str, Tensor]:
-    """Sums over a batch's samples: name -> float64 ``[G, n, n]``; ``seed`` is of the channels' combinations."""
+    """Sums over the samples of batch ``index``: name -> float64 ``[G, n, n]``; ``seed``: of channels' combinations."""
     now: dict[int, Tensor] = dict(zip(tape.inputs, part, strict=True))
     at, n = 0, len(part[0])
     entered: list[Tensor] = []
@@ -116,19 +118,19 @@ def _of_batch(
     for z in of_each_sample(tapes.output(tape, now), n).values():
         v = torch.zeros_like(z)
         counts = part[mask] != 0 if mask is not None and masks(part[mask], z) else slice(None)
-        v[counts] = torch.randn(v[counts].shape, generator=generator, dtype=z.dtype)
+        v[counts] = torch.randn(v[counts].shape, generator=directions, dtype=z.dtype)
         total = total + (v * torch.where(z.isfinite(), z, 0.0)).sum()
     if not total.requires_grad:
         return {}
     gradients: Sequence[Tensor | None] = torch.autograd.grad(total, left, allow_unused=True)
     return {
-        layer.weight: _products(layer, x, g, shown[layer.weight].centred, seed + layer.op * 1009)
+        layer.weight: _products(layer, x, g, shown[layer.weight].centred, generator(seed, layer.op, index))
         for layer, x, g in zip(layers, entered, gradients, strict=True)
         if g is not None
     }
 
 
-def _products(layer: Layer, x: Tensor, g: Tensor, centred: bool, seed: int) -> Tensor:
+def _products(layer: Layer, x: Tensor, g: Tensor, centred: bool, draws: torch.Generator) -> Tensor:
     """Sum over samples of ``(grad_W)^T grad_W``: float64 ``[G, w, w]``.
 
     ``x [n, ...]`` enters the convolution, ``g [n, channels, ...]`` is the gradient of what leaves it.
@@ -139,7 +141,6 @@ def _products(layer: Layer, x: Tensor, g: Tensor, centred: bool, seed: int) -> T
     p = p - p.mean(1, keepdim=True) if centred else p
     out = g.float().flatten(2).unflatten(1, (groups, -1)).transpose(0, 1)  # [G, n, r, positions]
     if out.shape[2] > CHANNELS:
-        generator = torch.Generator().manual_seed(seed)  # the same whatever layers are looked at together
-        out = torch.randn(CHANNELS, out.shape[2], generator=generator) / CHANNELS**0.5 @ out
+        out = torch.randn(CHANNELS, out.shape[2], generator=draws) / CHANNELS**0.5 @ out
     grads: Tensor = (out @ p.reshape(groups, len(g), -1, p.shape[2])).flatten(1, 2)
     return (grads.transpose(1, 2) @ grads).double()
